@@ -1,0 +1,60 @@
+"""Nonparametric Variational Information Bottleneck for PyTorch and Hugging Face Transformers."""
+
+from importlib.util import find_spec
+
+from .denoising_attention import denoising_attention, naive_denoising_attention
+from .initialisation import EmpiricalPrior, empirical_prior
+from .kl import kl_dirichlet, kl_gaussian
+from .memory import NvibMemory
+from .multihead_attention import DenoisingMultiheadAttention
+from .nvib_layer import Nvib
+
+__version__ = "0.1.0"
+
+_TORCH = [
+    "DenoisingMultiheadAttention",
+    "EmpiricalPrior",
+    "Nvib",
+    "NvibMemory",
+    "denoising_attention",
+    "empirical_prior",
+    "kl_dirichlet",
+    "kl_gaussian",
+    "naive_denoising_attention",
+]
+_TRANSFORMERS = [
+    "CrossAttention",
+    "KLAnnealingCallback",
+    "NvibConfig",
+    "NvibForConditionalGeneration",
+    "NvibLatents",
+    "NvibTrainer",
+    "NvibTrainerMixin",
+    "concatenate_latents",
+    "register_cross_attention",
+]
+
+if find_spec("transformers") is not None:
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+    from .configuration_nvib import NvibConfig
+    from .cross_attention import CrossAttention, register_cross_attention
+    from .latent import NvibLatents, concatenate_latents
+    from .modeling_nvib import NvibForConditionalGeneration
+    from .training import KLAnnealingCallback, NvibTrainer, NvibTrainerMixin
+
+    AutoConfig.register(NvibConfig.model_type, NvibConfig)
+    AutoModelForSeq2SeqLM.register(NvibConfig, NvibForConditionalGeneration)
+    NvibConfig.register_for_auto_class()
+    NvibForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
+    __all__ = [*_TORCH, *_TRANSFORMERS]
+else:
+    __all__ = _TORCH
+
+    def __getattr__(name: str):
+        if name in _TRANSFORMERS:
+            raise ImportError(
+                f"nvib_hf.{name} needs the package transformers, which is not installed. Install it with "
+                "`pip install transformers accelerate`."
+            )
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,203 @@
+"""What NVIB needs to know of the model it wraps: how to make it, run its encoder and run its decoder."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import transformers
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+    EncoderDecoderModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    SpeechEncoderDecoderModel,
+    VisionEncoderDecoderModel,
+)
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+
+# Their decoder is a causal model of its own, which is called directly: the projection between the two must see the
+# encoder's states, not the latent.
+JOINED = (EncoderDecoderModel, SpeechEncoderDecoderModel, VisionEncoderDecoderModel)
+
+
+def base_class(config: PreTrainedConfig, architecture: str | None = None) -> type[PreTrainedModel]:
+    """The class of the encoder-decoder model a configuration belongs to.
+
+    Raises:
+        ValueError: there is none with a head that generates.
+    """
+    if architecture is not None and hasattr(transformers, architecture):
+        return getattr(transformers, architecture)
+    joined = {model.config_class: model for model in JOINED}
+    if type(config) in joined:
+        return joined[type(config)]
+    for auto in (AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq):
+        if type(config) in auto._model_mapping:
+            return auto._model_mapping[type(config)]
+    raise ValueError(
+        f"A model of type {config.model_type!r} is no encoder-decoder that generates, so there is no "
+        "cross-attention for NVIB. Pass one (BART, T5, Marian, ...), or join an encoder and a decoder with "
+        "NvibForConditionalGeneration.from_encoder_decoder_pretrained(encoder, decoder)."
+    )
+
+
+def load_base(name_or_path: str, **kwargs) -> PreTrainedModel:
+    """A pretrained encoder-decoder by name or path; ``kwargs`` are those of ``from_pretrained``."""
+    hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "subfolder", "trust_remote_code") if k in kwargs}
+    config = AutoConfig.from_pretrained(name_or_path, **hub)
+    if config.model_type == "nvib":
+        raise ValueError(
+            f"{name_or_path} is an NVIB model already. Load it with NvibForConditionalGeneration.from_pretrained."
+        )
+    return base_class(config).from_pretrained(name_or_path, **kwargs)
+
+
+def join_encoder_decoder(
+    encoder: str | PreTrainedModel, decoder: str | PreTrainedModel | PreTrainedConfig, **kwargs
+) -> PreTrainedModel:
+    """One model of an encoder and a decoder with cross-attention; ``kwargs`` go to both ``from_pretrained``.
+
+    Cross-attention that a pretrained decoder lacks is fresh, as is all of a decoder given as a configuration.
+    """
+    if not isinstance(encoder, PreTrainedModel):
+        config = AutoConfig.from_pretrained(encoder)
+        if hasattr(config, "is_decoder"):
+            config.is_decoder = config.add_cross_attention = False
+        encoder = AutoModel.from_pretrained(encoder, config=config, **kwargs)
+    if not isinstance(decoder, PreTrainedModel):
+        given = isinstance(decoder, PreTrainedConfig)
+        config = copy.deepcopy(decoder) if given else AutoConfig.from_pretrained(decoder)
+        config.is_decoder = config.add_cross_attention = True
+        if given:
+            decoder = AutoModelForCausalLM.from_config(config)
+        else:
+            decoder = AutoModelForCausalLM.from_pretrained(decoder, config=config, **kwargs)
+    if "encoder_hidden_states" not in inspect.signature(decoder.forward).parameters:
+        raise ValueError(
+            f"{type(decoder).__name__} cannot cross-attend: its forward takes no encoder_hidden_states. Pass a "
+            "decoder that can, such as a BERT, RoBERTa or GPT-2 model or configuration."
+        )
+    by_input = {"pixel_values": VisionEncoderDecoderModel, "input_ids": EncoderDecoderModel}
+    model = by_input.get(encoder.main_input_name, SpeechEncoderDecoderModel)(encoder=encoder, decoder=decoder)
+    _set_special_tokens(model)
+    return model
+
+
+def _set_special_tokens(model: PreTrainedModel) -> None:
+    """Take the tokens with which generation starts, ends and pads from the decoder where they are not set."""
+    decoder, generation = model.config.decoder, model.generation_config
+    first = (getattr(decoder, name, None) for name in ("decoder_start_token_id", "bos_token_id", "cls_token_id"))
+    start = next((token for token in first if token is not None), None)
+    end = getattr(decoder, "eos_token_id", None)
+    pad = getattr(decoder, "pad_token_id", None)
+    found = {
+        "decoder_start_token_id": start,
+        "eos_token_id": end,
+        "pad_token_id": end if pad is None else pad,
+    }
+    for name, token in found.items():
+        for config in (model.config, generation):
+            if getattr(config, name, None) is None:
+                setattr(config, name, token)
+
+
+def encoder_width(base: PreTrainedModel) -> int:
+    """Width of what the cross-attention reads, after the projection between joined models."""
+    if isinstance(base, JOINED) and hasattr(base, "enc_to_dec_proj"):
+        return base.enc_to_dec_proj.out_features
+    config = base.get_encoder().config
+    return getattr(config, "d_model", None) or config.hidden_size
+
+
+def freeze_unused(base: PreTrainedModel) -> None:
+    """Take parameters that no encoder-decoder uses out of training: distributed training trips over them."""
+    pooler = getattr(base.get_encoder(), "pooler", None)
+    if isinstance(pooler, nn.Module):
+        pooler.requires_grad_(False)
+
+
+def argument_names(forward) -> frozenset[str]:
+    """The names of a function's arguments."""
+    return frozenset(inspect.signature(forward).parameters)
+
+
+def run_encoder(base: PreTrainedModel, inputs: dict) -> tuple[BaseModelOutput, Tensor | None]:
+    """The encoder's output, projected to the decoder's width, and its mask ``(B, Ns)``, True = padding, or ``None``.
+
+    ``inputs`` are the encoder's, by name.
+    """
+    encoder = base.get_encoder()
+    outputs = encoder(**inputs, return_dict=True)
+    states = outputs.last_hidden_state
+    if isinstance(base, JOINED) and hasattr(base, "enc_to_dec_proj"):
+        states = base.enc_to_dec_proj(states)
+    outputs = BaseModelOutput(
+        last_hidden_state=states,
+        hidden_states=getattr(outputs, "hidden_states", None),
+        attentions=getattr(outputs, "attentions", None),
+    )
+    return outputs, source_padding(encoder, inputs.get("attention_mask"), states.shape[1])
+
+
+def source_padding(encoder: nn.Module, attention_mask: Tensor | None, length: int) -> Tensor | None:
+    """Where the encoder's output is padding, ``(B, Ns)``: downsampled where the encoder shortens its input."""
+    if attention_mask is None:
+        return None
+    if attention_mask.shape[1] != length:
+        if not hasattr(encoder, "_get_feature_vector_attention_mask"):
+            return None
+        attention_mask = encoder._get_feature_vector_attention_mask(length, attention_mask)
+    return attention_mask == 0
+
+
+def run_decoder(base: PreTrainedModel, packed: Tensor, encoder_outputs: BaseModelOutput, inputs: dict):
+    """Logits of the base's decoder over a packed latent, as the base's output.
+
+    ``inputs`` are named as in an encoder-decoder's ``forward`` (``decoder_input_ids``, ``past_key_values``, ...).
+    No attention mask is passed: masked vectors carry a bias of ``-inf``.
+    """
+    inputs = {name: value for name, value in inputs.items() if value is not None}
+    if isinstance(base, JOINED):
+        inputs = {name.removeprefix("decoder_"): value for name, value in inputs.items()}
+        outputs = base.decoder(encoder_hidden_states=packed, **inputs, return_dict=True)
+        return Seq2SeqLMOutput(
+            logits=outputs.logits,
+            past_key_values=outputs.past_key_values,
+            decoder_hidden_states=outputs.hidden_states,
+            decoder_attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+        )
+    encoder_outputs = BaseModelOutput(packed, encoder_outputs.hidden_states, encoder_outputs.attentions)
+    return base(encoder_outputs=encoder_outputs, **inputs, return_dict=True)
+
+
+def shift_right(base: PreTrainedModel, labels: Tensor) -> Tensor:
+    """The decoder's inputs for these labels: the base's own rule where it has one."""
+    if hasattr(base, "prepare_decoder_input_ids_from_labels"):
+        return base.prepare_decoder_input_ids_from_labels(labels)
+    start, pad = base.config.decoder_start_token_id, base.config.pad_token_id
+    shifted = labels.roll(1, dims=-1)
+    shifted[:, 0] = start
+    return shifted.masked_fill(shifted == -100, pad)
+
+
+def decoder_positions(base: PreTrainedModel) -> int | None:
+    """How many tokens the decoder has positions for; ``None`` where they are relative or made as needed."""
+    decoder = base.get_decoder()
+    names = ("embed_positions", "position_embeddings", "wpe")
+    tables = (module for name, module in decoder.named_modules() if name.rsplit(".", 1)[-1] in names)
+    if not any(isinstance(table, nn.Embedding) for table in tables):
+        return None
+    fields = (
+        "max_decoder_position_embeddings",
+        "max_target_positions",
+        "max_position_embeddings",
+        "n_positions",
+    )
+    return next((value for name in fields if isinstance(value := getattr(decoder.config, name, None), int)), None)

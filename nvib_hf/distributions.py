@@ -1,0 +1,113 @@
+"""Draws from the posterior: log-Gamma, log-Dirichlet and Gaussian samples with gradients.
+
+Everything that concerns weights stays in log space, so a component whose pseudo-count is ``exp(-1e6)``
+gets a log-weight of that order instead of the floor that Gamma samplers return when they underflow.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# The range of log(alpha) in which the noise of a Gamma draw is exact. Below it exp(-log_alpha), the
+# derivative of log(u) / alpha, nears the end of fp32's range. Above it the relative deviation of a draw
+# is below exp(-15 / 2) = 6e-4 and fp32 begins to round it away. Only the noise is clamped, never the
+# log-weight itself.
+MIN_LOG_ALPHA = -60.0
+MAX_LOG_ALPHA = 15.0
+
+
+def log_gamma_sample(log_alpha: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    r"""Logarithm of a Gamma draw, with gradients with respect to ``log_alpha``.
+
+    .. math::
+        \log g = \log\alpha + (\log\tilde g - \log\alpha_c), \qquad
+        \log\tilde g = \begin{cases}
+            \log g', & g' \sim \mathrm{Gamma}(\alpha_c, 1) & \text{if } \alpha_c \ge 1 \\
+            \log g' + \log(u) / \alpha_c, & g' \sim \mathrm{Gamma}(\alpha_c + 1, 1),\;
+                u \sim \mathrm{Uniform}(0, 1) & \text{if } \alpha_c < 1
+        \end{cases}
+
+    :math:`\log\alpha_c` is :math:`\log\alpha` clamped to ``[MIN_LOG_ALPHA, MAX_LOG_ALPHA]``; in that range
+    ``exp`` of the result is distributed as Gamma(alpha, 1). Outside of it the noise is that of the nearer
+    bound and differences of log-weights stay exact. The gradient through ``g'`` is the implicit
+    reparameterisation gradient. In float32 values and gradients are finite for every ``log_alpha`` in
+    ``[-60, 60]`` and far beyond.
+
+    Args:
+        log_alpha: logarithm of the pseudo-counts, any shape; ``-inf`` gives ``-inf``.
+        generator: source of randomness, on ``log_alpha``'s device; None for PyTorch's global one.
+
+    Returns:
+        The shape of ``log_alpha``; float64 if that is float64, else float32.
+
+    Source: implicit gradients, Figurnov, Mohamed & Mnih (NeurIPS 2018); the form below 1, Marsaglia & Tsang
+    (ACM TOMS 2000).
+    """
+    dtype, device = torch.promote_types(log_alpha.dtype, torch.float32), log_alpha.device
+    log_alpha = log_alpha.to(dtype)
+    log_alpha_c = log_alpha.clamp(MIN_LOG_ALPHA, MAX_LOG_ALPHA)
+    alpha_c = log_alpha_c.exp()
+    below_one = alpha_c < 1
+
+    # rand is 0 once in 2**24 draws of float32, and log(u) / alpha would be 0 however small alpha is: a
+    # weight for a component without any. Half a step of rand's grid keeps u below 1.
+    log_u = torch.log1p(-torch.rand(log_alpha.shape, generator=generator, dtype=dtype, device=device))
+    log_u = log_u.clamp(max=-torch.finfo(dtype).eps / 4)
+    g = torch._standard_gamma(torch.where(below_one, alpha_c + 1, alpha_c), generator=generator)
+    log_g = g.log() + torch.where(below_one, log_u * torch.exp(-log_alpha_c), 0.0)
+    return log_alpha + (log_g - log_alpha_c)
+
+
+def log_dirichlet_sample(
+    log_alpha: Tensor, mask: Tensor | None = None, generator: torch.Generator | None = None
+) -> Tensor:
+    r"""Logarithm of a Dirichlet draw over the last dimension, as normalised Gammas.
+
+    .. math:: \log\pi_i = \log g_i - \log \sum_j g_j, \qquad g_i \sim \mathrm{Gamma}(\alpha_i, 1)
+
+    Args:
+        log_alpha: logarithm of the pseudo-counts, ``(..., N)``.
+        mask: True where a component is kept, ``(..., N)``; None keeps all. Every row must keep at least
+            one component of finite ``log_alpha`` (the prior's is never masked).
+        generator: source of randomness, on ``log_alpha``'s device; None for PyTorch's global one.
+
+    Returns:
+        ``(..., N)``, normalised over the kept components; exactly ``-inf``, with a gradient of 0, where
+        masked, whatever ``log_alpha`` is there. float64 if ``log_alpha`` is float64, else float32.
+
+    Source: Henderson & Fehr (ICLR 2023), sampling from the posterior.
+    """
+    if mask is None:
+        return log_gamma_sample(log_alpha, generator).log_softmax(-1)
+    log_g = log_gamma_sample(log_alpha.masked_fill(~mask, 0.0), generator).masked_fill(~mask, -math.inf)
+    # The second time for the gradient: what arrives at a masked entry must not reach the others.
+    return log_g.log_softmax(-1).masked_fill(~mask, -math.inf)
+
+
+def gaussian_sample(
+    mu: Tensor, logvar: Tensor, mask: Tensor | None = None, generator: torch.Generator | None = None
+) -> Tensor:
+    r"""A Gaussian draw with diagonal covariance.
+
+    .. math:: z = \mu + \sigma \epsilon, \qquad \epsilon \sim \mathrm{Normal}(0, I)
+
+    Args:
+        mu: means, ``(..., N, P)``.
+        logvar: log variances, ``(..., N, P)``; ``-inf`` is a variance of 0 and gives ``mu`` itself.
+        mask: True where a vector is kept, ``(..., N)``; None keeps all.
+        generator: source of randomness, on ``mu``'s device; None for PyTorch's global one.
+
+    Returns:
+        ``(..., N, P)`` in ``mu``'s dtype; exactly 0, with a gradient of 0, where masked, whatever ``mu``
+        and ``logvar`` are there.
+
+    Source: Kingma & Welling (ICLR 2014).
+    """
+    if mask is not None:
+        masked = ~mask.unsqueeze(-1)  # (..., N, 1)
+        mu, logvar = mu.masked_fill(masked, 0.0), logvar.masked_fill(masked, -math.inf)
+    epsilon = torch.randn(mu.shape, generator=generator, dtype=mu.dtype, device=mu.device)
+    return (mu + torch.exp(0.5 * logvar) * epsilon).to(mu.dtype)

@@ -1,0 +1,113 @@
+r"""Identity initialisation and empirical priors: how a pretrained model becomes an NVIB model.
+
+Source: Fehr & Henderson, *Nonparametric Variational Regularisation of Pretrained Transformers* (COLM 2024).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .validation import check_taus
+
+# log(tau_sigma ** 2) for tau_sigma = 0: without effect in fp32, and a KL that training can climb down from.
+LOG_TAU_SIGMA_FLOOR = -46.0
+
+
+def identity_parameters(
+    prior_mu: Tensor,
+    prior_logvar: Tensor,
+    prior_log_alpha: Tensor,
+    prior_log_alpha_std: Tensor,
+    scale: float,
+    tau_alpha: float = 10.0,
+    tau_sigma: float = 0.0,
+    tau_mu: float = 1.0,
+) -> dict[str, Tensor]:
+    r"""The parameters of :class:`~nvib_hf.Nvib`, by name, that hand a pretrained encoder's output on.
+
+    .. math::
+        W_\mu = \tau_\mu I, \quad b_\mu = (1 - \tau_\mu) \mu_0, \quad
+        W_\sigma = 0, \quad b_\sigma = \log(\sigma_0^2 \tau_\sigma^2), \quad
+        w_1 = 0, \quad w_2 = s / 2, \quad b = \tau_\alpha \max(\mathrm{std}, 1) + \max(c_0, 0)
+
+    with the prior's own score at a query of 0,
+    :math:`c_0 = \log \alpha_0 - \tfrac{s}{2} \sum (1 - r_0) \mu_0^2 - \tfrac12 \sum \log(1 + s \sigma_0^2)`, which is
+    above 0 only for empirical priors. ``tau_alpha = 10, tau_sigma = 0, tau_mu = 1`` compute the pretrained model's
+    function; smaller ``tau_alpha`` and larger ``tau_sigma`` regularise it without any training.
+
+    Args:
+        prior_mu, prior_logvar: ``(P,)``; prior_log_alpha, prior_log_alpha_std: ``(1,)``.
+        scale: the attention's scale ``s``.
+
+    Raises:
+        ValueError: ``tau_sigma`` below 0, ``tau_mu`` outside [0, 1].
+    """
+    check_taus(tau_alpha, tau_sigma, tau_mu)
+    width = prior_mu.shape[0]
+    prior_mu, prior_logvar = prior_mu.float(), prior_logvar.float()
+    log_ratio = prior_logvar + math.log(scale)
+    prior_score = prior_log_alpha.float() - 0.5 * (
+        scale * torch.sigmoid(-log_ratio) * prior_mu.square() - F.logsigmoid(-log_ratio)
+    ).sum(-1)
+    log_tau_sigma = 2 * math.log(tau_sigma) if tau_sigma > 0 else LOG_TAU_SIGMA_FLOOR
+    weight = prior_mu.new_zeros(2 * width, width)
+    weight[:width].fill_diagonal_(tau_mu)
+    return {
+        "mu_logvar.weight": weight,
+        "mu_logvar.bias": torch.cat([(1 - tau_mu) * prior_mu, prior_logvar + log_tau_sigma]),
+        "alpha_weight": torch.zeros_like(prior_mu),
+        "alpha_quadratic": torch.full_like(prior_mu, 0.5 * scale),
+        "alpha_bias": tau_alpha * prior_log_alpha_std.float().clamp(min=1) + prior_score.clamp(min=0),
+    }
+
+
+class EmpiricalPrior(NamedTuple):
+    """Statistics of an encoder's output: arguments of :meth:`nvib_hf.Nvib.set_prior`."""
+
+    prior_mu: Tensor
+    prior_var: Tensor
+    prior_log_alpha: Tensor
+    prior_log_alpha_std: Tensor
+
+
+def empirical_prior(batches: Iterable[tuple[Tensor, Tensor | None]], scale: float) -> EmpiricalPrior:
+    r"""Prior from the encoder's output over a corpus.
+
+    Mean and unbiased variance of the vectors, mean and deviation of :math:`\tfrac{s}{2} \lVert x \rVert^2`.
+
+    Args:
+        batches: pairs of encoder outputs ``(B, Ns, P)`` and masks ``(B, Ns)``, True = padding, or ``None``.
+        scale: the attention's scale ``s``.
+
+    Raises:
+        ValueError: for fewer than two vectors, or a channel that never varies.
+    """
+    count, mean, deviation, energies = 0, 0.0, 0.0, []
+    for hidden_states, padding_mask in batches:
+        vectors = hidden_states.detach().flatten(0, 1).double()
+        if padding_mask is not None:
+            vectors = vectors[~padding_mask.flatten().bool()]
+        if not len(vectors):
+            continue
+        # Batches are merged by their means: sums of squares would cancel.
+        batch_mean = vectors.mean(0)
+        shift, total = batch_mean - mean, count + len(vectors)
+        deviation = deviation + (vectors - batch_mean).square().sum(0) + shift.square() * count * len(vectors) / total
+        mean = mean + shift * len(vectors) / total
+        count = total
+        energies.append(0.5 * scale * vectors.square().sum(-1))
+    if count < 2:
+        raise ValueError(f"An empirical prior needs at least two source vectors, but the batches have {count}.")
+    variance, energy = deviation / (count - 1), torch.cat(energies)
+    if not (variance > 0).all():
+        raise ValueError(
+            f"{int((variance == 0).sum())} channels of the encoder's output never vary over these batches, so "
+            "the prior would have variance 0. Pass more text."
+        )
+    return EmpiricalPrior(mean.float(), variance.float(), energy.mean().float(), energy.std().float())

@@ -1,0 +1,213 @@
+"""The two terms of the KL divergence between an NVIB posterior and its prior, one value per example.
+
+Both take the latent as keywords, ``kl_gaussian(**latent)``, use what they need of it and ignore the rest.
+Sums run over the vectors that are not padding: ``k0`` of them, ``n' = k0 / kappa`` components.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# Log pseudo-counts below this count as this: a row whose total is 0 (log 0 = -inf) stays finite.
+MIN_LOG_ALPHA = -1e4
+# Above exp of this the remainder of lgamma comes from Stirling's series: the first term left out is
+# below 2e-18 there.
+STIRLING_FROM = math.log(16.0)
+# B_2j / (2j (2j - 1)), the coefficients of x**(1 - 2j) in that series.
+STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188, -691 / 360360)
+
+
+def kl_gaussian(
+    mu: Tensor,
+    logvar: Tensor,
+    alpha: Tensor | None = None,
+    log_alpha: Tensor | None = None,
+    memory_key_padding_mask: Tensor | None = None,
+    prior_mu: float | Tensor = 0.0,
+    prior_var: float | Tensor = 1.0,
+    kappa: int = 1,
+    batch_first: bool = False,
+    **_,
+) -> Tensor:
+    r"""KL divergence of the components' Gaussians from the prior's, weighted by pseudo-count.
+
+    .. math::
+        KL_G = \frac{k_0}{n'} \sum_i \frac{\alpha_i}{\alpha_0} \, \tfrac12 \,
+               \mathrm{mean}_P\!\left( v_i + \frac{(\mu_i - \mu_p)^2}{\sigma_p^2} - 1 - \log v_i \right),
+        \qquad v_i = \frac{\sigma_i^2}{\sigma_p^2}
+
+    Computed in float32 (float64 if ``mu`` is float64) whatever the model's dtype.
+
+    Args:
+        mu: means, ``(Nl, B, P)``, or ``(B, Nl, P)`` if ``batch_first``.
+        logvar: log variances, shaped as ``mu``.
+        alpha: pseudo-counts, ``(Nl, B)``, or ``(B, Nl)`` if ``batch_first``; a dimension of 1 may follow.
+            One that is 0 gets a gradient of 0, as ``relu`` has there.
+        log_alpha: their logarithm, shaped as ``alpha``; the one used if both are given.
+        memory_key_padding_mask: True where a vector is padding, always ``(B, Nl)``; None if none is. The
+            prior's component is never padding. Padded vectors contribute 0, even if they are not finite.
+        prior_mu: mean of the prior's component, one number or ``(P,)``.
+        prior_var: variance of the prior's component, one number or ``(P,)``.
+        kappa: number of vectors drawn per component, ``k0 / n'``; 1 in evaluation.
+        batch_first: layout of ``mu``, ``logvar``, ``alpha`` and ``log_alpha``.
+
+    Returns:
+        ``(B,)``, zero at the prior and never negative.
+
+    Source: Henderson & Fehr (ICLR 2023), KL divergence of the Gaussian components.
+    """
+    _check("kappa", kappa, kappa >= 1, "Pass the number of vectors per component, 1 or more.")
+    if not isinstance(prior_var, Tensor):
+        _check("prior_var", prior_var, prior_var > 0, "Pass a variance above 0.")
+
+    log_alpha, padding = _unpadded_log_alpha(alpha, log_alpha, memory_key_padding_mask, batch_first)
+    dtype = torch.promote_types(mu.dtype, torch.float32)
+    if not batch_first:
+        mu, logvar = mu.transpose(0, 1), logvar.transpose(0, 1)  # (B, Nl, P)
+    mu = mu.to(dtype).masked_fill(padding.unsqueeze(-1), 0.0)
+    logvar = logvar.to(dtype).masked_fill(padding.unsqueeze(-1), 0.0)
+    prior_mu = torch.as_tensor(prior_mu, dtype=dtype, device=mu.device)
+    prior_var = torch.as_tensor(prior_var, dtype=dtype, device=mu.device)
+
+    log_v = logvar - prior_var.log()
+    divergence = 0.5 * (torch.expm1(log_v) - log_v + (mu - prior_mu).square() / prior_var).mean(-1)  # (B, Nl)
+    return kappa * (log_alpha.softmax(-1) * divergence).sum(-1)
+
+
+def kl_dirichlet(
+    alpha: Tensor | None = None,
+    log_alpha: Tensor | None = None,
+    memory_key_padding_mask: Tensor | None = None,
+    prior_alpha: float | Tensor = 1.0,
+    delta: float = 1.0,
+    kappa: int = 1,
+    batch_first: bool = False,
+    prior_log_alpha: float | Tensor | None = None,
+    **_,
+) -> Tensor:
+    r"""KL divergence of the total pseudo-count from the prior's, as of two symmetric Dirichlets.
+
+    .. math::
+        KL_D = \frac1{n'} \Big\{ \log\Gamma(\alpha_0) - \log\Gamma(\alpha_0^p)
+               + (\alpha_0 - \alpha_0^p) \big( \psi(\alpha_0 / k_0) - \psi(\alpha_0) \big)
+               + k_0 \big( \log\Gamma(\alpha_0^p / k_0) - \log\Gamma(\alpha_0 / k_0) \big) \Big\}
+
+    with :math:`\alpha_0 = \sum_i \alpha_i` and :math:`\alpha_0^p = \alpha^p + \delta (n' - 1)`. Written like
+    this its terms cancel beyond what float64 holds once the totals are large. With the remainder
+    :math:`R(x) = \log\Gamma(x) - (x - \tfrac12) \log x + x - \tfrac12 \log 2\pi` of Stirling's formula,
+    :math:`T(x) = x R'(x)` and :math:`d = \log\alpha_0^p - \log\alpha_0` the same is
+
+    .. math::
+        n' KL_D = \tfrac{k_0 - 1}{2} (e^d - 1 - d) + k_0 D(\alpha_0^p / k_0, \alpha_0 / k_0)
+                  - D(\alpha_0^p, \alpha_0), \qquad D(p, a) = R(p) - R(a) - (e^d - 1) T(a)
+
+    where every term goes to 0 with ``d``, and ``R`` and ``T`` also with ``1 / x``. It is computed from the
+    logarithms of the totals in float64 (float32 on devices without it), so totals of ``exp(1e4)`` are fine.
+
+    The divergence grows as :math:`e^d`. To keep value and gradient finite in the result's dtype ``d`` is at
+    most 80 in float32 (701 in float64): where the prior's total is larger than that against the posterior's,
+    a prior at that distance takes its place.
+
+    Args:
+        alpha: pseudo-counts, ``(Nl, B)``, or ``(B, Nl)`` if ``batch_first``; a dimension of 1 may follow.
+            One that is 0 gets a gradient of 0, as ``relu`` has there.
+        log_alpha: their logarithm, shaped as ``alpha``; the one used if both are given.
+        memory_key_padding_mask: True where a vector is padding, always ``(B, Nl)``; None if none is. The
+            prior's component is never padding.
+        prior_alpha: pseudo-count of the prior's component.
+        delta: what share of the source length the prior expects to keep, in [0, 1].
+        kappa: number of vectors drawn per component, each carrying ``alpha / kappa``; 1 in evaluation.
+        batch_first: layout of ``alpha`` and ``log_alpha``.
+        prior_log_alpha: logarithm of ``prior_alpha``, used in its place if given.
+
+    Returns:
+        ``(B,)``, zero at the prior and never negative; float64 if the pseudo-counts are, else float32.
+
+    Source: Henderson & Fehr (ICLR 2023), KL divergence of the Dirichlet process; ``delta``, Behjati, Fehr &
+    Henderson (Findings of EMNLP 2023).
+    """
+    _check("kappa", kappa, kappa >= 1, "Pass the number of vectors per component, 1 or more.")
+    _check("delta", delta, 0 <= delta <= 1, "Pass a share of the source length, from 0 to 1.")
+    if prior_log_alpha is None and isinstance(prior_alpha, Tensor):
+        prior_log_alpha = prior_alpha.log()
+    elif prior_log_alpha is None:
+        _check("prior_alpha", prior_alpha, prior_alpha > 0, "Pass a number above 0, or prior_log_alpha.")
+        prior_log_alpha = math.log(prior_alpha)
+
+    log_alpha, padding = _unpadded_log_alpha(alpha, log_alpha, memory_key_padding_mask, batch_first)
+    dtype, wide = log_alpha.dtype, torch.float32 if log_alpha.device.type == "mps" else torch.float64
+
+    k0 = (~padding).sum(-1).to(wide)  # (B,), as everything from here on
+    n = k0 / kappa
+    log_total = log_alpha.to(wide).logsumexp(-1)
+    prior_log_alpha = torch.as_tensor(prior_log_alpha, dtype=wide, device=log_alpha.device)
+    log_prior_total = torch.logaddexp(prior_log_alpha, torch.log(delta * (n - 1)))
+    log_prior_total = log_prior_total.minimum(log_total.detach() + math.log(torch.finfo(dtype).max) - 8)
+
+    d = log_prior_total - log_total
+    ratio = torch.expm1(d)
+
+    def remainder_divergence(log_parts: Tensor | float) -> Tensor:  # D(alpha_0^p / parts, alpha_0 / parts)
+        r_prior, _ = _stirling_remainder(log_prior_total - log_parts)
+        r, t = _stirling_remainder(log_total - log_parts)
+        return r_prior - r - ratio * t
+
+    kl = 0.5 * (k0 - 1) * (ratio - d) + k0 * remainder_divergence(k0.log()) - remainder_divergence(0.0)
+    return (kl / n).clamp(min=0.0).to(dtype)
+
+
+def _stirling_remainder(log_x: Tensor) -> tuple[Tensor, Tensor]:
+    r"""What Stirling's formula leaves of ``lgamma``, and ``x`` times the derivative of that.
+
+    .. math::
+        R(x) = \log\Gamma(x) - (x - \tfrac12) \log x + x - \tfrac12 \log 2\pi
+             \approx \frac1{12 x} - \frac1{360 x^3} + \dots, \qquad
+        T(x) = x (\psi(x) - \log x) + \tfrac12
+    """
+    log_small = log_x.clamp(max=STIRLING_FROM)
+    x = log_small.exp()
+    r = torch.lgamma(1 + x) - (x + 0.5) * log_small + x - 0.5 * math.log(2 * math.pi)
+    t = x * (torch.digamma(1 + x) - log_small) - 0.5
+
+    y = torch.exp(-log_x.clamp(min=STIRLING_FROM))  # 1 / x
+    r_series, t_series = torch.zeros_like(y), torch.zeros_like(y)
+    for j, coefficient in reversed(list(enumerate(STIRLING))):  # Horner's scheme in y**2
+        r_series = r_series * y.square() + coefficient
+        t_series = t_series * y.square() - (2 * j + 1) * coefficient
+    large = log_x > STIRLING_FROM
+    return torch.where(large, r_series * y, r), torch.where(large, t_series * y, t)
+
+
+def _unpadded_log_alpha(
+    alpha: Tensor | None, log_alpha: Tensor | None, memory_key_padding_mask: Tensor | None, batch_first: bool
+) -> tuple[Tensor, Tensor]:
+    """Log pseudo-counts, ``-inf`` where padding, and the padding, both ``(B, Nl)``; float32 or float64."""
+    counts = alpha if log_alpha is None else log_alpha
+    if counts is None:
+        raise ValueError("alpha and log_alpha are both None. Pass the latent's log_alpha, or its alpha.")
+    if counts.dim() == 3:
+        counts = counts.squeeze(-1)
+    if not batch_first:
+        counts = counts.transpose(0, 1)  # (B, Nl)
+
+    padding = memory_key_padding_mask
+    if padding is None:
+        padding = torch.zeros_like(counts, dtype=torch.bool)
+    if padding.shape != counts.shape:
+        raise ValueError(
+            f"memory_key_padding_mask has shape {tuple(padding.shape)}, but with batch_first={batch_first} "
+            f"the latent has (B, Nl) = {tuple(counts.shape)}. Pass the mask as (B, Nl) in either layout, and "
+            "batch_first as the latent has it."
+        )
+    counts = counts.to(torch.promote_types(counts.dtype, torch.float32)).masked_fill(padding, 1.0)
+    if log_alpha is None:
+        counts = counts.clamp(min=torch.finfo(counts.dtype).tiny).log()  # the gradient of log(0) is 0 / 0
+    return counts.clamp(min=MIN_LOG_ALPHA).masked_fill(padding, -math.inf), padding
+
+
+def _check(name: str, value: float, holds: bool, remedy: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} is {value}. {remedy}")

@@ -1,0 +1,201 @@
+r"""The latent of a text (image, sound): first-class, and packed for its way through a decoder.
+
+The only tensor that reaches every cross-attention of every architecture is ``encoder_hidden_states``. What
+attention reads of a latent therefore travels as its last axis:
+
+    [ vectors (P) | bias (3, padded to 8) ]                       a sample: points
+    [ vectors (P) | shrinkage (P) | bias (3, padded to 8) ]       a mixture of Gaussians
+
+The bias is split in three summands that a cast to half precision does not round, so the packed tensor can have
+the model's dtype and survives autocast and mixed-precision wrappers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.utils import ModelOutput
+
+from .denoising_attention import DenoisingMemory, mixture_memory, sampled_memory, split_bias
+
+BIAS_WIDTH = 8  # three channels, padded so that the packed rows stay aligned
+
+
+def pack(memory: DenoisingMemory) -> Tensor:
+    """One tensor ``(B, Nl, P + 8)``, or ``(B, Nl, 2 P + 8)`` with shrinkage, in the vectors' dtype."""
+    dtype = memory.vectors.dtype
+    bias = F.pad(split_bias(memory.bias), (0, BIAS_WIDTH - 3)).to(dtype)
+    parts = [memory.vectors, bias] if memory.shrinkage is None else [memory.vectors, memory.shrinkage, bias]
+    return torch.cat(parts, dim=-1)
+
+
+def unpack(packed: Tensor, width: int) -> DenoisingMemory:
+    """The memory in a packed tensor, for latent vectors of ``width`` ``P``.
+
+    Raises:
+        ValueError: the last axis is neither ``P + 8`` nor ``2 P + 8``.
+    """
+    size = packed.shape[-1]
+    if size not in (width + BIAS_WIDTH, 2 * width + BIAS_WIDTH):
+        raise ValueError(
+            f"The decoder of an NVIB model reads latents, but encoder_hidden_states is {size} wide where a latent "
+            f"of this model is {width + BIAS_WIDTH} or {2 * width + BIAS_WIDTH}. Pass the model's inputs, or "
+            "encoder_outputs from encode(), sample_latents() or interpolate_latents() of this model."
+        )
+    three = packed[..., -BIAS_WIDTH : -BIAS_WIDTH + 3]
+    bias = (three if three.dtype == torch.float64 else three.float()).sum(-1)
+    shrinkage = None if size == width + BIAS_WIDTH else packed[..., width : 2 * width]
+    return DenoisingMemory(packed[..., :width], bias, shrinkage)
+
+
+@dataclass
+class NvibLatents(ModelOutput):
+    """Latents of a batch, what :meth:`~nvib_hf.NvibForConditionalGeneration.generate` decodes.
+
+    Indexed along the batch (``latents[0]``, ``latents[2:4]``, ``latents[[0, 2]]``, a mask); by field with a string.
+
+    Args:
+        z: vectors attended to, ``(B, Nl, P)``: a sample, or the means where ``logvar`` is given.
+        log_pi: log mixture weights ``(B, Nl)``, ``-inf`` where a vector is padding or dropped.
+        logvar: log-variances ``(B, Nl, P)`` of the mixture; ``None`` for a sample.
+        attention_mask: ``(B, Nl)``, True = a vector (dropped ones included), False = padding.
+        log_alpha: log pseudo-counts ``(B, Nl)``, ``-inf`` where padding; component 0 is the prior's. ``None`` for
+            latents that come from no text.
+        kl_gaussian, kl_dirichlet: ``(B,)``, in nats, as the loss weighs them. ``None`` as above.
+        num_vectors: ``(B,)`` source vectors kept, the prior's excluded; prop_vectors: their share of the source
+            length; effective_num_vectors: ``exp(entropy(pi))``. ``None`` as above.
+    """
+
+    z: Tensor | None = None
+    log_pi: Tensor | None = None
+    logvar: Tensor | None = None
+    attention_mask: Tensor | None = None
+    log_alpha: Tensor | None = None
+    kl_gaussian: Tensor | None = None
+    kl_dirichlet: Tensor | None = None
+    num_vectors: Tensor | None = None
+    prop_vectors: Tensor | None = None
+    effective_num_vectors: Tensor | None = None
+
+    def __getitem__(self, index):
+        if isinstance(index, str):
+            return super().__getitem__(index)
+        if isinstance(index, int):
+            if not -self.batch_size <= index < self.batch_size:
+                raise IndexError(f"index {index} is out of range for {self.batch_size} latents.")
+            index = [index]
+        if isinstance(index, Tensor):
+            index = index.to(self.z.device)
+        return type(self)(**{name: value[index] for name, value in self.items()})
+
+    @property
+    def batch_size(self) -> int:
+        return self.z.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.z.device
+
+    def to(self, *args, **kwargs) -> NvibLatents:
+        """A copy on another device or in another dtype; fp32 quantities and masks keep their dtype."""
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+
+        def move(name: str, value: Tensor) -> Tensor:
+            target = dtype if name in ("z", "logvar") else None
+            return value.to(device=device, dtype=target or value.dtype, non_blocking=non_blocking)
+
+        return type(self)(**{name: move(name, value) for name, value in self.items()})
+
+    def detach(self) -> NvibLatents:
+        return type(self)(**{name: value.detach() for name, value in self.items()})
+
+    def compact(self) -> NvibLatents:
+        """Without the vectors that decoding cannot see, as short as the longest kept of the batch.
+
+        The output of a decoder is the same. Order is kept. Reads a length from the device.
+        """
+        keep = self.log_pi > float("-inf")
+        length = int(keep.sum(-1).max())
+        if length == keep.shape[1]:
+            return self
+        order = (~keep).to(torch.uint8).argsort(dim=-1, stable=True)[:, :length]
+
+        def gather(value: Tensor) -> Tensor:
+            index = order if value.dim() == 2 else order[..., None].expand(-1, -1, value.shape[-1])
+            return value.gather(1, index)
+
+        return type(self)(**{name: value if value.dim() == 1 else gather(value) for name, value in self.items()})
+
+    def memory(self, scale: float) -> DenoisingMemory:
+        """What denoising attention with this ``scale`` reads of the latents."""
+        if self.logvar is None:
+            return sampled_memory(self.z, self.log_pi, scale)
+        return mixture_memory(self.z, self.logvar, self.log_pi, scale)
+
+
+def concatenate_latents(latents: list[NvibLatents]) -> NvibLatents:
+    """Latents of several batches as one batch; shorter ones are padded. A field that one lacks is left out.
+
+    A sample beside a mixture becomes a mixture of variance 0.
+    """
+    if not latents:
+        raise ValueError("latents is empty: pass at least one.")
+    length = max(x.z.shape[1] for x in latents)
+    mixture = any(x.logvar is not None for x in latents)
+    padded = [pad_latents(x, length, with_logvar=mixture) for x in latents]
+    shared = [name for name in padded[0] if all(x.get(name) is not None for x in padded)]
+    return NvibLatents(**{name: torch.cat([x[name] for x in padded]) for name in shared})
+
+
+def pad_latents(latents: NvibLatents, length: int, with_logvar: bool) -> NvibLatents:
+    """Latents padded to ``length`` vectors; with log-variances of ``-inf`` if they are a sample and need some."""
+    fields = dict(latents.items())
+    if with_logvar and "logvar" not in fields:
+        fields["logvar"] = torch.full_like(latents.z, float("-inf"))
+    missing = length - latents.z.shape[1]
+    for name, value in fields.items():
+        fill = {"z": 0, "logvar": 0, "attention_mask": False}.get(name, float("-inf"))
+        if value.dim() == 2:
+            fields[name] = F.pad(value, (0, missing), value=fill)
+        elif value.dim() == 3:
+            fields[name] = F.pad(value, (0, 0, 0, missing), value=fill)
+    return NvibLatents(**fields)
+
+
+def interpolate(first: NvibLatents, second: NvibLatents, weight: float | Tensor) -> NvibLatents:
+    r"""The mixture :math:`(1 - t) F_a + t F_b` of two distributions: their components side by side.
+
+    Args:
+        first, second: latents of the same batch size; lengths may differ.
+        weight: ``t`` in [0, 1], a number or ``(B,)``; 0 is ``first``.
+
+    Raises:
+        ValueError: weights outside [0, 1]; batch sizes or widths that differ.
+
+    Source: Henderson & Fehr (ICLR 2023), interpolation.
+    """
+    if first.z.shape[::2] != second.z.shape[::2]:
+        raise ValueError(
+            f"Latents of shape {tuple(first.z.shape)} and {tuple(second.z.shape)} cannot be interpolated: batch "
+            "size and width must be the same."
+        )
+    weight = torch.as_tensor(weight, dtype=first.log_pi.dtype, device=first.z.device)
+    if not ((weight >= 0) & (weight <= 1)).all():
+        raise ValueError(f"weight must be in [0, 1], but got {weight.tolist()}.")
+    if weight.dim() > 1 or (weight.dim() == 1 and len(weight) not in (1, first.batch_size)):
+        raise ValueError(
+            f"weight must be a number or one value for each of the {first.batch_size} latents, but has shape "
+            f"{tuple(weight.shape)}."
+        )
+    weight = weight.reshape(-1, 1)
+    mixture = first.logvar is not None or second.logvar is not None
+    first, second = (pad_latents(x, x.z.shape[1], with_logvar=mixture) for x in (first, second))
+    return NvibLatents(
+        z=torch.cat([first.z, second.z], dim=1),
+        log_pi=torch.cat([first.log_pi + (1 - weight).log(), second.log_pi + weight.log()], dim=1),
+        logvar=torch.cat([first.logvar, second.logvar], dim=1) if mixture else None,
+        attention_mask=torch.cat([first.attention_mask, second.attention_mask], dim=1),
+    )

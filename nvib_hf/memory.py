@@ -1,0 +1,53 @@
+"""The latent as a memory for ``nn.TransformerDecoder``: a tuple that passes through it untouched."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class _Fields(NamedTuple):
+    z: Tensor
+    pi: Tensor
+    mu: Tensor
+    logvar: Tensor
+
+
+class NvibMemory(_Fields):
+    """``(z, pi, mu, logvar)`` with ``log_pi`` beside them, so that nothing goes through ``log(pi)``.
+
+    ``z``, ``mu``, ``logvar`` ``(Nl, B, P)`` and ``pi``, ``log_pi`` ``(Nl, B)``, or ``(B, Nl, ...)`` from a layer
+    that is ``batch_first``. Training attends to ``z`` with weights ``pi``, evaluation to the mixture of Gaussians
+    ``mu``, ``logvar``, ``pi``. ``pi = 0`` (``log_pi = -inf``) masks a vector.
+    """
+
+    log_pi: Tensor
+
+    def __new__(cls, z: Tensor, pi: Tensor, mu: Tensor, logvar: Tensor, log_pi: Tensor | None = None) -> NvibMemory:
+        memory = super().__new__(cls, z, pi, mu, logvar)
+        memory.log_pi = pi.log() if log_pi is None else log_pi
+        return memory
+
+    def __reduce__(self):
+        return type(self), (*self, self.log_pi)
+
+
+def as_memory(memory: object) -> NvibMemory:
+    """``memory`` itself, or an :class:`NvibMemory` of a plain tuple ``(z, pi, mu, logvar)``.
+
+    A trailing dimension of 1 of ``pi`` is dropped.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if isinstance(memory, NvibMemory):
+        return memory
+    if isinstance(memory, tuple) and len(memory) == 4 and all(isinstance(x, torch.Tensor) for x in memory):
+        z, pi, mu, logvar = memory
+        return NvibMemory(z, pi.squeeze(-1) if pi.dim() == z.dim() else pi, mu, logvar)
+    raise TypeError(
+        f"Denoising attention needs a memory (z, pi, mu, logvar), but got {type(memory).__name__}. Pass the "
+        "'z' entry of an Nvib layer's output, or Nvib.sample(...)."
+    )

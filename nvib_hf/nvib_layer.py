@@ -1,0 +1,377 @@
+r"""The NVIB layer: a set of vectors in, a posterior over mixture distributions out.
+
+Source: Henderson & Fehr (ICLR 2023), section 3; Fehr & Henderson (COLM 2024) for the quadratic pseudo-counts and
+the identity initialisation.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .denoising_attention import at_least_float32
+from .distributions import gaussian_sample, log_dirichlet_sample
+from .initialisation import identity_parameters
+from .kl import kl_dirichlet, kl_gaussian
+from .memory import NvibMemory
+from .validation import check_prior, check_settings
+
+# exp of more overflows fp32; only the `alpha` that is reported is clamped, everything computes with log_alpha.
+LOG_ALPHA_REPORTED_MAX = 85.0
+
+
+class Posterior(NamedTuple):
+    """Parameters of the posterior, batch-first, component 0 the prior's, which is never masked.
+
+    ``mu``, ``logvar`` ``(B, Ns + 1, P)``; ``log_alpha`` ``(B, Ns + 1)`` in fp32 or better; ``mask``
+    ``(B, Ns + 1)``, True = a component; ``keep``: as ``mask``, less what ``alpha_threshold`` drops.
+    """
+
+    mu: Tensor
+    logvar: Tensor
+    log_alpha: Tensor
+    mask: Tensor
+    keep: Tensor
+
+
+class Nvib(nn.Module):
+    r"""Nonparametric variational information bottleneck.
+
+    For every source vector :math:`x`
+
+    .. math::
+        \mu = W_\mu x + b_\mu, \qquad \log \sigma^2 = W_\sigma x + b_\sigma, \qquad
+        \log \alpha = w_1^\top x + w_2^\top x^2 + b
+
+    and the prior's component ``(prior_mu, prior_var, prior_alpha)`` is put in front. Training draws ``kappa``
+    vectors a component, :math:`\pi \sim \mathrm{Dirichlet}(\alpha_i / \kappa)`,
+    :math:`z \sim \mathcal N(\mu, \sigma^2)`; evaluation returns the posterior: one vector a component.
+
+    Args:
+        size_in: width ``H`` of the encoder's output.
+        size_out: width ``P`` of the latent vectors.
+        prior_mu, prior_var: mean and variance of the prior's Gaussian, a number or a tensor of ``size_out``.
+        prior_alpha: pseudo-count of the prior's component.
+        delta: conditional prior, in [0, 1]: the share of the source length the prior expects to keep.
+        kappa: vectors drawn for each component in training.
+        alpha_activation: ``"exp"`` (with the quadratic term) or ``"relu"`` (``relu(w x + b)``, first paper).
+        alpha_threshold: components with a pseudo-count at or below it are dropped (``pi = 0``), in training as in
+            evaluation; never the prior's. 0 drops none under ``"exp"``.
+        scale: the scale ``s`` of the attention that reads the latent, for the identity initialisation; ``None`` is
+            that of one head as wide as the latent, ``size_out ** -0.5``.
+        batch_first: ``(B, Ns, H)`` instead of ``(Ns, B, H)``, inputs and outputs.
+
+    Raises:
+        ValueError: for an argument outside its range.
+
+    Example:
+        >>> layer = Nvib(16, 16, prior_mu=0, prior_var=1, prior_alpha=1, delta=1, kappa=1)
+        >>> latent = layer(torch.randn(5, 2, 16), torch.zeros(2, 5, dtype=torch.bool))
+        >>> latent["z"].z.shape
+        torch.Size([6, 2, 16])
+        >>> layer.kl_gaussian(**latent).shape
+        torch.Size([2])
+
+    Source: Henderson & Fehr (ICLR 2023), section 3.1; the quadratic term: Fehr & Henderson (COLM 2024).
+    """
+
+    def __init__(
+        self,
+        size_in: int,
+        size_out: int,
+        prior_mu: float | Tensor = 0.0,
+        prior_var: float | Tensor = 1.0,
+        prior_alpha: float = 1.0,
+        delta: float = 1.0,
+        kappa: int = 1,
+        *,
+        alpha_activation: str = "exp",
+        alpha_threshold: float = 0.0,
+        scale: float | None = None,
+        batch_first: bool = False,
+    ) -> None:
+        super().__init__()
+        check_prior(prior_mu, prior_var, prior_alpha, size_out)
+        check_settings(delta, kappa, alpha_activation, alpha_threshold, scale)
+        self.size_in, self.size_out = size_in, size_out
+        self.delta, self.kappa = delta, kappa
+        self.alpha_activation, self.alpha_threshold = alpha_activation, alpha_threshold
+        self.scale = size_out**-0.5 if scale is None else scale
+        self.batch_first = batch_first
+
+        self.mu_logvar = nn.Linear(size_in, 2 * size_out)
+        self.alpha_weight = nn.Parameter(torch.empty(size_in))
+        self.alpha_quadratic = nn.Parameter(torch.empty(size_in)) if alpha_activation == "exp" else None
+        self.alpha_bias = nn.Parameter(torch.empty(1))
+        self.register_buffer("prior_mu", torch.empty(size_out))
+        self.register_buffer("prior_logvar", torch.empty(size_out))
+        self.register_buffer("prior_log_alpha", torch.empty(1))
+        self.register_buffer("prior_log_alpha_std", torch.empty(1))
+        self.set_prior(prior_mu, prior_var, math.log(prior_alpha))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def set_prior(
+        self,
+        prior_mu: float | Tensor,
+        prior_var: float | Tensor,
+        prior_log_alpha: float | Tensor,
+        prior_log_alpha_std: float | Tensor = 1.0,
+    ) -> None:
+        """Replace the prior, for instance by an :func:`~nvib_hf.initialisation.empirical_prior`."""
+        self.prior_mu.copy_(torch.as_tensor(prior_mu))
+        self.prior_logvar.copy_(torch.as_tensor(prior_var, dtype=torch.float32).log())
+        self.prior_log_alpha.copy_(torch.as_tensor(prior_log_alpha))
+        self.prior_log_alpha_std.copy_(torch.as_tensor(prior_log_alpha_std))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise for training from scratch: a random projection, variances of 1, pseudo-counts near 1."""
+        self.mu_logvar.reset_parameters()
+        self.mu_logvar.weight[self.size_out :].zero_()
+        self.mu_logvar.bias[self.size_out :].zero_()
+        nn.init.normal_(self.alpha_weight, std=0.1 * self.size_in**-0.5)
+        if self.alpha_quadratic is not None:
+            nn.init.zeros_(self.alpha_quadratic)
+            nn.init.zeros_(self.alpha_bias)
+        else:
+            nn.init.ones_(self.alpha_bias)  # relu: positive, so that a gradient flows
+
+    def identity_parameters(
+        self, tau_alpha: float = 10.0, tau_sigma: float = 0.0, tau_mu: float = 1.0
+    ) -> dict[str, Tensor]:
+        """:func:`~nvib_hf.initialisation.identity_parameters` of this layer's prior and scale, by name.
+
+        Without the quadratic term of ``alpha_activation="exp"`` every pseudo-count starts at ``tau_alpha``.
+
+        Raises:
+            ValueError: where the layer changes the width.
+        """
+        if self.size_in != self.size_out:
+            raise ValueError(
+                f"The identity initialisation needs size_in == size_out, but they are {self.size_in} and "
+                f"{self.size_out}. Use reset_parameters() for a layer that changes the width."
+            )
+        prior = (self.prior_mu, self.prior_logvar, self.prior_log_alpha, self.prior_log_alpha_std)
+        values = identity_parameters(*prior, self.scale, tau_alpha, tau_sigma, tau_mu)
+        if self.alpha_quadratic is None:
+            del values["alpha_quadratic"]
+            values["alpha_bias"] = torch.full_like(values["alpha_bias"], tau_alpha)
+        return values
+
+    @torch.no_grad()
+    def identity_init(self, tau_alpha: float = 10.0, tau_sigma: float = 0.0, tau_mu: float = 1.0) -> None:
+        """Hand the input on unchanged: set the parameters to :meth:`identity_parameters`."""
+        for name, value in self.identity_parameters(tau_alpha, tau_sigma, tau_mu).items():
+            self.get_parameter(name).copy_(value)
+
+    def posterior(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Posterior:
+        """Parameters of the posterior for ``(B, Ns, H)`` and an optional mask ``(B, Ns)``, True = padding."""
+        batch, length, width = hidden_states.shape
+        if width != self.size_in:
+            raise ValueError(f"The input is {width} wide, but this layer was made with size_in={self.size_in}.")
+        if padding_mask is not None and padding_mask.shape != (batch, length):
+            raise ValueError(
+                f"The padding mask has shape {tuple(padding_mask.shape)}, but the input needs {(batch, length)}: "
+                "one entry a source vector, batch first."
+            )
+        mu, logvar = self.mu_logvar(hidden_states).chunk(2, dim=-1)
+        log_alpha = self._log_alpha(hidden_states)
+        keep = log_alpha > (math.log(self.alpha_threshold) if self.alpha_threshold > 0 else float("-inf"))
+        if padding_mask is None:
+            mask = torch.ones_like(keep)
+        else:
+            mask = ~padding_mask.bool()
+            # Whatever stands in a padded position must not survive as 0 * inf.
+            mu, logvar = (x.masked_fill(padding_mask[..., None].bool(), 0) for x in (mu, logvar))
+            log_alpha = log_alpha.masked_fill(~mask, 0)
+        keep = keep & mask
+        first = mask.new_ones(batch, 1)
+        return Posterior(
+            mu=torch.cat([self.prior_mu.to(mu.dtype).expand(batch, 1, -1), mu], dim=1),
+            logvar=torch.cat([self.prior_logvar.to(mu.dtype).expand(batch, 1, -1), logvar], dim=1),
+            log_alpha=torch.cat([self.prior_log_alpha.to(log_alpha.dtype).expand(batch, 1), log_alpha], dim=1),
+            mask=torch.cat([first, mask], dim=1),
+            keep=torch.cat([first, keep], dim=1),
+        )
+
+    def _log_alpha(self, hidden_states: Tensor) -> Tensor:
+        """Log pseudo-counts ``(B, Ns)``, in fp32: s/2 * ||x||^2 must cancel against the attention's bias."""
+        x = at_least_float32(hidden_states)
+        weight, bias = self.alpha_weight.to(x.dtype), self.alpha_bias.to(x.dtype)
+        if self.alpha_quadratic is not None:
+            return (x * (weight + self.alpha_quadratic.to(x.dtype) * x)).sum(-1) + bias
+        activation = (x * weight).sum(-1) + bias
+        tiny = torch.finfo(x.dtype).tiny
+        log_alpha = activation.clamp(min=tiny).log()
+        return torch.where(activation > tiny, log_alpha, float("-inf"))
+
+    def sample_posterior(
+        self, posterior: Posterior, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor, Posterior]:
+        """Draw ``kappa`` vectors a component: ``z`` ``(B, Nl, P)``, ``log_pi`` ``(B, Nl)`` and their parameters.
+
+        The parameters are those of the ``Nl = kappa * (Ns + 1)`` vectors, each with ``alpha_i / kappa``; the
+        vectors of a component stand side by side.
+        """
+        if self.kappa > 1:
+            repeated = (x.repeat_interleave(self.kappa, dim=1) for x in posterior)
+            posterior = Posterior(*repeated)
+            posterior = posterior._replace(log_alpha=posterior.log_alpha - math.log(self.kappa))
+        log_pi = log_dirichlet_sample(posterior.log_alpha, posterior.keep, generator)
+        z = gaussian_sample(posterior.mu, posterior.logvar, posterior.mask, generator)
+        return z, log_pi, posterior
+
+    def mean_log_pi(self, posterior: Posterior) -> Tensor:
+        """Log of the posterior's expected weights ``alpha / sum(alpha)`` over the kept components, ``(B, Nl)``."""
+        return posterior.log_alpha.masked_fill(~posterior.keep, float("-inf")).log_softmax(-1)
+
+    def forward(
+        self,
+        encoder_output: Tensor,
+        src_key_padding_mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, object]:
+        """Encoder output to latent.
+
+        Args:
+            encoder_output: ``(Ns, B, H)``; ``(B, Ns, H)`` if ``batch_first``.
+            src_key_padding_mask: ``(B, Ns)``, True = padding.
+            generator: for the draws of training.
+
+        Returns:
+            A dict with ``z``: the :class:`~nvib_hf.memory.NvibMemory` a decoder takes as memory; ``pi``,
+            ``alpha``, ``log_alpha`` ``(Nl, B)``; ``mu``, ``logvar`` ``(Nl, B, P)`` (``(B, Nl, ...)`` if
+            ``batch_first``); ``memory_key_padding_mask`` ``(B, Nl)``, True = padding; ``batch_first``; and, over
+            the batch, ``avg_num_vec`` (kept vectors, the prior's excluded), ``avg_prop_vec`` (their share of the
+            source length), ``avg_effective_num_vec`` (``exp(entropy(pi))``) and ``avg_alpha0``. In training
+            ``Nl = kappa * (Ns + 1)`` and ``alpha`` is each vector's ``alpha_i / kappa``, else ``Nl = Ns + 1``.
+        """
+        hidden_states = encoder_output if self.batch_first else encoder_output.transpose(0, 1)
+        posterior = self.posterior(hidden_states, src_key_padding_mask)
+        statistics = self.statistics(posterior)
+        if self.training:
+            z, log_pi, posterior = self.sample_posterior(posterior, generator)
+        else:
+            z, log_pi = posterior.mu, self.mean_log_pi(posterior)
+        return {
+            **self._latent(z, log_pi, posterior),
+            **{f"avg_{name}": value.mean() for name, value in statistics.items()},
+        }
+
+    def _latent(self, z: Tensor, log_pi: Tensor, posterior: Posterior) -> dict[str, object]:
+        """The latent's entries, in the layer's layout."""
+        order = (lambda x: x) if self.batch_first else (lambda x: x.transpose(0, 1))
+        mu, logvar, log_alpha = (order(x) for x in (posterior.mu, posterior.logvar, posterior.log_alpha))
+        memory = NvibMemory(order(z), order(log_pi.exp()), mu, logvar, log_pi=order(log_pi))
+        alpha = log_alpha.clamp(max=LOG_ALPHA_REPORTED_MAX).exp()
+        return {
+            "z": memory,
+            "pi": memory.pi,
+            "mu": mu,
+            "logvar": logvar,
+            "alpha": alpha.masked_fill(order(~posterior.mask), 0),
+            "log_alpha": log_alpha.masked_fill(order(~posterior.mask), float("-inf")),
+            "memory_key_padding_mask": ~posterior.mask,
+            "batch_first": self.batch_first,
+        }
+
+    def statistics(self, posterior: Posterior) -> dict[str, Tensor]:
+        """Per example ``(B,)``: ``num_vec``, ``prop_vec``, ``effective_num_vec``, ``alpha0`` (see ``forward``)."""
+        num_vec = posterior.keep[:, 1:].sum(-1).float()
+        length = posterior.mask[:, 1:].sum(-1).clamp(min=1)
+        log_alpha = posterior.log_alpha.detach().masked_fill(~posterior.mask, float("-inf"))
+        entropy = torch.special.entr(self.mean_log_pi(posterior).detach().exp()).sum(-1)
+        return {
+            "num_vec": num_vec,
+            "prop_vec": num_vec / length,
+            "effective_num_vec": entropy.exp(),
+            "alpha0": log_alpha.logsumexp(-1).clamp(max=LOG_ALPHA_REPORTED_MAX).exp(),
+        }
+
+    def sample_prior(self, padding_mask: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        r"""Vectors and weights from the prior, for a mask ``(B, n)``, True = padding.
+
+        .. math::
+            z \sim \mathcal N(\mathrm{prior\_mu}, \mathrm{prior\_var}), \qquad
+            \pi \sim \mathrm{Dirichlet}\bigl((\mathrm{prior\_alpha} + \delta (n - 1)) / n, \dots\bigr)
+
+        Returns:
+            ``z`` ``(B, n, P)`` and ``log_pi`` ``(B, n)``.
+        """
+        mask = ~padding_mask.bool()
+        shape = (*mask.shape, self.size_out)
+        z = gaussian_sample(self.prior_mu.expand(shape), self.prior_logvar.expand(shape), mask, generator)
+        count = mask.sum(-1, keepdim=True).to(torch.float32)
+        log_total = self._prior_log_total(count - 1)
+        log_alpha = (log_total - count.log()).expand(mask.shape)
+        return z, log_dirichlet_sample(log_alpha, mask, generator)
+
+    def _prior_log_total(self, source_length: Tensor) -> Tensor:
+        """``log(prior_alpha + delta * Ns)``, elementwise."""
+        expected = (self.delta * source_length.clamp(min=0)).log()
+        return torch.logaddexp(self.prior_log_alpha.to(expected), expected)
+
+    def sample(
+        self,
+        number_samples: int,
+        memory_key_padding_mask: Tensor,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> NvibMemory:
+        """A memory drawn from the prior, weights included; the same to a decoder in ``train()`` and ``eval()``.
+
+        Args:
+            number_samples: batch size ``B``.
+            memory_key_padding_mask: ``(B, Ns)``, True = padding: exactly its ``Ns`` vectors are drawn, at least
+                one a row must not be padding.
+            device: where to; the layer's own by default.
+        """
+        if memory_key_padding_mask.shape[0] != number_samples:
+            raise ValueError(
+                f"memory_key_padding_mask has {memory_key_padding_mask.shape[0]} rows, but number_samples is "
+                f"{number_samples}. Give one row a sample."
+            )
+        z, log_pi = self.sample_prior(memory_key_padding_mask.to(self.prior_mu.device), generator)
+        z, log_pi = (x.to(device or x.device) for x in (z, log_pi))
+        if not self.batch_first:
+            z, log_pi = z.transpose(0, 1), log_pi.transpose(0, 1)
+        logvar = torch.full_like(z, float("-inf"))
+        return NvibMemory(z, log_pi.exp(), z, logvar, log_pi=log_pi)
+
+    def kl(self, posterior: Posterior, kappa: int) -> tuple[Tensor, Tensor]:
+        """Both divergences ``(B,)`` of a posterior with ``kappa`` vectors a component."""
+        latent = {
+            "mu": posterior.mu,
+            "logvar": posterior.logvar,
+            "log_alpha": posterior.log_alpha,
+            "memory_key_padding_mask": ~posterior.mask,
+            "batch_first": True,
+            "kappa": kappa,
+        }
+        return (
+            kl_gaussian(**latent, prior_mu=self.prior_mu, prior_var=self.prior_logvar.exp()),
+            kl_dirichlet(**latent, prior_log_alpha=self.prior_log_alpha, delta=self.delta),
+        )
+
+    def kl_gaussian(self, **latent: object) -> Tensor:
+        """:func:`~nvib_hf.kl.kl_gaussian` ``(B,)`` with the layer's prior and, in training, its ``kappa``."""
+        return kl_gaussian(**latent, prior_mu=self.prior_mu, prior_var=self.prior_logvar.exp(), kappa=self._repeats())
+
+    def kl_dirichlet(self, **latent: object) -> Tensor:
+        """:func:`~nvib_hf.kl.kl_dirichlet` ``(B,)`` with the layer's prior and, in training, its ``kappa``."""
+        return kl_dirichlet(**latent, prior_log_alpha=self.prior_log_alpha, delta=self.delta, kappa=self._repeats())
+
+    def _repeats(self) -> int:
+        """Vectors a component: ``kappa`` in training, one in evaluation."""
+        return self.kappa if self.training else 1
+
+    def extra_repr(self) -> str:
+        return (
+            f"size_in={self.size_in}, size_out={self.size_out}, delta={self.delta}, kappa={self.kappa}, "
+            f"alpha_activation={self.alpha_activation!r}, alpha_threshold={self.alpha_threshold}, "
+            f"batch_first={self.batch_first}"
+        )
