@@ -14,10 +14,10 @@ from torch import Tensor
 # Log pseudo-counts below this count as this: a row whose total is 0 (log 0 = -inf) stays finite.
 MIN_LOG_ALPHA = -1e4
 # Above exp of this the remainder of lgamma comes from Stirling's series: the first term left out is
-# below 2e-18 there.
+# about 1e-16 there.
 STIRLING_FROM = math.log(16.0)
 # B_2j / (2j (2j - 1)), the coefficients of x**(1 - 2j) in that series.
-STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188, -691 / 360360)
+STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188)
 
 
 def kl_gaussian(
@@ -202,7 +202,7 @@ def _unpadded_log_alpha(
             f"the latent has (B, Nl) = {tuple(counts.shape)}. Pass the mask as (B, Nl) in either layout, and "
             "batch_first as the latent has it."
         )
-    counts = counts.to(torch.promote_types(counts.dtype, torch.float32)).masked_fill(padding, 1.0)
+    counts = counts.to(torch.promote_types(counts.dtype, torch.float32))
     if log_alpha is None:
         counts = counts.clamp(min=torch.finfo(counts.dtype).tiny).log()  # the gradient of log(0) is 0 / 0
     return counts.clamp(min=MIN_LOG_ALPHA).masked_fill(padding, -math.inf), padding

@@ -205,6 +205,15 @@ def test_masked_components_have_no_weight_and_no_gradient(garbage):
     assert (x.grad[0, mask[0]] != 0).all() and x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("garbage", [-0.1, 1e6, math.inf, -math.inf, math.nan])
+def test_what_is_masked_does_not_disturb_the_draws_of_the_rest(garbage):
+    # A Gamma draw takes as many random numbers as it rejects, which depends on its pseudo-count.
+    x, mask = torch.zeros(2000), torch.arange(2000) >= 1990
+    expected = log_dirichlet_sample(x, mask, torch.Generator().manual_seed(1))
+    draw = log_dirichlet_sample(x.masked_fill(~mask, garbage), mask, torch.Generator().manual_seed(1))
+    assert torch.equal(draw, expected)
+
+
 def test_a_gradient_that_arrives_at_a_masked_component_stops_there():
     mask = torch.tensor([True, True, False])
     x = torch.zeros(3, requires_grad=True)

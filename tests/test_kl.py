@@ -75,9 +75,7 @@ def test_kl_dirichlet_is_accurate_at_every_scale(k, log_total, log_prior, value,
 @pytest.mark.parametrize("n", [1, 2, 6, 64])
 @pytest.mark.parametrize("prior_alpha, delta", [(1.0, 1.0), (0.3, 0.25), (40.0, 0.0), (3000.0, 1.0)])
 def test_kl_dirichlet_is_that_of_two_symmetric_dirichlets(n, prior_alpha, delta):
-    alpha = torch.tensor([0.01, 0.5, 3.0, 20.0, 900.0], dtype=torch.float64)[:, None] * (
-        torch.rand(5, n) + 0.5
-    )
+    alpha = torch.tensor([0.01, 0.5, 3.0, 20.0, 900.0], dtype=torch.float64)[:, None] * (torch.rand(5, n) + 0.5)
     kl = kl_dirichlet(alpha=alpha, prior_alpha=prior_alpha, delta=delta, batch_first=True)
     for b in range(5):
         if n == 1:
@@ -123,9 +121,7 @@ def test_gradient_of_kl_dirichlet_is_that_of_finite_differences(log_total):
 
 
 def test_the_two_forms_of_the_remainder_meet():
-    log_x = torch.tensor(
-        [math.log(16) - 1e-12, math.log(16) + 1e-12], dtype=torch.float64, requires_grad=True
-    )
+    log_x = torch.tensor([math.log(16) - 1e-12, math.log(16) + 1e-12], dtype=torch.float64, requires_grad=True)
     for values in _stirling_remainder(log_x):
         assert_close(values[0], values[1], rtol=0, atol=1e-13)
         (slope,) = torch.autograd.grad(values.sum(), log_x, retain_graph=True)
@@ -267,9 +263,7 @@ def test_pseudo_counts_of_zero(dtype):
 
     kept = [0, 2, 3, 4]  # nothing is left of a component without a pseudo-count but its place in n'
     without = {name: latent[name][kept] for name in ("mu", "logvar")}
-    assert_close(
-        kl_gaussian(**without, alpha=alpha[kept])[0], kl_gaussian(**{**latent, "log_alpha": None})[0]
-    )
+    assert_close(kl_gaussian(**without, alpha=alpha[kept])[0], kl_gaussian(**{**latent, "log_alpha": None})[0])
 
 
 def test_only_what_is_not_padding_counts():
@@ -364,9 +358,7 @@ def test_errors_about_the_latent(kl):
     latent = random_latent()
     with pytest.raises(ValueError, match="alpha and log_alpha are both None"):
         kl(**{**latent, "alpha": None, "log_alpha": None})
-    with pytest.raises(
-        ValueError, match=r"memory_key_padding_mask has shape \(5, 3\).*\(3, 5\).*batch_first"
-    ):
+    with pytest.raises(ValueError, match=r"memory_key_padding_mask has shape \(5, 3\).*\(3, 5\).*batch_first"):
         kl(**{**latent, "memory_key_padding_mask": latent["memory_key_padding_mask"].T})
 
 

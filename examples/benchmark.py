@@ -1,0 +1,297 @@
+"""What a bottleneck costs: NVIB models timed beside the plain models they wrap, on the same inputs.
+
+    python examples/benchmark.py            # every case, and how the cost grows; writes benchmark.json and .png
+    python examples/benchmark.py --quick    # small shapes, under 2 minutes
+    python examples/benchmark.py --device cuda --dtype bfloat16
+
+Weights are random. In evaluation every log-variance is random in [-4, 0], so that no term of denoising attention is
+skipped. The two models take turns, and a ratio is the median of the ratios of neighbouring runs.
+"""
+
+import argparse
+import copy
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import BartConfig, BartForConditionalGeneration
+from transformers.utils import logging
+
+from nvib_hf import NvibForConditionalGeneration
+
+SHAPES = {
+    "base": {"d_model": 768, "layers": 6, "heads": 12, "ffn": 3072, "vocab": 50265},
+    "small": {"d_model": 256, "layers": 3, "heads": 8, "ffn": 1024, "vocab": 8000},
+    "tiny": {"d_model": 64, "layers": 2, "heads": 4, "ffn": 128, "vocab": 1000},
+}
+
+
+def plain_model(shape: str, positions: int = 4100) -> BartForConditionalGeneration:
+    size = SHAPES[shape]
+    return BartForConditionalGeneration(
+        BartConfig(
+            vocab_size=size["vocab"],
+            d_model=size["d_model"],
+            encoder_layers=size["layers"],
+            decoder_layers=size["layers"],
+            encoder_attention_heads=size["heads"],
+            decoder_attention_heads=size["heads"],
+            encoder_ffn_dim=size["ffn"],
+            decoder_ffn_dim=size["ffn"],
+            max_position_embeddings=positions,
+            dropout=0.0,
+            forced_eos_token_id=None,
+        )
+    )
+
+
+def wrapped(plain: BartForConditionalGeneration, **settings) -> NvibForConditionalGeneration:
+    """The same model with a bottleneck whose variances and pseudo-counts are nowhere trivial."""
+    settings = {"lambda_gaussian": 0.01, "lambda_dirichlet": 0.01, **settings}
+    model = NvibForConditionalGeneration.from_base_pretrained(copy.deepcopy(plain), **settings)
+    with torch.no_grad():
+        model.nvib.mu_logvar.bias[model.nvib.size_out :].uniform_(-4, 0)
+    return model
+
+
+def drop_share(model: NvibForConditionalGeneration, inputs: dict, share: float) -> None:
+    """Random pseudo-counts, and the threshold under which ``share`` of the vectors of these inputs fall."""
+    nvib = model.nvib
+    with torch.no_grad():
+        nvib.alpha_weight.normal_()
+        nvib.alpha_quadratic.zero_()
+        log_alpha = model.encode(**inputs).log_alpha[:, 1:]
+    nvib.alpha_threshold = log_alpha.quantile(share).exp().item()
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def compare(first: Callable, second: Callable, repeats: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each, and the median ratio first / second of neighbouring runs, after a warm-up."""
+
+    def seconds(run: Callable) -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        run()
+        synchronize(device)
+        return time.perf_counter() - start
+
+    seconds(first), seconds(second)
+    pairs = [(seconds(first), seconds(second)) for _ in range(repeats)]
+    return {
+        "nvib_seconds": statistics.median(a for a, _ in pairs),
+        "plain_seconds": statistics.median(b for _, b in pairs),
+        "ratio": statistics.median(a / b for a, b in pairs),
+    }
+
+
+class Bench:
+    def __init__(self, device: str, dtype: str, repeats: int) -> None:
+        self.device, self.dtype, self.repeats = torch.device(device), getattr(torch, dtype), repeats
+
+    def models(self, shape: str, **settings) -> tuple[NvibForConditionalGeneration, BartForConditionalGeneration]:
+        torch.manual_seed(0)
+        plain = plain_model(shape).to(self.device, self.dtype)
+        return wrapped(plain, **settings), plain
+
+    def tokens(self, shape: str, batch: int, length: int) -> torch.Tensor:
+        return torch.randint(4, SHAPES[shape]["vocab"], (batch, length), device=self.device)
+
+    def compare(self, nvib: Callable, plain: Callable) -> dict[str, float]:
+        return compare(nvib, plain, self.repeats, self.device)
+
+    def training(self, shape: str, batch: int, source: int, target: int, kappa: int = 1) -> dict[str, float]:
+        models = self.models(shape, kappa=kappa)
+        inputs = {"input_ids": self.tokens(shape, batch, source), "labels": self.tokens(shape, batch, target)}
+
+        def step(model) -> None:
+            model.zero_grad()
+            model(**inputs).loss.backward()
+
+        nvib, plain = (model.train() for model in models)
+        return self.compare(lambda: step(nvib), lambda: step(plain))
+
+    @torch.no_grad()
+    def evaluation(self, shape: str, batch: int, source: int, target: int) -> dict[str, float]:
+        nvib, plain = (model.eval() for model in self.models(shape))
+        inputs = {
+            "input_ids": self.tokens(shape, batch, source),
+            "decoder_input_ids": self.tokens(shape, batch, target),
+        }
+        return self.compare(lambda: nvib(**inputs), lambda: plain(**inputs))
+
+    def generation(
+        self, shape: str, batch: int, source: int, new: int, beams: int, dropped: float = 0.0
+    ) -> dict[str, float]:
+        nvib, plain = (model.eval() for model in self.models(shape))
+        inputs = {"input_ids": self.tokens(shape, batch, source)}
+        if dropped:
+            drop_share(nvib, inputs, dropped)
+        options = {"max_new_tokens": new, "min_new_tokens": new, "num_beams": beams, "do_sample": False}
+        result = self.compare(lambda: nvib.generate(**inputs, **options), lambda: plain.generate(**inputs, **options))
+        return result | self.cache_bytes(nvib, plain, inputs)
+
+    @torch.no_grad()
+    def cache_bytes(self, nvib, plain, inputs: dict) -> dict[str, float]:
+        """Bytes kept for cross-attention while decoding: keys, values, and all that NVIB adds to them."""
+
+        def keys_and_values(cache) -> int:
+            layers = cache.cross_attention_cache.layers
+            extra = sum(x.nbytes for layer in layers for x in getattr(layer, "nvib_matrices", ()))
+            return extra + sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+
+        start = inputs["input_ids"][:, :1]
+        packed = nvib._packed_encoder_outputs(nvib.encode(**inputs))
+        kept = nvib(encoder_outputs=packed, decoder_input_ids=start, use_cache=True).past_key_values
+        states = plain.get_encoder()(**inputs)
+        full = plain(encoder_outputs=states, decoder_input_ids=start, use_cache=True).past_key_values
+        nvib_bytes = keys_and_values(kept) + packed[0].nbytes
+        plain_bytes = keys_and_values(full) + states[0].nbytes
+        return {"nvib_cache": nvib_bytes, "plain_cache": plain_bytes, "cache_ratio": nvib_bytes / plain_bytes}
+
+    def loading(self, shape: str) -> dict[str, float]:
+        """Loading a saved NVIB model, and wrapping a saved plain one, against loading the plain one."""
+        nvib, plain = self.models(shape)
+        with tempfile.TemporaryDirectory() as folder:
+            nvib.save_pretrained(f"{folder}/nvib")
+            plain.save_pretrained(f"{folder}/plain")
+            load_plain = lambda: BartForConditionalGeneration.from_pretrained(f"{folder}/plain")  # noqa: E731
+            loaded = self.compare(lambda: NvibForConditionalGeneration.from_pretrained(f"{folder}/nvib"), load_plain)
+            wrapping = self.compare(
+                lambda: NvibForConditionalGeneration.from_base_pretrained(f"{folder}/plain"), load_plain
+            )
+        extra = sum(p.nbytes for p in nvib.nvib.parameters()) / sum(p.nbytes for p in plain.parameters())
+        return loaded | {"wrap_ratio": wrapping["ratio"], "nvib_weights": extra}
+
+
+def peak_memory(kind: str, shape: str, batch: int, length: int) -> float:
+    """Peak resident memory in MiB of a fresh process that takes two training steps."""
+    command = [sys.executable, __file__, "--peak-memory", kind, shape, str(batch), str(length)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def compare_peak_memory(shape: str, batch: int, length: int) -> dict[str, float]:
+    nvib, plain = (peak_memory(kind, shape, batch, length) for kind in ("nvib", "plain"))
+    return {"nvib_mib": nvib, "plain_mib": plain, "ratio": nvib / plain}
+
+
+def measure_peak_memory(kind: str, shape: str, batch: int, length: int) -> None:
+    torch.manual_seed(0)
+    plain = plain_model(shape).train()
+    model = plain if kind == "plain" else NvibForConditionalGeneration.from_base_pretrained(plain).train()
+    ids = torch.randint(4, SHAPES[shape]["vocab"], (batch, length))
+    for _ in range(2):
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def cases(bench: Bench, quick: bool, only: str) -> dict[str, dict[str, float]]:
+    """The table's rows whose names contain ``only``: goal for the ratio, figures."""
+    shape = "small" if quick else "base"
+    long, new = (256, 16) if quick else (1024, 64)
+    middle, source, target = (128, 64, 32) if quick else (512, 128, 128)
+    rows = {
+        "training step": (1.05, lambda: bench.training(shape, 4, source, target)),
+        "training step, small shape": (1.08, lambda: bench.training("small", 16, 64, 64)),
+        "training step, kappa 4": (1.35, lambda: bench.training(shape, 4, source, target, kappa=4)),
+        "greedy, source short": (1.10, lambda: bench.generation(shape, 8, source, new, 1)),
+        "beam-4, source short": (1.10, lambda: bench.generation(shape, 8, source, new, 4)),
+        "greedy, source middle": (1.25, lambda: bench.generation(shape, 8, middle, new, 1)),
+        "beam-4, source middle": (1.25, lambda: bench.generation(shape, 8, middle, new, 4)),
+        "teacher-forced evaluation": (1.40, lambda: bench.evaluation(shape, 8, middle, target)),
+        "beam-4, source long, 60 % dropped": (0.55, lambda: bench.generation(shape, 8, long, new, 4, 0.6)),
+        "greedy, source long, 60 % dropped": (0.90, lambda: bench.generation(shape, 8, long, new, 1, 0.6)),
+        "loading": (1.10, lambda: bench.loading(shape)),
+    }
+    if bench.device.type == "cpu":
+        rows["peak memory of a training step"] = (1.05, lambda: compare_peak_memory(shape, 4, source))
+    results = {}
+    for name, (goal, run) in rows.items():
+        if only not in name:
+            continue
+        results[name] = {"goal": goal, **run()}
+        print(f"{name:36} {results[name]['ratio']:.3f} (goal {goal})", flush=True)
+    return results
+
+
+def growth(bench: Bench, quick: bool) -> dict[str, list[dict[str, float]]]:
+    """Cost of a training step and of teacher-forced evaluation against source length, and of a step against kappa."""
+    shape, lengths = ("tiny", (64, 128, 256)) if quick else ("small", (64, 128, 256, 512, 1024, 2048, 4096))
+    kappas = (1, 4) if quick else (1, 2, 4, 8)
+    return {
+        "training": [{"source": n, **bench.training(shape, 2, n, 64)} for n in lengths],
+        "evaluation": [{"source": n, **bench.evaluation(shape, 2, n, 64)} for n in lengths],
+        "kappa": [{"kappa": k, **bench.training(shape, 4, 128, 128, kappa=k)} for k in kappas],
+    }
+
+
+def draw(results: dict[str, list[dict[str, float]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
+    for axis, (name, rows) in zip(axes, results.items(), strict=True):
+        x = "kappa" if name == "kappa" else "source"
+        for kind in ("plain", "nvib"):
+            axis.plot([r[x] for r in rows], [r[f"{kind}_seconds"] for r in rows], marker="o", label=kind)
+        axis.set(xlabel=x, ylabel="seconds", title=name if name != "kappa" else "training", xscale="log", yscale="log")
+        axis.legend()
+    figure.savefig(path, dpi=150)
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    lines = ["| case | plain (s, MiB) | NVIB | ratio | goal |", "|---|---|---|---|---|"]
+    for name, row in results.items():
+        plain, nvib = (row.get(f"{kind}_seconds", row.get(f"{kind}_mib")) for kind in ("plain", "nvib"))
+        lines.append(f"| {name} | {plain:.4g} | {nvib:.4g} | {row['ratio']:.2f} | {row['goal']} |")
+        if "60 %" in name:
+            lines.append(
+                f"| its cross-attention cache (MB) | {row['plain_cache'] / 1e6:.4g} | {row['nvib_cache'] / 1e6:.4g} "
+                f"| {row['cache_ratio']:.2f} | 0.5 |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small shapes, under 2 minutes")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=None, help="counted runs of each case (3 if quick, else 5)")
+    parser.add_argument("--only", default="", help="run the cases whose names contain this")
+    parser.add_argument("--output", type=Path, default=Path("benchmark.json"))
+    parser.add_argument("--peak-memory", nargs=4, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(arguments.threads)
+    if arguments.peak_memory:
+        kind, shape, batch, length = arguments.peak_memory
+        return measure_peak_memory(kind, shape, int(batch), int(length))
+
+    bench = Bench(arguments.device, arguments.dtype, arguments.repeats or (3 if arguments.quick else 5))
+    results = {"cases": cases(bench, arguments.quick, arguments.only)}
+    if not arguments.only:
+        results["growth"] = growth(bench, arguments.quick)
+        draw(results["growth"], arguments.output.with_suffix(".png"))
+    results["settings"] = vars(arguments) | {"output": str(arguments.output), "torch": torch.__version__}
+    arguments.output.write_text(json.dumps(results, indent=1))
+    print(table(results["cases"]))
+
+
+if __name__ == "__main__":
+    main()
