@@ -139,15 +139,15 @@ class Bench:
             drop_share(nvib, inputs, dropped)
         options = {"max_new_tokens": new, "min_new_tokens": new, "num_beams": beams, "do_sample": False}
         result = self.compare(lambda: nvib.generate(**inputs, **options), lambda: plain.generate(**inputs, **options))
-        return result | self.cache_bytes(nvib, plain, inputs)
+        return result | self.cache_bytes(nvib, plain, inputs, beams)
 
     @torch.no_grad()
-    def cache_bytes(self, nvib, plain, inputs: dict) -> dict[str, float]:
+    def cache_bytes(self, nvib, plain, inputs: dict, beams: int) -> dict[str, float]:
         """Bytes kept for cross-attention while decoding: keys, values, and all that NVIB adds to them."""
 
         def keys_and_values(cache) -> int:
             layers = cache.cross_attention_cache.layers
-            extra = sum(x.nbytes for layer in layers for x in getattr(layer, "nvib_matrices", ()))
+            extra = sum(x.nbytes for layer in layers for x in getattr(layer, "nvib_matrices", None) or ())
             return extra + sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
         start = inputs["input_ids"][:, :1]
@@ -156,7 +156,8 @@ class Bench:
         states = plain.get_encoder()(**inputs)
         full = plain(encoder_outputs=states, decoder_input_ids=start, use_cache=True).past_key_values
         nvib_bytes = keys_and_values(kept) + packed[0].nbytes
-        plain_bytes = keys_and_values(full) + states[0].nbytes
+        # The plain model holds a copy for every beam; an NVIB model's beams share their source's.
+        plain_bytes = beams * (keys_and_values(full) + states[0].nbytes)
         return {"nvib_cache": nvib_bytes, "plain_cache": plain_bytes, "cache_ratio": nvib_bytes / plain_bytes}
 
     def loading(self, shape: str) -> dict[str, float]:

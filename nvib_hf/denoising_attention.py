@@ -133,7 +133,7 @@ def denoising_attention(
     if attention_mask is not None:
         scores = scores + _additive(attention_mask, scores.dtype)
     if shrinkage is not None:
-        latent_query = _latent_query(query, key_weight)  # (B, H, Nt, P)
+        latent_query = _per_head(query, key_weight)  # u, (B, H, Nt, P)
         if exact:
             norm_term = latent_query.square().flatten(1, 2) @ shrinkage.transpose(-1, -2)  # (B, H * Nt, Nl)
             scores = scores + 0.5 * scale * norm_term.view_as(scores)
@@ -151,11 +151,6 @@ def _per_head(x: Tensor, weight: Tensor) -> Tensor:
     batch, heads, length, _ = x.shape
     by_head = x.transpose(0, 1).reshape(heads, batch * length, -1)
     return torch.bmm(by_head, weight).view(heads, batch, length, -1).transpose(0, 1)
-
-
-def _latent_query(query: Tensor, key_weight: Tensor) -> Tensor:
-    """``u = W_k^T q`` of every head, ``(B, H, Nt, P)``, contiguous so that heads and queries flatten."""
-    return _per_head(query, key_weight).contiguous()
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -11,6 +12,43 @@ from transformers.modeling_outputs import BaseModelOutput
 from .base_model import run_encoder
 from .initialisation import EmpiricalPrior, empirical_prior
 from .latent import NvibLatents, interpolate, pack
+from .nvib_layer import Nvib
+
+
+class NvibBottleneck(Nvib):
+    """The NVIB layer of a model: :class:`~nvib_hf.Nvib` from the encoder's output straight to latents.
+
+    All its parameters are used within one call, which is what offloading and sharding expect of a module.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        padding_mask: Tensor | None = None,
+        sample: bool | None = None,
+        generator: torch.Generator | None = None,
+    ) -> NvibLatents:
+        """Encoder output ``(B, Ns, H)`` and mask ``(B, Ns)``, True = padding, to latents; see ``encode``."""
+        sample = self.training if sample is None else sample
+        posterior = self.posterior(hidden_states, padding_mask)
+        statistics = self.statistics(posterior)
+        if sample:
+            z, log_pi, posterior = self.sample_posterior(posterior, generator)
+        else:
+            z, log_pi = posterior.mu, self.mean_log_pi(posterior)
+        kl_gaussian, kl_dirichlet = self.kl(posterior, self.kappa if sample else 1)
+        return NvibLatents(
+            z=z,
+            log_pi=log_pi,
+            logvar=None if sample else posterior.logvar,
+            attention_mask=posterior.mask,
+            log_alpha=posterior.log_alpha.masked_fill(~posterior.mask, float("-inf")),
+            kl_gaussian=kl_gaussian,
+            kl_dirichlet=kl_dirichlet,
+            num_vectors=statistics["num_vec"],
+            prop_vectors=statistics["prop_vec"],
+            effective_num_vectors=statistics["effective_num_vec"],
+        )
 
 
 class NvibEncodingMixin:
@@ -34,34 +72,35 @@ class NvibEncodingMixin:
             generator: for the draws.
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
-        return self._encode(inputs, sample, generator)[0]
+        self._refuse_unknown_inputs(inputs)
+        return self._encode_alone(inputs, sample, generator)[0]
 
     def _encode(
         self, inputs: dict, sample: bool | None = None, generator: torch.Generator | None = None
     ) -> tuple[NvibLatents, BaseModelOutput]:
         """Latents, and the encoder's own output."""
         outputs, padding = run_encoder(self.base, self._encoder_arguments(inputs))
-        sample = self.training if sample is None else sample
-        posterior = self.nvib.posterior(outputs.last_hidden_state, padding)
-        statistics = self.nvib.statistics(posterior)
-        if sample:
-            z, log_pi, posterior = self.nvib.sample_posterior(posterior, generator)
-        else:
-            z, log_pi = posterior.mu, self.nvib.mean_log_pi(posterior)
-        kl_gaussian, kl_dirichlet = self.nvib.kl(posterior, self.nvib.kappa if sample else 1)
-        latents = NvibLatents(
-            z=z,
-            log_pi=log_pi,
-            logvar=None if sample else posterior.logvar,
-            attention_mask=posterior.mask,
-            log_alpha=posterior.log_alpha.masked_fill(~posterior.mask, float("-inf")),
-            kl_gaussian=kl_gaussian,
-            kl_dirichlet=kl_dirichlet,
-            num_vectors=statistics["num_vec"],
-            prop_vectors=statistics["prop_vec"],
-            effective_num_vectors=statistics["effective_num_vec"],
-        )
-        return latents, outputs
+        return self.nvib(outputs.last_hidden_state, padding, sample=sample, generator=generator), outputs
+
+    def _encode_alone(self, *args) -> tuple[NvibLatents, BaseModelOutput]:
+        """:meth:`_encode` outside of ``forward``, for which FSDP2 gathers parameters only if it is told."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+            if isinstance(self, FSDPModule):
+                if "_encode_gathered" not in vars(self):
+                    self._encode_gathered = self._encode
+                    register_fsdp_forward_method(self, "_encode_gathered")
+                return self._encode_gathered(*args)
+        return self._encode(*args)
+
+    def _encoder_arguments(self, inputs: dict) -> dict:
+        return {k: v for k, v in inputs.items() if k in self._encoder_argument_names and v is not None}
+
+    def _refuse_unknown_inputs(self, inputs: dict) -> None:
+        """A misspelt mask would be left out without a word."""
+        given = [name for name, value in inputs.items() if value is not None]
+        refuse_unknown(given, type(self).__name__, self._argument_names)
 
     @torch.no_grad()
     def sample_latents(
@@ -81,14 +120,15 @@ class NvibEncodingMixin:
 
         Source: Henderson & Fehr (ICLR 2023), with weights drawn from the prior's Dirichlet.
         """
+        if num_samples != int(num_samples) or num_samples < 1:
+            raise ValueError(f"num_samples must be a whole number of at least 1, but got {num_samples}.")
         counts = torch.as_tensor(num_vectors, device=self.device)
-        if num_samples < 1 or counts.dim() > 1 or (counts.dim() == 1 and len(counts) != num_samples):
-            raise ValueError(
-                f"num_vectors must be one number or one for each of num_samples={num_samples} (at least 1), but "
-                f"got {num_vectors}."
-            )
-        if (counts < 1).any() or counts.is_floating_point():
+        if counts.is_floating_point() or (counts < 1).any():
             raise ValueError(f"num_vectors must be whole numbers of at least 1, but got {num_vectors}.")
+        if counts.dim() > 1 or (counts.dim() == 1 and len(counts) != num_samples):
+            raise ValueError(
+                f"num_vectors must be one number or one for each of num_samples={num_samples}, but got {num_vectors}."
+            )
         counts = counts.expand(num_samples)
         padding = torch.arange(int(counts.max()), device=self.device) >= counts[:, None]
         z, log_pi = self.nvib.sample_prior(padding, generator)
@@ -104,7 +144,12 @@ class NvibEncodingMixin:
         if latents.z.shape[-1] != self.nvib.size_out:
             raise ValueError(
                 f"The latents are {latents.z.shape[-1]} wide, but this model's are {self.nvib.size_out}: they come "
-                "from another model."
+                "from another model. Encode the texts with this one."
+            )
+        shapes = {name: tuple(x.shape) for name, x in latents.items() if name in ("z", "logvar", "log_pi")}
+        if shapes["log_pi"] != shapes["z"][:2] or shapes.get("logvar", shapes["z"]) != shapes["z"]:
+            raise ValueError(
+                f"The latents' fields do not belong together: {shapes}. z and logvar are (B, Nl, P), log_pi (B, Nl)."
             )
 
     def _pack(self, latents: NvibLatents) -> Tensor:
@@ -121,7 +166,6 @@ class NvibEncodingMixin:
         Source: Fehr & Henderson (COLM 2024), empirical priors.
         """
         training = self.training
-        self.eval()
 
         def encoded():
             for batch in batches:
@@ -129,8 +173,20 @@ class NvibEncodingMixin:
                 outputs, padding = run_encoder(self.base, inputs)
                 yield outputs.last_hidden_state, padding
 
-        prior = empirical_prior(encoded(), self.scale)
-        self.train(training)
+        self.eval()
+        try:
+            prior = empirical_prior(encoded(), self.scale)
+        finally:
+            self.train(training)
         self.nvib.set_prior(*prior)
         self.nvib.identity_init(self.config.tau_alpha, self.config.tau_sigma, self.config.tau_mu)
         return prior
+
+
+def refuse_unknown(arguments: Iterable[str], taker: str, known: Iterable[str] = ()) -> None:
+    """Raise TypeError for arguments that are not ``known``, with the nearest name."""
+    for name in arguments:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {close[0]!r}?" if close else "Leave it out."
+            raise TypeError(f"{taker} takes no argument {name!r}. {hint}")

@@ -20,25 +20,53 @@ class NvibGenerationMixin(GenerationMixin):
         ``train()``.
         """
         if kwargs.get("encoder_outputs") is not None:
-            kwargs["encoder_outputs"] = self._packed_encoder_outputs(kwargs["encoder_outputs"])
+            packed = self._packed_encoder_outputs(kwargs["encoder_outputs"])
+            if kwargs.get("decoder_input_ids") is not None:
+                self._check_batch(packed.last_hidden_state, kwargs["decoder_input_ids"])
+            kwargs["encoder_outputs"] = packed
         return super().generate(inputs, generation_config, **kwargs)
 
     def _packed_encoder_outputs(self, latents: NvibLatents | BaseModelOutput) -> BaseModelOutput:
         """A new object each time: beam search repeats what it is given in place."""
         if isinstance(latents, NvibLatents):
             return BaseModelOutput(last_hidden_state=self._pack(latents.compact()))
+        if not isinstance(latents, BaseModelOutput):
+            raise TypeError(
+                f"encoder_outputs must be latents, but got {type(latents).__name__}. Pass what encode(), "
+                "sample_latents(), interpolate_latents() or concatenate_latents([...]) returned."
+            )
         return BaseModelOutput(**latents)
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """What the base's encoder takes is known, too."""
+        others = {name: value for name, value in model_kwargs.items() if name not in self._encoder_argument_names}
+        super()._validate_model_kwargs(others)
 
     def _prepare_text_encoder_decoder_kwargs_for_generation(
         self, inputs_tensor, model_kwargs, model_input_name, generation_config
     ) -> dict[str, Any]:
         recorded = {
-            "output_attentions": generation_config.output_attentions,
-            "output_hidden_states": generation_config.output_hidden_states,
+            "output_attentions": generation_config.output_attentions or None,
+            "output_hidden_states": generation_config.output_hidden_states or None,
         }
         name = model_input_name or self.main_input_name
-        latents, states = self._encode({**model_kwargs, **recorded, name: inputs_tensor})
+        latents, states = self._encode_alone({**model_kwargs, **recorded, name: inputs_tensor})
         packed = self._packed_encoder_outputs(latents)
         packed.hidden_states, packed.attentions = states.hidden_states, states.attentions
         model_kwargs["encoder_outputs"] = packed
         return model_kwargs
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, **model_kwargs
+    ):
+        """Repeats all but the latents: the beams of a source share them, and their keys and values."""
+        packed = model_kwargs.pop("encoder_outputs")
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder=False, input_ids=input_ids, **model_kwargs
+        )
+        return input_ids, {**model_kwargs, "encoder_outputs": packed}
+
+    def _reorder_cache(self, past_key_values, beam_idx):
+        """Beams change places among those of their source, whose keys and values they share."""
+        past_key_values.self_attention_cache.reorder_cache(beam_idx)
+        return past_key_values

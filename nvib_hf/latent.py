@@ -143,6 +143,9 @@ def concatenate_latents(latents: list[NvibLatents]) -> NvibLatents:
     """
     if not latents:
         raise ValueError("latents is empty: pass at least one.")
+    widths = sorted({x.z.shape[-1] for x in latents})
+    if len(widths) > 1:
+        raise ValueError(f"The latents have widths {widths}: they come from different models and make no batch.")
     length = max(x.z.shape[1] for x in latents)
     mixture = any(x.logvar is not None for x in latents)
     padded = [pad_latents(x, length, with_logvar=mixture) for x in latents]
@@ -182,9 +185,10 @@ def interpolate(first: NvibLatents, second: NvibLatents, weight: float | Tensor)
             f"Latents of shape {tuple(first.z.shape)} and {tuple(second.z.shape)} cannot be interpolated: batch "
             "size and width must be the same."
         )
+    given = weight
     weight = torch.as_tensor(weight, dtype=first.log_pi.dtype, device=first.z.device)
     if not ((weight >= 0) & (weight <= 1)).all():
-        raise ValueError(f"weight must be in [0, 1], but got {weight.tolist()}.")
+        raise ValueError(f"weight must be in [0, 1], but got {given}: 0 is the first batch, 1 the second.")
     if weight.dim() > 1 or (weight.dim() == 1 and len(weight) not in (1, first.batch_size)):
         raise ValueError(
             f"weight must be a number or one value for each of the {first.batch_size} latents, but has shape "

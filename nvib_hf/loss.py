@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,5 +36,6 @@ def nvib_loss(
     )
     tokens = (labels != -100).sum(-1)  # (B,)
     own = tokens.sum().clamp(min=1)
-    total = nll if weighted_kl is None else nll + (tokens * weighted_kl).sum()
-    return total / (own if num_items_in_batch is None else num_items_in_batch), nll / own
+    total = nll if weighted_kl is None else nll + (tokens * weighted_kl.to(nll.device)).sum()
+    of_step = own if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=nll.device)
+    return total / of_step, nll / own

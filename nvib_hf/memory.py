@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .denoising_attention import at_least_float32
+
 
 class _Fields(NamedTuple):
     z: Tensor
@@ -27,8 +29,16 @@ class NvibMemory(_Fields):
 
     def __new__(cls, z: Tensor, pi: Tensor, mu: Tensor, logvar: Tensor, log_pi: Tensor | None = None) -> NvibMemory:
         memory = super().__new__(cls, z, pi, mu, logvar)
-        memory.log_pi = pi.log() if log_pi is None else log_pi
+        if log_pi is None:
+            masked = pi <= 0
+            log_pi = at_least_float32(pi).masked_fill(masked, 1).log().masked_fill(masked, float("-inf"))
+        memory.log_pi = log_pi
         return memory
+
+    def _replace(self, **fields: Tensor) -> NvibMemory:
+        """As of any NamedTuple; ``log_pi`` is kept unless it or ``pi`` is replaced."""
+        log_pi = {} if "pi" in fields else {"log_pi": self.log_pi}
+        return type(self)(**self._asdict() | log_pi | fields)
 
     def __reduce__(self):
         return type(self), (*self, self.log_pi)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +14,10 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.utils import can_return_tuple
 
 from .base_model import (
+    JOINED,
     argument_names,
     base_class,
+    damage_explained,
     decoder_positions,
     encoder_width,
     freeze_unused,
@@ -26,21 +26,31 @@ from .base_model import (
     run_decoder,
     shift_right,
 )
-from .configuration_nvib import NvibConfig
+from .configuration_nvib import NvibConfig, refuse_misspelt_settings, setting_names
 from .cross_attention import (
+    DenoisingCrossAttention,
     convert_cross_attention,
     cross_attention_scale,
     find_cross_attention,
     restore_cross_attention,
 )
-from .encoding import NvibEncodingMixin
+from .encoding import NvibBottleneck, NvibEncodingMixin, refuse_unknown
 from .generation import NvibGenerationMixin
 from .latent import NvibLatents
 from .loss import nvib_loss
+from .model_card import NvibModelCardMixin
 from .nvib_layer import Nvib
 from .validation import check_prior
 
 RECORDED = {"output_attentions", "output_hidden_states"}
+FOLLOWS_THE_BASE = (
+    "_supports_sdpa",
+    "_supports_flash_attn",
+    "_supports_flex_attn",
+    "supports_gradient_checkpointing",
+)
+# Some encoders share a class with their decoder, and its arguments.
+OF_THE_DECODER = {"use_cache", "past_key_values", "encoder_hidden_states", "encoder_attention_mask"}
 
 
 @dataclass
@@ -59,7 +69,7 @@ class NvibSeq2SeqLMOutput(Seq2SeqLMOutput):
     latents: NvibLatents | None = None
 
 
-class NvibForConditionalGeneration(PreTrainedModel, NvibEncodingMixin, NvibGenerationMixin):
+class NvibForConditionalGeneration(NvibModelCardMixin, PreTrainedModel, NvibEncodingMixin, NvibGenerationMixin):
     r"""An encoder-decoder model whose decoder reads a distribution instead of the encoder's vectors.
 
     The NVIB layer turns the encoder's output into a posterior over mixtures; training samples from it, evaluation
@@ -98,12 +108,19 @@ class NvibForConditionalGeneration(PreTrainedModel, NvibEncodingMixin, NvibGener
     _keep_in_fp32_modules_strict = ["nvib.alpha_", "nvib.prior_", "kl_beta"]
 
     def __init__(self, config: NvibConfig, base: PreTrainedModel | None = None) -> None:
-        architecture = type(base) if base is not None else base_class(config.base_config, config.base_architecture)
-        for name in ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn"):
+        if base is None:
+            architecture = base_class(config.base_config, config.base_architecture)
+        else:
+            architecture = type(base)
+            check_base(base)
+        for name in FOLLOWS_THE_BASE:
             setattr(self, name, getattr(architecture, name))
         super().__init__(config)
         if base is None:
             base = architecture._from_config(config.base_config)
+        else:
+            for module in base.modules():
+                module._is_hf_initialized = True  # post_init would draw the weights of modules it does not know anew
         # The live configuration, so that a change of attention implementation or vocabulary is seen on both sides.
         config.base_config, config.base_architecture = base.config, architecture.__name__
         self.main_input_name = base.main_input_name
@@ -119,7 +136,8 @@ class NvibForConditionalGeneration(PreTrainedModel, NvibEncodingMixin, NvibGener
                 "scale_attn_by_inverse_layer_idx=False."
             )
         self.scale = scales.pop()
-        self.nvib = Nvib(
+        self.base = base  # first, so that the model's dtype is the base's
+        self.nvib = NvibBottleneck(
             width,
             width,
             delta=config.delta,
@@ -130,14 +148,14 @@ class NvibForConditionalGeneration(PreTrainedModel, NvibEncodingMixin, NvibGener
             batch_first=True,
         )
         self.register_buffer("kl_beta", torch.ones(2))  # annealing of the Gaussian and the Dirichlet KL
-        self.base = base
         convert_cross_attention(cross_attention, width, config.exact_attention)
         freeze_unused(base)
         # Read once: a forward pass that inspects signatures cannot be compiled.
-        self._encoder_argument_names = argument_names(base.get_encoder().forward) | RECORDED
+        self._encoder_argument_names = (argument_names(base.get_encoder().forward) - OF_THE_DECODER) | RECORDED
         self._argument_names = self._encoder_argument_names | argument_names(base.forward)
         self._decoder_positions = decoder_positions(base)
         self.generation_config = copy.deepcopy(base.generation_config)
+        self.model_tags = ["nvib"]  # of the model card; pushing adds to the list
         self.post_init()
 
     @torch.no_grad()
@@ -156,6 +174,30 @@ class NvibForConditionalGeneration(PreTrainedModel, NvibEncodingMixin, NvibGener
             super()._init_weights(module)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """As in ``PreTrainedModel``, of a saved NVIB model: one whose files are damaged or incomplete is refused.
+
+        Raises:
+            OSError: files that are missing or cut short, or weights that are missing, unless they are given
+                (``state_dict``), looked at (``output_loading_info``) or not expected (``ignore_mismatched_sizes``).
+            ValueError: another kind of model, or one saved by a newer version.
+        """
+        with damage_explained(pretrained_model_name_or_path):
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        if output_loading_info:
+            return model, info
+        missing = sorted(info["missing_keys"])
+        if missing and kwargs.get("state_dict") is None and not kwargs.get("ignore_mismatched_sizes"):
+            raise OSError(
+                f"The checkpoint {pretrained_model_name_or_path} lacks {len(missing)} of the model's weights "
+                f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}). Fetch it again, or pass "
+                "ignore_mismatched_sizes=True to start those weights afresh."
+            )
+        return model
+
+    @classmethod
     def from_base_pretrained(cls, base: str | PreTrainedModel, **kwargs) -> NvibForConditionalGeneration:
         """Wrap a pretrained encoder-decoder model.
 
@@ -172,7 +214,7 @@ class NvibForConditionalGeneration(PreTrainedModel, NvibEncodingMixin, NvibGener
         """
         settings, others = _split_settings(kwargs)
         if isinstance(base, PreTrainedModel):
-            _refuse_unknown(others, "a loaded model")
+            refuse_unknown(others, "A loaded model")
         else:
             base = load_base(base, **others)
         return cls._wrap(base, settings)
@@ -199,9 +241,11 @@ class NvibForConditionalGeneration(PreTrainedModel, NvibEncodingMixin, NvibGener
         config = NvibConfig(base_config=base.config, base_architecture=type(base).__name__, **settings)
         model = cls(config, base=base)
         model.name_or_path = config.name_or_path = base.name_or_path
-        model.to(base.device)
+        model.nvib.to(base.device)
+        model.kl_beta = model.kl_beta.to(base.device)
         if base.dtype != torch.float32:
             model.nvib.mu_logvar.to(base.dtype)
+        _carry_quantisation(base, model)
         return model.train(base.training)
 
     def unwrap(self) -> PreTrainedModel:
@@ -251,9 +295,16 @@ class NvibForConditionalGeneration(PreTrainedModel, NvibEncodingMixin, NvibGener
             kwargs: further inputs of the base's encoder and decoder, by name.
 
         Raises:
-            ValueError: latents of another model; labels longer than the decoder's positions.
+            ValueError: latents of another model; labels longer than the decoder's positions, or taken away by the
+                Trainer's own label smoothing.
         """
-        self._check_targets(labels)
+        if labels is None and num_items_in_batch is not None:
+            raise ValueError(
+                "The Trainer took the labels out of the inputs, so its loss would lack the KL terms. Set "
+                "label_smoothing_factor to 0 in TrainingArguments and use NvibConfig(label_smoothing=...) instead; "
+                "in place of a compute_loss_func, override Trainer.compute_loss."
+            )
+        self._check_targets(labels, decoder_input_ids, decoder_inputs_embeds, past_key_values)
         if labels is not None:
             use_cache = False
             if decoder_input_ids is None and decoder_inputs_embeds is None:
@@ -277,6 +328,8 @@ class NvibForConditionalGeneration(PreTrainedModel, NvibEncodingMixin, NvibGener
             packed = self._pack(latents)
         else:
             packed = encoder_outputs[0]
+        if latents is not None:  # while decoding, the beams of a source share its latent
+            self._check_batch(packed, decoder_inputs_embeds if decoder_input_ids is None else decoder_input_ids)
 
         outputs = run_decoder(
             self.base,
@@ -325,26 +378,37 @@ class NvibForConditionalGeneration(PreTrainedModel, NvibEncodingMixin, NvibGener
             beta[0] * self.config.lambda_gaussian * kl_gaussian + beta[1] * self.config.lambda_dirichlet * kl_dirichlet
         )
 
-    def _encoder_arguments(self, inputs: dict) -> dict:
-        return {k: v for k, v in inputs.items() if k in self._encoder_argument_names and v is not None}
-
     def _decoder_arguments(self, inputs: dict) -> dict:
-        """Further inputs of the decoder. What neither half takes is refused, with the nearest name."""
-        for name, value in inputs.items():
-            if value is not None and name not in self._argument_names:
-                _refuse_unknown({name: value}, type(self).__name__, self._argument_names)
+        """Further inputs of the decoder."""
+        self._refuse_unknown_inputs(inputs)
         return {k: v for k, v in inputs.items() if k not in self._encoder_argument_names}
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """The decoder's inputs for these labels, by the base's own rule."""
         return shift_right(self.base, labels)
 
-    def _check_targets(self, labels: Tensor | None) -> None:
-        positions = self._decoder_positions
-        if labels is not None and positions is not None and labels.shape[-1] > positions:
+    def _check_targets(self, labels, decoder_input_ids, decoder_inputs_embeds, past_key_values) -> None:
+        if labels is None and decoder_input_ids is None and decoder_inputs_embeds is None:
             raise ValueError(
-                f"labels are {labels.shape[-1]} tokens long, but the decoder has {positions} positions. Truncate "
+                "The decoder has nothing to read. Pass labels, decoder_input_ids or decoder_inputs_embeds; to write "
+                "text call generate()."
+            )
+        name, tokens = ("decoder_input_ids", decoder_input_ids) if labels is None else ("labels", labels)
+        positions = self._decoder_positions
+        if tokens is None or positions is None or past_key_values is not None:
+            return
+        if tokens.shape[-1] > positions:
+            raise ValueError(
+                f"{name} are {tokens.shape[-1]} tokens long, but the decoder has {positions} positions. Truncate "
                 f"them: tokenizer(..., max_length={positions}, truncation=True)."
+            )
+
+    def _check_batch(self, packed: Tensor, decoder_inputs: Tensor) -> None:
+        """One latent would be broadcast to all targets without a word."""
+        if len(packed) != len(decoder_inputs):
+            raise ValueError(
+                f"There are {len(packed)} latents but {len(decoder_inputs)} decoder inputs. Pass one latent for each "
+                "row of labels or decoder_input_ids: latents[[0] * n] repeats the first n times."
             )
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:
@@ -365,26 +429,75 @@ class NvibForConditionalGeneration(PreTrainedModel, NvibEncodingMixin, NvibGener
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.base.set_output_embeddings(new_embeddings)
 
-    def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
-        embeddings = self.base.resize_token_embeddings(*args, **kwargs)
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
+        """As of the base. Where an encoder and a decoder were joined: of both, if their vocabularies are as large.
+
+        Raises:
+            ValueError: the two have vocabularies of their own.
+        """
+        if isinstance(self.base, JOINED) and new_num_tokens is not None:
+            halves = joined_vocabularies(self.base)
+        else:
+            halves = [self.base]
+        for half in halves:
+            embeddings = half.resize_token_embeddings(new_num_tokens, *args, **kwargs)
         self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
         return embeddings
 
 
+def check_base(base: PreTrainedModel) -> None:
+    """Raise ValueError unless a model can be wrapped: nothing has been changed by then."""
+    name = type(base).__name__
+    if any(isinstance(module, DenoisingCrossAttention) for module in base.modules()):
+        raise ValueError(
+            f"{name} is part of an NVIB model already, or one itself. Wrap another base, or call unwrap() on that "
+            "model first."
+        )
+    if len(set((getattr(base, "hf_device_map", None) or {}).values())) > 1:
+        raise ValueError(
+            f"{name} is spread over several devices by its device_map. Load it on one, wrap it, save it with "
+            "save_pretrained, and load that with NvibForConditionalGeneration.from_pretrained(..., device_map=...)."
+        )
+    find_cross_attention(base)
+    if not base.config.is_encoder_decoder or not base.can_generate():
+        raise ValueError(
+            f"{name} is no encoder-decoder model that generates, so there is nothing to put NVIB between. Pass a "
+            "...ForConditionalGeneration, or join an encoder and a decoder with "
+            "NvibForConditionalGeneration.from_encoder_decoder_pretrained(encoder, decoder)."
+        )
+
+
+def _carry_quantisation(base: PreTrainedModel, model: NvibForConditionalGeneration) -> None:
+    """A base that was loaded quantised makes a quantised model, all but its NVIB layer, that can be saved."""
+    quantizer = getattr(base, "hf_quantizer", None)
+    if quantizer is None:
+        return
+    for name in ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_8bit", "is_loaded_in_4bit"):
+        if hasattr(base, name):
+            setattr(model, name, getattr(base, name))
+    settings = copy.deepcopy(quantizer.quantization_config)
+    name = "llm_int8_skip_modules" if hasattr(settings, "llm_int8_skip_modules") else "modules_to_not_convert"
+    setattr(settings, name, [*quantizer.modules_to_not_convert, "nvib"])
+    model.config.quantization_config = settings
+
+
+def joined_vocabularies(base: PreTrainedModel) -> list[PreTrainedModel]:
+    """The halves of a joined model that share a vocabulary: the decoder, and an encoder of text as large."""
+    if base.encoder.main_input_name != "input_ids":
+        return [base.decoder]
+    sizes = [half.get_input_embeddings().num_embeddings for half in (base.encoder, base.decoder)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"The encoder has a vocabulary of {sizes[0]} tokens and the decoder one of {sizes[1]}. Resize the one "
+            "you mean: model.base.encoder.resize_token_embeddings(n) or model.base.decoder.resize_token_embeddings(n)."
+        )
+    return [base.encoder, base.decoder]
+
+
 def _split_settings(kwargs: dict) -> tuple[dict, dict]:
     """Keyword arguments that are settings of :class:`NvibConfig`, and the others."""
-    names = {field.name for field in fields(NvibConfig)} - {field.name for field in fields(PreTrainedConfig)}
-    names -= {"base_config", "base_architecture", "config_version"}
+    names = setting_names()
     settings = {name: value for name, value in kwargs.items() if name in names}
     others = {name: value for name, value in kwargs.items() if name not in names}
-    for name in others:
-        if close := difflib.get_close_matches(name, names, n=1, cutoff=0.75):
-            raise TypeError(f"{name!r} is no setting of NvibConfig. Did you mean {close[0]!r}?")
+    refuse_misspelt_settings(others)
     return settings, others
-
-
-def _refuse_unknown(arguments: dict, taker: str, names: Iterable[str] = ()) -> None:
-    for name in arguments:
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else " Leave it out."
-        raise TypeError(f"{taker} takes no argument {name!r}.{hint}")

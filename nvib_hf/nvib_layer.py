@@ -97,7 +97,7 @@ class Nvib(nn.Module):
         check_prior(prior_mu, prior_var, prior_alpha, size_out)
         check_settings(delta, kappa, alpha_activation, alpha_threshold, scale)
         self.size_in, self.size_out = size_in, size_out
-        self.delta, self.kappa = delta, kappa
+        self.delta, self.kappa = delta, int(kappa)
         self.alpha_activation, self.alpha_threshold = alpha_activation, alpha_threshold
         self.scale = size_out**-0.5 if scale is None else scale
         self.batch_first = batch_first
@@ -178,21 +178,23 @@ class Nvib(nn.Module):
                 f"The padding mask has shape {tuple(padding_mask.shape)}, but the input needs {(batch, length)}: "
                 "one entry a source vector, batch first."
             )
-        mu, logvar = self.mu_logvar(hidden_states).chunk(2, dim=-1)
-        log_alpha = self._log_alpha(hidden_states)
-        keep = log_alpha > (math.log(self.alpha_threshold) if self.alpha_threshold > 0 else float("-inf"))
-        if padding_mask is None:
-            mask = torch.ones_like(keep)
-        else:
+        mask = hidden_states.new_ones((batch, length), dtype=torch.bool)
+        if padding_mask is not None:
             mask = ~padding_mask.bool()
-            # Whatever stands in a padded position must not survive as 0 * inf.
-            mu, logvar = (x.masked_fill(padding_mask[..., None].bool(), 0) for x in (mu, logvar))
+            # Whatever stands in a padded position must not survive as 0 * inf, in a gradient either.
+            hidden_states = hidden_states.masked_fill(~mask[..., None], 0)
+        mu_logvar, log_alpha = self.mu_logvar(hidden_states), self._log_alpha(hidden_states)
+        if padding_mask is not None:
+            mu_logvar = mu_logvar.masked_fill(~mask[..., None], 0)
             log_alpha = log_alpha.masked_fill(~mask, 0)
-        keep = keep & mask
+        threshold = math.log(self.alpha_threshold) if self.alpha_threshold > 0 else float("-inf")
+        keep = mask & (log_alpha > threshold)
         first = mask.new_ones(batch, 1)
+        prior = torch.cat([self.prior_mu, self.prior_logvar]).to(mu_logvar.dtype).expand(batch, 1, -1)
+        mu, logvar = torch.cat([prior, mu_logvar], dim=1).chunk(2, dim=-1)
         return Posterior(
-            mu=torch.cat([self.prior_mu.to(mu.dtype).expand(batch, 1, -1), mu], dim=1),
-            logvar=torch.cat([self.prior_logvar.to(mu.dtype).expand(batch, 1, -1), logvar], dim=1),
+            mu=mu,
+            logvar=logvar,
             log_alpha=torch.cat([self.prior_log_alpha.to(log_alpha.dtype).expand(batch, 1), log_alpha], dim=1),
             mask=torch.cat([first, mask], dim=1),
             keep=torch.cat([first, keep], dim=1),
@@ -335,6 +337,8 @@ class Nvib(nn.Module):
                 f"memory_key_padding_mask has {memory_key_padding_mask.shape[0]} rows, but number_samples is "
                 f"{number_samples}. Give one row a sample."
             )
+        if memory_key_padding_mask.bool().all(-1).any():
+            raise ValueError("memory_key_padding_mask has a row that is all padding. Leave it at least one vector.")
         z, log_pi = self.sample_prior(memory_key_padding_mask.to(self.prior_mu.device), generator)
         z, log_pi = (x.to(device or x.device) for x in (z, log_pi))
         if not self.batch_first:

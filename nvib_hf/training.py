@@ -3,41 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer, TrainerCallback
+from transformers import PreTrainedModel, Seq2SeqTrainer, TrainerCallback, TrainerState
+from transformers.modelcard import TrainingSummary, make_markdown_table
 
+from .model_card import base_ids, model_card
 from .modeling_nvib import NvibForConditionalGeneration
 
 SCHEDULES = ("constant", "linear", "cosine", "cyclic")
 TERMS = ("gaussian", "dirichlet")
-LOGGED = (
-    "cross_entropy",
-    "kl_gaussian",
-    "kl_dirichlet",
-    "num_vectors",
-    "prop_vectors",
-    "effective_num_vectors",
-)
+PER_TOKEN = ("cross_entropy", "kl_gaussian", "kl_dirichlet")
+PER_EXAMPLE = ("num_vectors", "prop_vectors", "effective_num_vectors")
+NOT_RESULTS = {"runtime", "samples_per_second", "steps_per_second", "epoch", "step", "learning_rate", "grad_norm"}
 
 
 def find_nvib_model(model: nn.Module) -> NvibForConditionalGeneration:
-    """The NVIB model inside whatever wraps it (PEFT, DDP, ``torch.compile``)."""
+    """The NVIB model inside whatever wraps it (PEFT, DDP, ``torch.compile``), its code from here or from a hub."""
     for module in model.modules():
-        if isinstance(module, NvibForConditionalGeneration):
+        if "kl_beta" in module._buffers:
             return module
     raise ValueError(f"{type(model).__name__} contains no NvibForConditionalGeneration. Wrap a base model first.")
-
-
-def refuse_label_smoother(args) -> None:
-    """Raise where the Trainer would take the labels away and with them the KL terms."""
-    if getattr(args, "label_smoothing_factor", 0):
-        raise ValueError(
-            f"label_smoothing_factor={args.label_smoothing_factor} in TrainingArguments replaces the model's loss "
-            "and drops its KL terms. Set it to 0 and NvibConfig(label_smoothing=...) instead."
-        )
 
 
 class KLAnnealingCallback(TrainerCallback):
@@ -52,7 +42,8 @@ class KLAnnealingCallback(TrainerCallback):
     * ``"cyclic"``: the steps from ``start_ratio`` are ``cycles`` equal parts, and in each :math:`\beta` rises linearly
       over the first ``warmup_ratio`` of it, then stays at 1.
 
-    The value follows from the step alone, so it survives a resumed training.
+    The value follows from the step alone, so it survives a resumed training. The last one stays in the model, and is
+    saved with it: what it is evaluated and trained further with.
 
     Args:
         schedule: one of the above.
@@ -96,12 +87,9 @@ class KLAnnealingCallback(TrainerCallback):
         if self.schedule == "constant":
             return 1.0
         if self.schedule == "cyclic":
-            elapsed = elapsed * self.cycles / max(1 - self.start_ratio, 1e-12) % 1.0
+            elapsed = round(elapsed * self.cycles / max(1 - self.start_ratio, 1e-12), 9) % 1.0
         ramp = min(elapsed / self.warmup_ratio, 1.0) if self.warmup_ratio > 0 else 1.0
         return 0.5 * (1 - math.cos(math.pi * ramp)) if self.schedule == "cosine" else ramp
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        refuse_label_smoother(args)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs) -> None:
         beta = self.beta(state.global_step / max(state.max_steps, 1))
@@ -112,7 +100,7 @@ class KLAnnealingCallback(TrainerCallback):
 
 
 class NvibTrainerMixin:
-    """Adds the terms of the loss to a Trainer's logs, in training and evaluation.
+    """Adds the terms of the loss to a Trainer's logs, in training and evaluation, and results to the model card.
 
     ``cross_entropy``, ``kl_gaussian`` and ``kl_dirichlet`` (nats, means over target tokens), ``num_vectors``,
     ``prop_vectors`` and ``effective_num_vectors`` (means over examples): since the last log, over all processes.
@@ -123,60 +111,118 @@ class NvibTrainerMixin:
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        refuse_label_smoother(self.args)
-        self._nvib_sums: dict[bool, Tensor] = {}  # of training and of evaluation
+        if self.args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.args.label_smoothing_factor} in TrainingArguments replaces the model's "
+                "loss and drops its KL terms. Set it to 0 and NvibConfig(label_smoothing=...) instead."
+            )
+        self._nvib_sums: dict[bool, Tensor] = {}  # of training (True) and of evaluation, since they were last read
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels = inputs["labels"]
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        self._record(outputs, labels, model.training)
-        return (loss, outputs) if return_outputs else loss
+    def training_step(self, model, *args, **kwargs):
+        with self._recording(model):
+            return super().training_step(model, *args, **kwargs)
 
-    def _record(self, outputs, labels: Tensor, training: bool) -> None:
+    def prediction_step(self, model, *args, **kwargs):
+        with self._recording(model):
+            return super().prediction_step(model, *args, **kwargs)
+
+    @contextmanager
+    def _recording(self, model: nn.Module) -> Iterator[None]:
+        """Sees what the model returns, whoever calls it: Trainer, Seq2SeqTrainer or a loss of the user's own."""
+        handle = model.register_forward_hook(self._record, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _record(self, model: nn.Module, args: tuple, inputs: dict, outputs) -> None:
         """Adds sums over tokens and examples, on the device: nothing is read before the next log."""
-        tokens = (labels != -100).sum(-1)
-        latents = outputs["latents"]
-        sums = torch.stack(
-            [
-                outputs["cross_entropy"] * tokens.sum(),
-                (tokens * latents["kl_gaussian"]).sum(),
-                (tokens * latents["kl_dirichlet"]).sum(),
-                latents["num_vectors"].sum(),
-                latents["prop_vectors"].sum(),
-                latents["effective_num_vectors"].sum(),
-                tokens.sum(),
-                torch.ones_like(tokens).sum(),
-            ]
-        ).detach()
-        previous = self._nvib_sums.get(training)
-        self._nvib_sums[training] = sums if previous is None else previous + sums
+        labels, latents = inputs.get("labels"), outputs.get("latents")
+        if labels is None or latents is None or latents.kl_gaussian is None:
+            return
+        tokens = (labels != -100).sum(-1)  # (B,)
+        terms = [
+            outputs.cross_entropy.mean() * tokens.sum(),  # one value, or one a device
+            (tokens * latents.kl_gaussian).sum(),
+            (tokens * latents.kl_dirichlet).sum(),
+            latents.num_vectors.sum(),
+            latents.prop_vectors.sum(),
+            latents.effective_num_vectors.sum(),
+        ]
+        sums = torch.stack([x.detach().float() for x in (*terms, tokens.sum(), torch.ones_like(tokens).sum())])
+        self._nvib_sums[model.training] = self._nvib_sums.get(model.training, 0) + sums
 
-    def _recorded(self, training: bool) -> dict[str, float]:
-        sums = self._nvib_sums.pop(training, None)
-        if sums is None:
+    def _read(self, training: bool) -> dict[str, float]:
+        """Means over what all processes recorded; each of them has to call this."""
+        nothing = torch.zeros(len(PER_TOKEN) + len(PER_EXAMPLE) + 2, device=self.args.device)
+        sums = self.accelerator.reduce(self._nvib_sums.pop(training, nothing), "sum").tolist()
+        *terms, tokens, examples = sums
+        if not tokens:
             return {}
-        *terms, tokens, examples = self.accelerator.reduce(sums.float(), "sum").tolist()
-        counts = [tokens] * 3 + [examples] * 3
-        return {name: term / max(count, 1) for name, term, count in zip(LOGGED, terms, counts, strict=True)}
+        counts = [tokens] * len(PER_TOKEN) + [examples] * len(PER_EXAMPLE)
+        return {
+            name: term / count for name, term, count in zip((*PER_TOKEN, *PER_EXAMPLE), terms, counts, strict=True)
+        }
 
-    def log(self, logs, start_time=None) -> None:
+    def train(self, *args, **kwargs):
+        self._nvib_sums.pop(True, None)  # what an earlier training did not log
+        return super().train(*args, **kwargs)
+
+    def log(self, logs, *args, **kwargs) -> None:
         if "loss" in logs:
-            logs.update(self._recorded(training=True))
-        super().log(logs, start_time)
+            logs.update(self._read(training=True))
+        super().log(logs, *args, **kwargs)
 
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         self._nvib_sums.pop(False, None)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        recorded = self._recorded(training=False)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in recorded.items()})
+        read = self._read(training=False)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in read.items()})
         return output
 
-    def prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs):
-        if "labels" in inputs and not prediction_loss_only and getattr(self.args, "predict_with_generate", False):
-            # Seq2SeqTrainer's generating step calls the model past compute_loss.
-            with torch.no_grad(), self.compute_loss_context_manager():
-                self.compute_loss(model, self._prepare_inputs(inputs))
-        return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+    def create_model_card(self, **kwargs) -> None:
+        """The model's own card, with what the Trainer knows of its training. Arguments as in ``Trainer``."""
+        if not isinstance(self.model, PreTrainedModel):  # an adapter has a card of its own
+            return super().create_model_card(**kwargs)
+        if self.is_world_process_zero():
+            bases = base_ids(self.model.config)
+            summary = TrainingSummary.from_trainer(self, **{"finetuned_from": "".join(bases[:1]), **kwargs})
+            metadata = {**summary.create_metadata(), "base_model": kwargs.get("finetuned_from") or bases}
+            if not metadata["model-index"][0]["results"]:
+                del metadata["model-index"]
+            name = self.hub_model_id or summary.model_name
+            card = model_card(self.model, name, training_section(self.state, summary), **metadata)
+            card.save(Path(self.args.output_dir) / "README.md")
+        return None
+
+
+def training_section(state: TrainerState, summary: TrainingSummary) -> str:
+    """A training in Markdown: the last results, the evaluations on the way, the hyperparameters."""
+    data = [summary.dataset] if isinstance(summary.dataset, str) else [x for x in summary.dataset or [] if x]
+    on_data = f" on {' and '.join(data)}" if data else ""
+    training = next((_results(entry) for entry in reversed(state.log_history) if "loss" in entry), {})
+    evaluations = {entry["step"]: _results(entry) for entry in state.log_history if "eval_loss" in entry}
+    evaluation = next(reversed(evaluations.values()), {})
+    last = [
+        {"": name, "training": training.get(name, ""), "evaluation": evaluation.get(name, "")}
+        for name in dict.fromkeys([*training, *evaluation])
+    ]
+    on_the_way = [
+        {"step": step, **{name: results.get(name, "") for name in evaluation}} for step, results in evaluations.items()
+    ]
+    hyperparameters = [f"- `{name}`: {value}" for name, value in (summary.hyperparameters or {}).items()]
+    parts = [
+        f"{state.global_step} steps{on_data}. At the end:\n\n{make_markdown_table(last)}",
+        f"Evaluations:\n\n{make_markdown_table(on_the_way)}" if len(on_the_way) > 1 else "",
+        "Hyperparameters:\n\n" + "\n".join(hyperparameters),
+    ]
+    return "\n\n".join(part.strip() for part in parts if part)
+
+
+def _results(entry: dict[str, float]) -> dict[str, float]:
+    """What a log says of the model, by name."""
+    entry = {name.removeprefix("eval_"): value for name, value in entry.items()}
+    return {name: value for name, value in entry.items() if name not in NOT_RESULTS}
 
 
 class NvibTrainer(NvibTrainerMixin, Seq2SeqTrainer):

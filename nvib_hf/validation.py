@@ -47,7 +47,7 @@ def check_settings(
             f"delta must be in [0, 1], but got {delta}: it is the share of the source length that the prior "
             "expects to keep."
         )
-    if kappa != int(kappa) or kappa < 1:
+    if not (kappa >= 1 and kappa % 1 == 0):
         raise ValueError(f"kappa must be a whole number of at least 1, but got {kappa}.")
     if alpha_activation not in ALPHA_ACTIVATIONS:
         raise ValueError(

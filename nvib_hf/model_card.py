@@ -1,0 +1,192 @@
+"""The model card: what the model is, what it was made of, how it is set, and code that uses it."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import fields
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData, file_exists
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from .configuration_nvib import NvibConfig, is_hub_id, setting_names
+
+TASKS = {"input_ids": "text-generation", "pixel_values": "image-to-text"}  # others: speech
+
+READ_TEXT = """\
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+inputs = tokenizer(["The first text.", "Another text."], padding=True, return_tensors="pt")"""
+
+READ_SPEECH = """\
+import numpy as np
+from transformers import AutoFeatureExtractor, AutoModelForSeq2SeqLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+processor = AutoFeatureExtractor.from_pretrained("{name}")
+sounds = [np.zeros(16_000), np.zeros(16_000)]  # put your own here, at 16 kHz
+inputs = processor(sounds, sampling_rate=16_000, return_tensors="pt")"""
+
+READ_IMAGE = """\
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForSeq2SeqLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+processor = AutoImageProcessor.from_pretrained("{name}")
+images = [Image.new("RGB", (224, 224)), Image.new("RGB", (224, 224))]  # put your own here
+inputs = processor(images, return_tensors="pt")"""
+
+USE = """\
+# Without trust_remote_code, if nvib_hf is installed and imported.
+model = AutoModelForSeq2SeqLM.from_pretrained("{name}", trust_remote_code=True)
+
+
+def decode(latents):
+    tokens = model.generate(encoder_outputs=latents, max_new_tokens=32)
+    return tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+
+latents = model.encode(**inputs)
+print(decode(latents))
+print(decode(model.sample_latents(num_samples=2, num_vectors=8)))  # drawn from the prior
+print(decode(model.interpolate_latents(latents[:1], latents[1:], weight=0.5)))"""
+
+CITATION = """\
+@inproceedings{henderson2023vae,
+  title = {A {VAE} for Transformers with Nonparametric Variational Information Bottleneck},
+  author = {Henderson, James and Fehr, Fabio},
+  booktitle = {The Eleventh International Conference on Learning Representations},
+  year = {2023}
+}
+
+@inproceedings{fehr2024nonparametric,
+  title = {Nonparametric Variational Regularisation of Pretrained Transformers},
+  author = {Fehr, Fabio and Henderson, James},
+  booktitle = {The First Conference on Language Modeling},
+  year = {2024}
+}"""
+
+TEXT = """\
+# {title}
+
+{base} with a nonparametric variational information bottleneck (NVIB) between encoder and decoder.
+
+The encoder's vectors become a distribution over weighted sets of vectors. Training decodes a sample of it, while two
+KL terms, one for the vectors and one for their weights, limit what passes. Each input thus has a latent that can be
+decoded, and latents can also be drawn from the prior or lie between those of two inputs.
+
+## Use
+
+```python
+{snippet}
+```
+
+## Settings
+
+| setting | value |
+|---|---|
+{settings}
+
+{training}## Citation
+
+```bibtex
+{citation}
+```
+"""
+
+
+def model_card(model, name: str, training: str = "", **metadata) -> ModelCard:
+    """The card of an NVIB model.
+
+    Args:
+        model: the :class:`~nvib_hf.NvibForConditionalGeneration`.
+        name: repository or folder that the snippet loads.
+        training: a section on its training.
+        metadata: further fields of the card's header (``license``, ``language``, ``datasets``, ...).
+    """
+    read = {"input_ids": READ_TEXT, "pixel_values": READ_IMAGE}.get(model.main_input_name, READ_SPEECH)
+    data = {
+        "library_name": "transformers",
+        "pipeline_tag": TASKS.get(model.main_input_name, "automatic-speech-recognition"),
+        "base_model": base_ids(model.config) or None,
+        **{field: value for field, value in metadata.items() if value},
+    }
+    data["tags"] = list(dict.fromkeys([*(model.model_tags or []), *data.get("tags", [])]))
+    text = TEXT.format(
+        title=name.rsplit("/", 1)[-1],
+        base=_base(model.config),
+        snippet=f"{read}\n\n{USE}".format(name=name),
+        settings="\n".join(f"| `{setting}` | {value} |" for setting, value in _settings(model).items()),
+        training=training and f"## Training\n\n{training.strip()}\n\n",
+        citation=CITATION,
+    )
+    return ModelCard(f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{text}")
+
+
+def base_ids(config: NvibConfig) -> list[str]:
+    """Repositories of what the model was made of: an NVIB model that was trained on, or the base, or its halves."""
+    for parts in ([config], [config.base_config], _halves(config)):
+        if found := [part.name_or_path for part in parts if is_hub_id(part.name_or_path)]:
+            return found
+    return []
+
+
+def _halves(config: NvibConfig) -> list[PreTrainedConfig]:
+    """Encoder's and decoder's configuration, where the base has one of each."""
+    halves = [getattr(config.base_config, name, None) for name in ("encoder", "decoder")]
+    return halves if all(isinstance(half, PreTrainedConfig) for half in halves) else []
+
+
+def _base(config: NvibConfig) -> str:
+    """The base model in words."""
+    kinds = " and ".join(f"`{half.model_type}`" for half in _halves(config))
+    architecture = f"`{config.base_architecture}`" + (f" of {kinds}" if kinds else "")
+    links = " and ".join(f"[{name}](https://huggingface.co/{name})" for name in base_ids(config))
+    return f"{links} ({architecture})" if links else f"A {architecture}"
+
+
+def _settings(model) -> dict[str, str]:
+    """The bottleneck's settings, with the prior that the layer has."""
+    config, layer = model.config, model.nvib
+    names = [field.name for field in fields(config) if field.name in setting_names()]
+    settings = {name: f"`{getattr(config, name)!r}`" for name in names}
+    if not layer.prior_mu.is_meta:
+        settings["prior_mu"] = _summary(layer.prior_mu)
+        settings["prior_var"] = _summary(layer.prior_logvar.exp())
+        log_alpha = layer.prior_log_alpha.item()
+        settings["prior_alpha"] = f"`{math.exp(log_alpha):.4g}`" if log_alpha < 20 else f"exp(`{log_alpha:.4g}`)"
+    return settings
+
+
+def _summary(values: Tensor) -> str:
+    """One number for all channels, or what there is to say of many."""
+    low, high = values.min().item(), values.max().item()
+    if low == high:
+        return f"`{low:.4g}`"
+    return f"{values.numel()} values, `{low:.4g}` to `{high:.4g}`"
+
+
+class NvibModelCardMixin:
+    """Before ``PreTrainedModel``: writes the card wherever a model is saved or pushed that has none yet."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, *args, **kwargs):
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        folder = Path(save_directory)
+        is_first = folder.is_dir() and not (folder / "README.md").exists()
+        if is_first and self.should_save_on_this_rank(is_main_process):
+            self._save_model_card(folder, folder.resolve().name)
+
+    def _upload_modified_files(self, working_dir, repo_id, files_timestamps, *args, **kwargs):
+        """The last step of each push. A repository without a card gets this model's, not an empty form."""
+        path = Path(working_dir) / "README.md"
+        if "README.md" not in files_timestamps and not file_exists(repo_id, "README.md", token=kwargs.get("token")):
+            tags = ModelCard.load(path).data.tags if path.exists() else None
+            self._save_model_card(path.parent, repo_id, tags=tags)
+        return super()._upload_modified_files(working_dir, repo_id, files_timestamps, *args, **kwargs)
+
+    def _save_model_card(self, folder: Path, name: str, **metadata) -> None:
+        if not getattr(self, "_hf_peft_config_loaded", False):  # then the folder has an adapter, not the model
+            model_card(self, name, **metadata).save(folder / "README.md")

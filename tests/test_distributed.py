@@ -1,0 +1,88 @@
+"""Two processes on one machine: DistributedDataParallel, the Trainer and FSDP2, against one process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import distributed_worker as worker
+import pytest
+import torch
+import torch.distributed as dist
+
+from nvib_hf import nvib_layer
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What rank 0 of two found, by case."""
+    here, folder = Path(__file__).parent, tmp_path_factory.mktemp("distributed")
+    paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    finished = subprocess.run(
+        [*command, str(here / "distributed_worker.py"), str(folder)],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert finished.returncode == 0, finished.stderr[-5000:]
+    return torch.load(folder / "found.pt", weights_only=False)
+
+
+@pytest.mark.parametrize("family", worker.FAMILIES)
+def test_ddp_is_one_process_on_the_joined_batch(found, family):
+    """No parameter is unused (the second step would raise), losses and gradients are those of the whole batch."""
+    losses, gradients = found["ddp"][family]["actual"]
+    expected_losses, expected_gradients = found["ddp"][family]["expected"]
+    torch.testing.assert_close(losses, expected_losses)
+    assert losses[0] != losses[1]
+    assert gradients.keys() == expected_gradients.keys() and "nvib.alpha_quadratic" in gradients
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert found["ddp"][family]["tokens"].shape == (4, 6)
+
+
+def test_trainer_in_two_processes_logs_what_one_does(found, tmp_path, monkeypatch):
+    logs = found["trainer"]["logs"]
+    for name in ("log_dirichlet_sample", "gaussian_sample"):
+        monkeypatch.setattr(nvib_layer, name, getattr(nvib_layer, name))  # put back afterwards
+    worker.fix_draws()
+    examples = [{name: value[row] for name, value in worker.batch("bart").items()} for row in range(4)]
+    expected = worker.run_trainer(tmp_path / "one", examples, 4)
+    compared = ("loss", "grad_norm", "cross_entropy", "kl_gaussian", "kl_dirichlet", "num_vectors")
+    assert len(logs) == len(expected) == 4
+    for entry, reference in zip(logs[:3], expected[:3], strict=True):
+        for name in compared:
+            assert entry[name] == pytest.approx(reference[name], rel=1e-3), name
+    for name in ("eval_loss", "eval_cross_entropy", "eval_kl_gaussian", "eval_kl_dirichlet", "eval_num_vectors"):
+        assert logs[3][name] == pytest.approx(expected[3][name], rel=1e-3), name
+
+
+COMPARED = [
+    "generate",
+    "encode",
+    "beams of a sample",
+    "evaluation",
+    "step",
+    "evaluation after the step",
+    "generate after the step",
+    "state_dict",
+    "saved",
+    "resumed",
+]
+
+
+@pytest.mark.parametrize("what", COMPARED)
+def test_fsdp2_is_the_model_without_it(found, what):
+    """``encode`` and ``generate`` included, which FSDP2 knows nothing of by itself."""
+    actual, expected = found["fsdp"][what]
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_fsdp2_in_mixed_precision(found):
+    (loss, *divergences), (expected_loss, *expected) = found["fsdp"]["mixed precision"]
+    torch.testing.assert_close(loss.float(), expected_loss, rtol=0.03, atol=0.03)
+    torch.testing.assert_close(divergences, expected, rtol=0.01, atol=0)
