@@ -54,10 +54,11 @@ from transformers import Seq2SeqTrainingArguments
 
 from nvib_hf import NvibForConditionalGeneration, NvibTrainer
 
-model = NvibForConditionalGeneration.from_base_pretrained(tiny_base("bart"), tau_sigma=0.1, delta=0.5, kappa=2)
-model.base.config.name_or_path = "someone/base"
-model.generation_config.num_beams = 3
-model.generation_config.max_new_tokens = 7
+base = tiny_base("bart")
+base.config.name_or_path = "someone/base"
+base.generation_config.num_beams = 3
+base.generation_config.max_new_tokens = 7
+model = NvibForConditionalGeneration.from_base_pretrained(base, tau_sigma=0.1, delta=0.5, kappa=2)
 inputs = tiny_inputs("bart")
 results = {
     "tokens": model.generate(**inputs).tolist(),
