@@ -251,7 +251,7 @@ def show_figures(vae: TextVAE, held_out: list[str]) -> None:
         latents = vae.encode(texts)
         exact += sum(a == b for a, b in zip(vae.decode(latents), vae.as_read(texts), strict=True))
         tokens = latents.attention_mask.sum(-1) - 1.0  # without the prior's component
-        names = ("num_vectors", "prop_vectors", "effective_num_vectors", "kl_gaussian", "kl_dirichlet")
+        names = ("num_vectors", "prop_vectors", "effective_vectors", "kl_gaussian", "kl_dirichlet")
         statistics.append(torch.stack([tokens, *(latents[name].float() for name in names)]))
     length, kept, share, effective, kl_gaussian, kl_dirichlet = torch.cat(statistics, dim=1).mean(1).tolist()
     title(f"Figures over {len(chosen)} held-out texts (greedy decoding, means a text)")
@@ -329,11 +329,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--base", choices=RECIPES, default="bart", help="what becomes a VAE (default: bart)")
     parser.add_argument("--text", type=Path, metavar="FILE", help="a text file, one text a line, for the corpus")
     parser.add_argument("--model", type=Path, metavar="DIR", help="show this trained folder, train nothing")
-    parser.add_argument("--output", type=Path, metavar="DIR", default=Path("text_vae"), help="default: text_vae")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: text_vae, or the shown folder")
     parser.add_argument("--max-steps", type=int, help="training steps (default: what suits the base)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="10 small steps: everything runs, nothing is learnt")
     args = parser.parse_args()
+    args.output = args.output or args.model or Path("text_vae")
     if args.quick:
         args.max_steps = args.max_steps or 10
     return args

@@ -62,6 +62,9 @@ def is_hub_id(name: str | None) -> bool:
 class NvibConfig(PreTrainedConfig):
     r"""Configuration of :class:`~nvib_hf.NvibForConditionalGeneration`.
 
+    ``lambda_*`` and ``label_smoothing`` are read at every step; the other settings are those of a model's layer when
+    it is made.
+
     Args:
         base_config: configuration of the encoder-decoder model that is wrapped (an object or a dict). Copied: the
             model it came from is not touched.
@@ -103,6 +106,9 @@ class NvibConfig(PreTrainedConfig):
         "cross_entropy",
         "kl_gaussian",
         "kl_dirichlet",
+        "num_vectors",
+        "prop_vectors",
+        "effective_vectors",
         "latents",
     ]
 
@@ -154,6 +160,11 @@ class NvibConfig(PreTrainedConfig):
         check_settings(self.delta, self.kappa, self.alpha_activation, self.alpha_threshold)
         self.kappa = int(self.kappa)
         check_taus(self.tau_alpha, self.tau_sigma, self.tau_mu)
+        if self.alpha_activation == "relu" and self.tau_alpha <= 0:
+            raise ValueError(
+                f"tau_alpha must be above 0 with alpha_activation='relu', but got {self.tau_alpha}: pseudo-counts "
+                "start at it, and one that starts at 0 has no gradient."
+            )
         for name in ("lambda_gaussian", "lambda_dirichlet"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be 0 or positive, but got {getattr(self, name)}.")

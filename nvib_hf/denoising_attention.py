@@ -131,7 +131,7 @@ def denoising_attention(
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores + bias[:, None, None, :].to(scores.dtype)
     if attention_mask is not None:
-        scores = scores + _additive(attention_mask, scores.dtype)
+        scores = scores + additive_mask(attention_mask, scores.dtype)
     if shrinkage is not None:
         latent_query = _per_head(query, key_weight)  # u, (B, H, Nt, P)
         if exact:
@@ -153,7 +153,8 @@ def _per_head(x: Tensor, weight: Tensor) -> Tensor:
     return torch.bmm(by_head, weight).view(heads, batch, length, -1).transpose(0, 1)
 
 
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask that is boolean (False masks) or additive, as an additive one."""
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, float("-inf"))
     return mask.to(dtype)
@@ -174,7 +175,7 @@ def _fused(query, key, value, bias, scale, attention_mask, dropout_p) -> Tensor:
     else:
         width = value.shape[-1]
         bias = bias[:, None, None, :].to(query.dtype)
-        attention_mask = bias if attention_mask is None else bias + _additive(attention_mask, bias.dtype)
+        attention_mask = bias if attention_mask is None else bias + additive_mask(attention_mask, bias.dtype)
     output = F.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, dropout_p=dropout_p, scale=scale
     )

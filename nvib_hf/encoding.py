@@ -47,7 +47,8 @@ class NvibBottleneck(Nvib):
             kl_dirichlet=kl_dirichlet,
             num_vectors=statistics["num_vec"],
             prop_vectors=statistics["prop_vec"],
-            effective_num_vectors=statistics["effective_num_vec"],
+            effective_vectors=statistics["effective_num_vec"],
+            kappa=torch.full_like(statistics["num_vec"], self.kappa, dtype=torch.long) if sample else None,
         )
 
 
@@ -151,9 +152,13 @@ class NvibEncodingMixin:
             raise ValueError(
                 f"The latents' fields do not belong together: {shapes}. z and logvar are (B, Nl, P), log_pi (B, Nl)."
             )
+        if latents.kappa is not None and (latents.kappa != self.nvib.kappa).any():
+            raise ValueError(
+                f"The latents were drawn with kappa={latents.kappa.unique().tolist()}, but this model has kappa="
+                f"{self.nvib.kappa}: they come from another model. Encode the texts with this one."
+            )
 
     def _pack(self, latents: NvibLatents) -> Tensor:
-        self._check_latents(latents)
         return pack(latents.memory(self.scale))
 
     @torch.no_grad()

@@ -29,6 +29,7 @@ class NvibGenerationMixin(GenerationMixin):
     def _packed_encoder_outputs(self, latents: NvibLatents | BaseModelOutput) -> BaseModelOutput:
         """A new object each time: beam search repeats what it is given in place."""
         if isinstance(latents, NvibLatents):
+            self._check_latents(latents)
             return BaseModelOutput(last_hidden_state=self._pack(latents.compact()))
         if not isinstance(latents, BaseModelOutput):
             raise TypeError(
@@ -52,6 +53,8 @@ class NvibGenerationMixin(GenerationMixin):
         name = model_input_name or self.main_input_name
         latents, states = self._encode_alone({**model_kwargs, **recorded, name: inputs_tensor})
         packed = self._packed_encoder_outputs(latents)
+        if model_kwargs.get("decoder_input_ids") is not None:
+            self._check_batch(packed.last_hidden_state, model_kwargs["decoder_input_ids"])
         packed.hidden_states, packed.attentions = states.hidden_states, states.attentions
         model_kwargs["encoder_outputs"] = packed
         return model_kwargs

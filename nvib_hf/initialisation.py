@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from .denoising_attention import mixture_memory
 from .validation import check_taus
 
 # log(tau_sigma ** 2) for tau_sigma = 0: without effect in fp32, and a KL that training can climb down from.
@@ -51,10 +51,10 @@ def identity_parameters(
     check_taus(tau_alpha, tau_sigma, tau_mu)
     width = prior_mu.shape[0]
     prior_mu, prior_logvar = prior_mu.float(), prior_logvar.float()
-    log_ratio = prior_logvar + math.log(scale)
-    prior_score = prior_log_alpha.float() - 0.5 * (
-        scale * torch.sigmoid(-log_ratio) * prior_mu.square() - F.logsigmoid(-log_ratio)
-    ).sum(-1)
+    # What attention adds to the score of the prior's component: all of it, at a query of 0.
+    prior_score = mixture_memory(
+        prior_mu[None, None], prior_logvar[None, None], prior_log_alpha.float()[None], scale
+    ).bias[0]
     log_tau_sigma = 2 * math.log(tau_sigma) if tau_sigma > 0 else LOG_TAU_SIGMA_FLOOR
     weight = prior_mu.new_zeros(2 * width, width)
     weight[:width].fill_diagonal_(tau_mu)

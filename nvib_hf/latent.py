@@ -12,6 +12,7 @@ the model's dtype and survives autocast and mixed-precision wrappers.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +67,8 @@ class NvibLatents(ModelOutput):
             latents that come from no text.
         kl_gaussian, kl_dirichlet: ``(B,)``, in nats, as the loss weighs them. ``None`` as above.
         num_vectors: ``(B,)`` source vectors kept, the prior's excluded; prop_vectors: their share of the source
-            length; effective_num_vectors: ``exp(entropy(pi))``. ``None`` as above.
+            length; effective_vectors: ``exp(entropy(pi))``. ``None`` as above.
+        kappa: ``(B,)`` vectors drawn a component, of a sample; ``None`` otherwise.
     """
 
     z: Tensor | None = None
@@ -78,17 +80,19 @@ class NvibLatents(ModelOutput):
     kl_dirichlet: Tensor | None = None
     num_vectors: Tensor | None = None
     prop_vectors: Tensor | None = None
-    effective_num_vectors: Tensor | None = None
+    effective_vectors: Tensor | None = None
+    kappa: Tensor | None = None
 
     def __getitem__(self, index):
         if isinstance(index, str):
             return super().__getitem__(index)
-        if isinstance(index, int):
-            if not -self.batch_size <= index < self.batch_size:
-                raise IndexError(f"index {index} is out of range for {self.batch_size} latents.")
-            index = [index]
-        if isinstance(index, Tensor):
+        if isinstance(index, Tensor) and index.dim() > 0:
             index = index.to(self.z.device)
+        elif hasattr(index, "__index__"):  # one of them, as a batch of one
+            position = operator.index(index)
+            if not -self.batch_size <= position < self.batch_size:
+                raise IndexError(f"index {position} is out of range for {self.batch_size} latents.")
+            index = [position]
         return type(self)(**{name: value[index] for name, value in self.items()})
 
     @property

@@ -43,11 +43,13 @@ from .nvib_layer import Nvib
 from .validation import check_prior
 
 RECORDED = {"output_attentions", "output_hidden_states"}
+MEASURED = ("kl_gaussian", "kl_dirichlet", "num_vectors", "prop_vectors", "effective_vectors")
 FOLLOWS_THE_BASE = (
     "_supports_sdpa",
     "_supports_flash_attn",
     "_supports_flex_attn",
     "supports_gradient_checkpointing",
+    "_can_compile_fullgraph",
 )
 # Some encoders share a class with their decoder, and its arguments.
 OF_THE_DECODER = {"use_cache", "past_key_values", "encoder_hidden_states", "encoder_attention_mask"}
@@ -60,12 +62,17 @@ class NvibSeq2SeqLMOutput(Seq2SeqLMOutput):
     Args:
         cross_entropy: the reconstruction term of the loss, nats per target token, scalar.
         kl_gaussian, kl_dirichlet: the two KL terms, ``(B,)``, unweighted.
+        num_vectors, prop_vectors, effective_vectors: of the latents, ``(B,)``: source vectors kept, their share of
+            the source length, and ``exp(entropy(pi))``.
         latents: the :class:`~nvib_hf.NvibLatents` that were decoded; ``None`` at a step of generation.
     """
 
     cross_entropy: Tensor | None = None
     kl_gaussian: Tensor | None = None
     kl_dirichlet: Tensor | None = None
+    num_vectors: Tensor | None = None
+    prop_vectors: Tensor | None = None
+    effective_vectors: Tensor | None = None
     latents: NvibLatents | None = None
 
 
@@ -249,7 +256,7 @@ class NvibForConditionalGeneration(NvibModelCardMixin, PreTrainedModel, NvibEnco
         return model.train(base.training)
 
     def unwrap(self) -> PreTrainedModel:
-        """The base model with its trained weights, as it was before wrapping. This model is spent afterwards."""
+        """The base model with its trained weights and its own cross-attention. This model is spent afterwards."""
         restore_cross_attention(self.base)
         return self.base
 
@@ -325,10 +332,11 @@ class NvibForConditionalGeneration(NvibModelCardMixin, PreTrainedModel, NvibEnco
             packed = self._pack(latents)
         elif isinstance(encoder_outputs, NvibLatents):
             latents = encoder_outputs
+            self._check_latents(latents)
             packed = self._pack(latents)
         else:
             packed = encoder_outputs[0]
-        if latents is not None:  # while decoding, the beams of a source share its latent
+        if latents is not None or labels is not None:  # only while decoding do the beams of a source share its latent
             self._check_batch(packed, decoder_inputs_embeds if decoder_input_ids is None else decoder_input_ids)
 
         outputs = run_decoder(
@@ -345,11 +353,10 @@ class NvibForConditionalGeneration(NvibModelCardMixin, PreTrainedModel, NvibEnco
                 **self._decoder_arguments(kwargs),
             },
         )
-        kl_gaussian = None if latents is None else latents.kl_gaussian
-        kl_dirichlet = None if latents is None else latents.kl_dirichlet
+        measured = {name: None if latents is None else getattr(latents, name) for name in MEASURED}
         loss = cross_entropy = None
         if labels is not None:
-            weighted_kl = self._weighted_kl(kl_gaussian, kl_dirichlet)
+            weighted_kl = self._weighted_kl(measured["kl_gaussian"], measured["kl_dirichlet"])
             loss, cross_entropy = nvib_loss(
                 outputs.logits, labels, weighted_kl, num_items_in_batch, self.config.label_smoothing
             )
@@ -364,8 +371,7 @@ class NvibForConditionalGeneration(NvibModelCardMixin, PreTrainedModel, NvibEnco
             encoder_hidden_states=states.hidden_states,
             encoder_attentions=states.attentions,
             cross_entropy=cross_entropy,
-            kl_gaussian=kl_gaussian,
-            kl_dirichlet=kl_dirichlet,
+            **measured,
             latents=latents,
         )
 

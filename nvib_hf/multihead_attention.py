@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .denoising_attention import denoising_attention, mixture_memory, sampled_memory
+from .denoising_attention import additive_mask, denoising_attention, mixture_memory, sampled_memory
 from .memory import NvibMemory, as_memory
 
 
@@ -101,7 +101,8 @@ class DenoisingMultiheadAttention(nn.MultiheadAttention):
         if not self.batch_first:
             query, z, mu, logvar, log_pi = (x.transpose(0, 1) for x in (query, z, mu, logvar, log_pi))
         if key_padding_mask is not None:
-            log_pi = log_pi + _additive(key_padding_mask, log_pi.dtype)
+            padding = key_padding_mask
+            log_pi = log_pi + additive_mask(~padding if padding.dtype == torch.bool else padding, log_pi.dtype)
 
         heads, width, scale = self.num_heads, self.head_dim, self.head_dim**-0.5
         attended = sampled_memory(z, log_pi, scale) if self.training else mixture_memory(mu, logvar, log_pi, scale)
@@ -143,12 +144,5 @@ class DenoisingMultiheadAttention(nn.MultiheadAttention):
     def _attention_mask(self, mask: Tensor | None, batch: int, dtype: torch.dtype) -> Tensor | None:
         if mask is None:
             return None
-        mask = _additive(mask, dtype)
+        mask = additive_mask(~mask if mask.dtype == torch.bool else mask, dtype)
         return mask.view(batch, self.num_heads, *mask.shape[1:]) if mask.dim() == 3 else mask
-
-
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask of ``torch.nn``, True = masked or additive, as an additive one."""
-    if mask.dtype == torch.bool:
-        return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))
-    return mask.to(dtype)

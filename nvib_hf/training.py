@@ -18,7 +18,7 @@ from .modeling_nvib import NvibForConditionalGeneration
 SCHEDULES = ("constant", "linear", "cosine", "cyclic")
 TERMS = ("gaussian", "dirichlet")
 PER_TOKEN = ("cross_entropy", "kl_gaussian", "kl_dirichlet")
-PER_EXAMPLE = ("num_vectors", "prop_vectors", "effective_num_vectors")
+PER_EXAMPLE = ("num_vectors", "prop_vectors", "effective_vectors")
 NOT_RESULTS = {"runtime", "samples_per_second", "steps_per_second", "epoch", "step", "learning_rate", "grad_norm"}
 
 
@@ -103,7 +103,7 @@ class NvibTrainerMixin:
     """Adds the terms of the loss to a Trainer's logs, in training and evaluation, and results to the model card.
 
     ``cross_entropy``, ``kl_gaussian`` and ``kl_dirichlet`` (nats, means over target tokens), ``num_vectors``,
-    ``prop_vectors`` and ``effective_num_vectors`` (means over examples): since the last log, over all processes.
+    ``prop_vectors`` and ``effective_vectors`` (means over examples): since the last log, over all processes.
 
     Example:
         >>> class MyTrainer(NvibTrainerMixin, Seq2SeqTrainer): ...
@@ -147,7 +147,7 @@ class NvibTrainerMixin:
             (tokens * latents.kl_dirichlet).sum(),
             latents.num_vectors.sum(),
             latents.prop_vectors.sum(),
-            latents.effective_num_vectors.sum(),
+            latents.effective_vectors.sum(),
         ]
         sums = torch.stack([x.detach().float() for x in (*terms, tokens.sum(), torch.ones_like(tokens).sum())])
         self._nvib_sums[model.training] = self._nvib_sums.get(model.training, 0) + sums

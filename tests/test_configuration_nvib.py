@@ -125,6 +125,7 @@ def test_numbers_of_other_kinds_are_plain_in_json():
     config = NvibConfig(prior_alpha=torch.tensor(2.0), delta=1, kappa=torch.tensor(3), lambda_gaussian="0.5")
     values = json.loads(config.to_json_string(use_diff=False))
     assert [values[name] for name in ("prior_alpha", "delta", "kappa", "lambda_gaussian")] == [2.0, 1.0, 3, 0.5]
+    assert type(values["kappa"]) is int
 
 
 def test_settings_can_be_changed_when_loading(tmp_path):

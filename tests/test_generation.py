@@ -19,6 +19,8 @@ STRATEGIES = {
     "beam_sampling": {"do_sample": True, "num_beams": 2},
     "static_cache": {"do_sample": False, "cache_implementation": "static"},
     "uncached": {"do_sample": False, "use_cache": False},
+    "uncached_beam": {"num_beams": 3, "num_return_sequences": 2, "use_cache": False},
+    "static_beam": {"num_beams": 3, "num_return_sequences": 2, "cache_implementation": "static"},
 }
 
 
@@ -55,6 +57,8 @@ def test_cached_and_static_steps_are_the_uncached_ones(family):
     expected = generate(model, "uncached", **inputs)
     assert_same(generate(model, "greedy", **inputs), expected)
     assert_same(generate(model, "static_cache", **inputs), expected)
+    assert_same(generate(model, "beam", **inputs), generate(model, "uncached_beam", **inputs))
+    assert_same(generate(model, "beam", **inputs), generate(model, "static_beam", **inputs))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

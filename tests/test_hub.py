@@ -188,7 +188,7 @@ def test_push_brings_the_card(pushed):
     header, text = header_and_text(hub.files("user/trained"))
     assert header["license"] == "mit" and header["language"] == ["en"] and "nvib" in header["tags"]
     assert "2 steps on Verses" in text and 'from_pretrained("user/trained", trust_remote_code=True)' in text
-    for name in ("loss", "cross_entropy", "kl_gaussian", "kl_dirichlet", "effective_num_vectors"):
+    for name in ("loss", "cross_entropy", "kl_gaussian", "kl_dirichlet", "effective_vectors"):
         found = re.search(rf"^\| {name} *\| ([\d.]+) *\| ([\d.]+) *\|$", text, re.MULTILINE)
         assert float(found[2]) == pytest.approx(sent["metrics"][f"eval_{name}"], abs=6e-5)
 

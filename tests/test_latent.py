@@ -30,7 +30,7 @@ def mixture(batch: int = 4, length: int = 5, seed: int = 0) -> NvibLatents:
         kl_dirichlet=torch.rand(batch, generator=generator),
         num_vectors=mask.sum(-1) - 1.0,
         prop_vectors=torch.ones(batch),
-        effective_num_vectors=torch.rand(batch, generator=generator),
+        effective_vectors=torch.rand(batch, generator=generator),
     )
 
 

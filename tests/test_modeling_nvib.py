@@ -65,7 +65,7 @@ def test_evaluation_latents_follow_the_definition(family):
         terms = variances / 0.7 + (means - 0.1).square() / 0.7 - 1 - (variances / 0.7).log()
         assert_close(latents.kl_gaussian[row], 0.5 * (pi * terms.mean(-1)).sum())
         assert_close(latents.num_vectors[row], torch.tensor(float(length)))
-        assert_close(latents.effective_num_vectors[row], torch.exp(-(pi * pi.log()).sum()))
+        assert_close(latents.effective_vectors[row], torch.exp(-(pi * pi.log()).sum()))
     assert (latents.prop_vectors == 1).all()
 
 
@@ -117,6 +117,20 @@ def test_draws_have_the_posterior_s_moments(kappa):
     assert (drawn.z[:, kappa * int(kept.sum()) :] == 0).all()
 
 
+def test_repeats_of_a_component_count_in_training_alone():
+    once, thrice = tiny_nvib(kappa=1), tiny_nvib(kappa=3)
+    inputs = tiny_inputs("bart")
+    with torch.no_grad():
+        expected, evaluated = once.encode(**inputs), thrice.encode(**inputs)
+        sampled = [model.encode(**inputs, sample=True) for model in (once, thrice)]
+    for name in ("z", "kl_gaussian", "kl_dirichlet", "num_vectors"):
+        assert torch.equal(evaluated[name], expected[name]), name
+    assert_close(sampled[0].kl_gaussian, expected.kl_gaussian)
+    assert_close(sampled[1].kl_gaussian, 3 * expected.kl_gaussian)  # k0 / n' = kappa, and alpha_i / kappa three times
+    assert not torch.allclose(sampled[1].kl_dirichlet, expected.kl_dirichlet)
+    assert torch.equal(sampled[1].num_vectors, expected.num_vectors)
+
+
 def test_padding_does_not_change_latents():
     model, inputs = tiny_nvib(), tiny_inputs("bart")
     with torch.no_grad():
@@ -126,7 +140,7 @@ def test_padding_does_not_change_latents():
             cut = together[row]
             for name in ("z", "log_pi", "logvar", "log_alpha"):
                 assert_close(cut[name][:, : length + 1], alone[name], msg=lambda text, name=name: f"{name}: {text}")
-            for name in ("kl_gaussian", "kl_dirichlet", "num_vectors", "effective_num_vectors"):
+            for name in ("kl_gaussian", "kl_dirichlet", "num_vectors", "effective_vectors"):
                 assert_close(cut[name], alone[name])
 
 
@@ -481,6 +495,14 @@ def test_fit_prior_takes_the_encoder_s_statistics(family, tmp_path):
     loaded = NvibForConditionalGeneration.from_pretrained(tmp_path)
     assert torch.equal(loaded.nvib.prior_mu, model.nvib.prior_mu)
     assert torch.equal(logits(loaded, family), logits(model, family))
+
+
+def test_fit_prior_sees_no_dropout():
+    model = wrap(tiny_base("bart", dropout=0.5)).train()
+    batches = [tiny_inputs("bart", seed=seed) for seed in range(3)]
+    expected = wrap(tiny_base("bart")).fit_prior(batches)
+    assert_close(model.fit_prior(batches), expected)
+    assert model.training
 
 
 def test_fit_prior_that_fails_changes_nothing():

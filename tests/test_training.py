@@ -21,7 +21,7 @@ TERMS = [
     "kl_dirichlet",
     "num_vectors",
     "prop_vectors",
-    "effective_num_vectors",
+    "effective_vectors",
 ]
 
 
