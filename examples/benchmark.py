@@ -11,7 +11,6 @@ skipped. The two models take turns, and a ratio is the median of the ratios of n
 import argparse
 import copy
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -121,6 +120,10 @@ class Bench:
         nvib, plain = (model.train() for model in models)
         return self.compare(lambda: step(nvib), lambda: step(plain))
 
+    def peak_memory(self, shape: str, batch: int, source: int, target: int, kappa: int = 1) -> dict[str, float]:
+        measured = compare_peak_memory(shape, batch, source, target, kappa, str(self.dtype).removeprefix("torch."))
+        return measured | {"ratio": measured["memory_ratio"]}
+
     @torch.no_grad()
     def evaluation(self, shape: str, batch: int, source: int, target: int) -> dict[str, float]:
         nvib, plain = (model.eval() for model in self.models(shape))
@@ -175,26 +178,30 @@ class Bench:
         return loaded | {"wrap_ratio": wrapping["ratio"], "nvib_weights": extra}
 
 
-def peak_memory(kind: str, shape: str, batch: int, length: int) -> float:
-    """Peak resident memory in MiB of a fresh process that takes two training steps."""
-    command = [sys.executable, __file__, "--peak-memory", kind, shape, str(batch), str(length)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+def compare_peak_memory(shape: str, batch: int, source: int, target: int, kappa: int, dtype: str) -> dict[str, float]:
+    """Peak resident memory in MiB of fresh processes that take two training steps."""
+
+    def peak(kind: str) -> float:
+        case = json.dumps([kind, shape, batch, source, target, kappa, dtype])
+        command = [sys.executable, __file__, "--peak-memory", case, "--threads", str(torch.get_num_threads())]
+        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+    nvib, plain = peak("nvib"), peak("plain")
+    return {"nvib_mib": nvib, "plain_mib": plain, "memory_ratio": nvib / plain}
 
 
-def compare_peak_memory(shape: str, batch: int, length: int) -> dict[str, float]:
-    nvib, plain = (peak_memory(kind, shape, batch, length) for kind in ("nvib", "plain"))
-    return {"nvib_mib": nvib, "plain_mib": plain, "ratio": nvib / plain}
-
-
-def measure_peak_memory(kind: str, shape: str, batch: int, length: int) -> None:
+def print_peak_memory(kind: str, shape: str, batch: int, source: int, target: int, kappa: int, dtype: str) -> None:
     torch.manual_seed(0)
-    plain = plain_model(shape).train()
-    model = plain if kind == "plain" else NvibForConditionalGeneration.from_base_pretrained(plain).train()
-    ids = torch.randint(4, SHAPES[shape]["vocab"], (batch, length))
+    model = plain_model(shape).to(getattr(torch, dtype)).train()
+    if kind == "nvib":
+        model = NvibForConditionalGeneration.from_base_pretrained(model, kappa=kappa).train()
+    ids, labels = (torch.randint(4, SHAPES[shape]["vocab"], (batch, length)) for length in (source, target))
     for _ in range(2):
         model.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        model(input_ids=ids, labels=labels).loss.backward()
+    # Not ru_maxrss: it starts from what the parent process held.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    print(int(status["VmHWM"].split()[0]) / 1024)
 
 
 def cases(bench: Bench, quick: bool, only: str) -> dict[str, dict[str, float]]:
@@ -215,14 +222,13 @@ def cases(bench: Bench, quick: bool, only: str) -> dict[str, dict[str, float]]:
         "greedy, source long, 60 % dropped": (0.90, lambda: bench.generation(shape, 8, long, new, 1, 0.6)),
         "loading": (1.10, lambda: bench.loading(shape)),
     }
-    if bench.device.type == "cpu":
-        rows["peak memory of a training step"] = (1.05, lambda: compare_peak_memory(shape, 4, source))
+    if bench.device.type == "cpu" and sys.platform == "linux":
+        rows["peak memory of a training step"] = (1.05, lambda: bench.peak_memory(shape, 4, source, target))
     results = {}
     for name, (goal, run) in rows.items():
-        if only not in name:
-            continue
-        results[name] = {"goal": goal, **run()}
-        print(f"{name:36} {results[name]['ratio']:.3f} (goal {goal})", flush=True)
+        if only in name:
+            results[name] = {"goal": "" if quick else goal, **run()}  # the goals are those of the full shapes
+            print(f"{name:36} {results[name]['ratio']:.3f}", flush=True)
     return results
 
 
@@ -230,11 +236,29 @@ def growth(bench: Bench, quick: bool) -> dict[str, list[dict[str, float]]]:
     """Cost of a training step and of teacher-forced evaluation against source length, and of a step against kappa."""
     shape, lengths = ("tiny", (64, 128, 256)) if quick else ("small", (64, 128, 256, 512, 1024, 2048, 4096))
     kappas = (1, 4) if quick else (1, 2, 4, 8)
+
+    def training(batch: int, source: int, target: int, kappa: int) -> dict[str, float]:
+        measured = bench.training(shape, batch, source, target, kappa)
+        return (
+            {} if quick or sys.platform != "linux" else bench.peak_memory(shape, batch, source, target, kappa)
+        ) | measured
+
     return {
-        "training": [{"source": n, **bench.training(shape, 2, n, 64)} for n in lengths],
+        "training": [{"source": n, **training(2, n, 64, 1)} for n in lengths],
         "evaluation": [{"source": n, **bench.evaluation(shape, 2, n, 64)} for n in lengths],
-        "kappa": [{"kappa": k, **bench.training(shape, 4, 128, 128, kappa=k)} for k in kappas],
+        "kappa": [{"kappa": k, **training(4, 128, 128, k)} for k in kappas],
     }
+
+
+def growth_table(results: dict[str, list[dict[str, float]]]) -> str:
+    lines = ["| | plain (s) | NVIB (s) | ratio | plain (MiB) | NVIB (MiB) |", "|---|---|---|---|---|---|"]
+    for name, rows in results.items():
+        for row in rows:
+            case = f"training, kappa {row['kappa']}" if name == "kappa" else f"{name}, source {row['source']}"
+            memory = [f"{row[key]:.0f}" if key in row else "" for key in ("plain_mib", "nvib_mib")]
+            times = f"{row['plain_seconds']:.3g} | {row['nvib_seconds']:.3g} | {row['ratio']:.2f}"
+            lines.append(f"| {case} | {times} | {' | '.join(memory)} |")
+    return "\n".join(lines)
 
 
 def draw(results: dict[str, list[dict[str, float]]], path: Path) -> None:
@@ -275,20 +299,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=None, help="counted runs of each case (3 if quick, else 5)")
     parser.add_argument("--only", default="", help="run the cases whose names contain this")
     parser.add_argument("--output", type=Path, default=Path("benchmark.json"))
-    parser.add_argument("--peak-memory", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--peak-memory", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(arguments.threads)
     if arguments.peak_memory:
-        kind, shape, batch, length = arguments.peak_memory
-        return measure_peak_memory(kind, shape, int(batch), int(length))
+        return print_peak_memory(*json.loads(arguments.peak_memory))
 
     bench = Bench(arguments.device, arguments.dtype, arguments.repeats or (3 if arguments.quick else 5))
     results = {"cases": cases(bench, arguments.quick, arguments.only)}
     if not arguments.only:
         results["growth"] = growth(bench, arguments.quick)
         draw(results["growth"], arguments.output.with_suffix(".png"))
+        print(growth_table(results["growth"]))
     results["settings"] = vars(arguments) | {"output": str(arguments.output), "torch": torch.__version__}
     arguments.output.write_text(json.dumps(results, indent=1))
     print(table(results["cases"]))

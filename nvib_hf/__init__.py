@@ -55,6 +55,6 @@ else:
         if name in _TRANSFORMERS:
             raise ImportError(
                 f"nvib_hf.{name} needs the package transformers, which is not installed. Install it with "
-                "`pip install transformers accelerate`."
+                "`pip install 'transformers>=5.23,<6' accelerate`."
             )
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

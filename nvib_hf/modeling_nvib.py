@@ -112,7 +112,7 @@ class NvibForConditionalGeneration(NvibModelCardMixin, PreTrainedModel, NvibEnco
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     # s / 2 * ||x||^2 in the pseudo-counts must cancel to the last bit against the attention's bias
-    _keep_in_fp32_modules_strict = ["nvib.alpha_", "nvib.prior_", "kl_beta"]
+    _keep_in_fp32_modules_strict = [r"nvib.alpha_\w+", r"nvib.prior_\w+", "kl_beta"]
 
     def __init__(self, config: NvibConfig, base: PreTrainedModel | None = None) -> None:
         if base is None:
@@ -447,6 +447,7 @@ class NvibForConditionalGeneration(NvibModelCardMixin, PreTrainedModel, NvibEnco
             halves = [self.base]
         for half in halves:
             embeddings = half.resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        self.vocab_size = embeddings.num_embeddings
         self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
         return embeddings
 

@@ -110,7 +110,7 @@ def test_a_configuration_without_arguments():
     assert changed["kappa"] == 3 and changed["model_type"] == "nvib"
 
 
-@pytest.mark.parametrize("of", [torch.tensor, torch.nn.Parameter, lambda x: x.numpy()], ids=["torch", "grad", "numpy"])
+@pytest.mark.parametrize("of", [torch.clone, torch.nn.Parameter, torch.Tensor.numpy], ids=["torch", "grad", "numpy"])
 def test_priors_may_be_tensors(of, tmp_path):
     mu, var = of(torch.full((32,), 0.5)), of(torch.linspace(1, 2, 32))
     model = NvibForConditionalGeneration.from_base_pretrained(tiny_base("bart"), prior_mu=mu, prior_var=var)

@@ -204,6 +204,7 @@ def test_compiled_whole_without_a_break(family):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # the compiler's own
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("family", ["bart", "t5"])
 def test_compiled_to_kernels(family):
