@@ -233,3 +233,16 @@ def decoder_positions(base: PreTrainedModel) -> int | None:
             ahead = 1 if hasattr(base.config, "ngram") else 0
             return table.num_embeddings - getattr(table, "offset", padding) - ahead
     return None
+
+
+def joined_vocabularies(base: PreTrainedModel) -> list[PreTrainedModel]:
+    """The halves of a joined model that share a vocabulary: the decoder, and an encoder of text as large."""
+    if base.encoder.main_input_name != "input_ids":
+        return [base.decoder]
+    sizes = [half.get_input_embeddings().num_embeddings for half in (base.encoder, base.decoder)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"The encoder has a vocabulary of {sizes[0]} tokens and the decoder one of {sizes[1]}. Resize the one "
+            "you mean: model.base.encoder.resize_token_embeddings(n) or model.base.decoder.resize_token_embeddings(n)."
+        )
+    return [base.encoder, base.decoder]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.utils import can_return_tuple
@@ -21,26 +21,24 @@ from .base_model import (
     decoder_positions,
     encoder_width,
     freeze_unused,
-    join_encoder_decoder,
-    load_base,
+    joined_vocabularies,
     run_decoder,
     shift_right,
 )
-from .configuration_nvib import NvibConfig, refuse_misspelt_settings, setting_names
+from .configuration_nvib import NvibConfig
 from .cross_attention import (
-    DenoisingCrossAttention,
     convert_cross_attention,
     cross_attention_scale,
     find_cross_attention,
-    restore_cross_attention,
 )
-from .encoding import NvibBottleneck, NvibEncodingMixin, refuse_unknown
+from .encoding import NvibBottleneck, NvibEncodingMixin
 from .generation import NvibGenerationMixin
 from .latent import NvibLatents
 from .loss import nvib_loss
 from .model_card import NvibModelCardMixin
 from .nvib_layer import Nvib
 from .validation import check_prior
+from .wrapping import NvibWrappingMixin, check_base
 
 RECORDED = {"output_attentions", "output_hidden_states"}
 MEASURED = ("kl_gaussian", "kl_dirichlet", "num_vectors", "prop_vectors", "effective_vectors")
@@ -76,7 +74,9 @@ class NvibSeq2SeqLMOutput(Seq2SeqLMOutput):
     latents: NvibLatents | None = None
 
 
-class NvibForConditionalGeneration(NvibModelCardMixin, PreTrainedModel, NvibEncodingMixin, NvibGenerationMixin):
+class NvibForConditionalGeneration(
+    NvibModelCardMixin, PreTrainedModel, NvibWrappingMixin, NvibEncodingMixin, NvibGenerationMixin
+):
     r"""An encoder-decoder model whose decoder reads a distribution instead of the encoder's vectors.
 
     The NVIB layer turns the encoder's output into a posterior over mixtures; training samples from it, evaluation
@@ -165,6 +165,11 @@ class NvibForConditionalGeneration(NvibModelCardMixin, PreTrainedModel, NvibEnco
         self.model_tags = ["nvib"]  # of the model card; pushing adds to the list
         self.post_init()
 
+    def initialize_weights(self) -> None:
+        """The base's missing weights by its own rules: as part of a model from elsewhere they would be passed over."""
+        self.base.initialize_weights()
+        super().initialize_weights()
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Nvib):
@@ -203,67 +208,6 @@ class NvibForConditionalGeneration(NvibModelCardMixin, PreTrainedModel, NvibEnco
                 "ignore_mismatched_sizes=True to start those weights afresh."
             )
         return model
-
-    @classmethod
-    def from_base_pretrained(cls, base: str | PreTrainedModel, **kwargs) -> NvibForConditionalGeneration:
-        """Wrap a pretrained encoder-decoder model.
-
-        In ``eval()`` a fresh wrap computes what the base computes (for the default ``tau_*``).
-
-        Args:
-            base: name or path of a checkpoint, or a loaded model, which is changed in place.
-            kwargs: settings of :class:`NvibConfig`; the others go to the base's ``from_pretrained``
-                (``dtype``, ``attn_implementation``, ``revision``, ...).
-
-        Raises:
-            ValueError: the base has no cross-attention that is known; a setting outside its range.
-            TypeError: an argument that neither takes.
-        """
-        settings, others = _split_settings(kwargs)
-        if isinstance(base, PreTrainedModel):
-            refuse_unknown(others, "A loaded model")
-        else:
-            base = load_base(base, **others)
-        return cls._wrap(base, settings)
-
-    @classmethod
-    def from_encoder_decoder_pretrained(
-        cls,
-        encoder: str | PreTrainedModel,
-        decoder: str | PreTrainedModel | PreTrainedConfig,
-        **kwargs,
-    ) -> NvibForConditionalGeneration:
-        """Join a pretrained encoder with a decoder that can cross-attend, and wrap the two.
-
-        Args:
-            encoder: name, path or model.
-            decoder: name, path, model, or a configuration for fresh weights.
-            kwargs: settings of :class:`NvibConfig`; the others go to both ``from_pretrained``.
-        """
-        settings, others = _split_settings(kwargs)
-        return cls._wrap(join_encoder_decoder(encoder, decoder, **others), settings)
-
-    @classmethod
-    def _wrap(cls, base: PreTrainedModel, settings: dict) -> NvibForConditionalGeneration:
-        config = NvibConfig(base_config=base.config, base_architecture=type(base).__name__, **settings)
-        model = cls(config, base=base)
-        model.name_or_path = config.name_or_path = base.name_or_path
-        model.nvib.to(base.device)
-        model.kl_beta = model.kl_beta.to(base.device)
-        if base.dtype != torch.float32:
-            model.nvib.mu_logvar.to(base.dtype)
-        _carry_quantisation(base, model)
-        return model.train(base.training)
-
-    def unwrap(self) -> PreTrainedModel:
-        """The base model with its trained weights and its own cross-attention. This model is spent afterwards."""
-        restore_cross_attention(self.base)
-        return self.base
-
-    def freeze_base(self) -> NvibForConditionalGeneration:
-        """Train the bottleneck alone."""
-        self.base.requires_grad_(False)
-        return self
 
     @can_return_tuple
     def forward(
@@ -450,61 +394,3 @@ class NvibForConditionalGeneration(NvibModelCardMixin, PreTrainedModel, NvibEnco
         self.vocab_size = embeddings.num_embeddings
         self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
         return embeddings
-
-
-def check_base(base: PreTrainedModel) -> None:
-    """Raise ValueError unless a model can be wrapped: nothing has been changed by then."""
-    name = type(base).__name__
-    if any(isinstance(module, DenoisingCrossAttention) for module in base.modules()):
-        raise ValueError(
-            f"{name} is part of an NVIB model already, or one itself. Wrap another base, or call unwrap() on that "
-            "model first."
-        )
-    if len(set((getattr(base, "hf_device_map", None) or {}).values())) > 1:
-        raise ValueError(
-            f"{name} is spread over several devices by its device_map. Load it on one, wrap it, save it with "
-            "save_pretrained, and load that with NvibForConditionalGeneration.from_pretrained(..., device_map=...)."
-        )
-    find_cross_attention(base)
-    if not base.config.is_encoder_decoder or not base.can_generate():
-        raise ValueError(
-            f"{name} is no encoder-decoder model that generates, so there is nothing to put NVIB between. Pass a "
-            "...ForConditionalGeneration, or join an encoder and a decoder with "
-            "NvibForConditionalGeneration.from_encoder_decoder_pretrained(encoder, decoder)."
-        )
-
-
-def _carry_quantisation(base: PreTrainedModel, model: NvibForConditionalGeneration) -> None:
-    """A base that was loaded quantised makes a quantised model, all but its NVIB layer, that can be saved."""
-    quantizer = getattr(base, "hf_quantizer", None)
-    if quantizer is None:
-        return
-    for name in ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_8bit", "is_loaded_in_4bit"):
-        if hasattr(base, name):
-            setattr(model, name, getattr(base, name))
-    settings = copy.deepcopy(quantizer.quantization_config)
-    name = "llm_int8_skip_modules" if hasattr(settings, "llm_int8_skip_modules") else "modules_to_not_convert"
-    setattr(settings, name, [*quantizer.modules_to_not_convert, "nvib"])
-    model.config.quantization_config = settings
-
-
-def joined_vocabularies(base: PreTrainedModel) -> list[PreTrainedModel]:
-    """The halves of a joined model that share a vocabulary: the decoder, and an encoder of text as large."""
-    if base.encoder.main_input_name != "input_ids":
-        return [base.decoder]
-    sizes = [half.get_input_embeddings().num_embeddings for half in (base.encoder, base.decoder)]
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"The encoder has a vocabulary of {sizes[0]} tokens and the decoder one of {sizes[1]}. Resize the one "
-            "you mean: model.base.encoder.resize_token_embeddings(n) or model.base.decoder.resize_token_embeddings(n)."
-        )
-    return [base.encoder, base.decoder]
-
-
-def _split_settings(kwargs: dict) -> tuple[dict, dict]:
-    """Keyword arguments that are settings of :class:`NvibConfig`, and the others."""
-    names = setting_names()
-    settings = {name: value for name, value in kwargs.items() if name in names}
-    others = {name: value for name, value in kwargs.items() if name not in names}
-    refuse_misspelt_settings(others)
-    return settings, others

@@ -8,7 +8,7 @@ They are in the source package of Transformers alone, which this script fetches 
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -30,7 +30,6 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 from nvib_hf import NvibConfig, NvibForConditionalGeneration, NvibLatents
-from nvib_hf.modeling_nvib import NvibSeq2SeqLMOutput
 
 BASES = {"bart": lambda: BartConfig(**BART_LIKE), "t5": lambda: T5Config(**T5_LIKE)}
 # Modules that Transformers' tests import and its source package lacks.
@@ -38,7 +37,7 @@ STAND_INS = {"exporters/test_export.py": "ExportTesterMixin", "generation/test_u
 # Tests that cannot apply, with the reason.
 SKIPS = {
     "test_correct_missing_keys": "loads a base checkpoint as an NVIB model, which from_pretrained refuses on purpose: "
-    "its message names from_base_pretrained (shown by tests/test_bad_input.py)",
+    "its message names from_base_pretrained (shown by tests/test_hub.py)",
     "test_torch_compile_for_training": "passes position_ids, as decoder-only models take them (compiled training is "
     "shown by tests/test_integrations.py)",
 }
@@ -71,13 +70,25 @@ class ModelTester:
 
 
 class Adapted:
-    """Tests that assume something of the output; the rest of what they check is run."""
+    """Tests that assume something that is otherwise here; the rest of what they check is run."""
 
     def test_attention_outputs(self) -> None:
-        """Counts the fields of the output: NVIB's own are left out of the count."""
-        own = {field.name for field in fields(NvibSeq2SeqLMOutput)} - {field.name for field in fields(Seq2SeqLMOutput)}
-        with patch.object(NvibSeq2SeqLMOutput, "__len__", lambda output: len(output.keys() - own)):
+        """Counts the output's fields and attended vectors: not NVIB's own fields here, nor the prior's component."""
+        forward = NvibForConditionalGeneration.forward
+        shared = {field.name for field in fields(Seq2SeqLMOutput)}
+
+        def of_the_base(*args, **kwargs) -> Seq2SeqLMOutput:
+            output = Seq2SeqLMOutput(**{k: v for k, v in forward(*args, **kwargs).items() if k in shared})
+            output.cross_attentions = tuple(weights[..., 1:] for weights in output.cross_attentions)
+            return output
+
+        with patch.object(NvibForConditionalGeneration, "forward", of_the_base):
             super().test_attention_outputs()
+
+    def test_attn_implementation_composite_models(self) -> None:
+        """Writes to the decoder's part of the configuration: BART's and T5's give a copy when asked for it."""
+        with patch.object(NvibConfig, "get_text_config", lambda config, **kwargs: config.base_config):
+            super().test_attn_implementation_composite_models()
 
     def test_model_outputs_equivalence(self) -> None:
         """Subtracts all tensors in the output, which PyTorch does not do with masks: here, masks are numbers."""
@@ -177,8 +188,9 @@ def main() -> int:
         folder = Path(name)
         prepare(arguments.source or fetch_source(folder), folder)
         sys.path.insert(0, name)
-        options = ["-q", "--tb=short", "--disable-warnings", "-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={name}"]
-        status = pytest.main([*options, *others, str(folder / "test_nvib.py")], plugins=[outcomes])
+        options = ["-q", "--tb=short", "--disable-warnings", "-p", "no:cacheprovider"]
+        files = ["-c", os.devnull, f"--rootdir={name}", str(folder / "test_nvib.py")]
+        status = pytest.main([*options, *others, *files], plugins=[outcomes])
     outcomes.show()
     return int(status)
 

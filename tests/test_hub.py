@@ -39,6 +39,7 @@ CODE = {
     "modeling_nvib.py",
     "nvib_layer.py",
     "validation.py",
+    "wrapping.py",
 }
 AUTO_MAP = {
     "AutoConfig": "configuration_nvib.NvibConfig",

@@ -566,6 +566,14 @@ def test_settings_of_the_loss_are_read_where_they_stand():
     assert_close(paid.loss - free.loss, 0.5 * (tokens * free.kl_gaussian).sum() / tokens.sum())
 
 
+def test_missing_weights_of_the_base_are_drawn_by_its_own_rules():
+    """T5's layers draw the weights of their parts, each with a scale of its own."""
+    config = NvibConfig(base_config=tiny_base("t5").config)
+    model = NvibForConditionalGeneration.from_pretrained(None, config=config, state_dict={})
+    query = model.base.get_encoder().block[0].layer[0].SelfAttention.q
+    assert_close(query.weight.std().item(), (32 * 8) ** -0.5, rtol=0.15, atol=0)
+
+
 def test_every_cross_attention_is_converted_and_no_other():
     model = tiny_nvib("bert2gpt2")
     assert len(cross_attention(model)) == 2
