@@ -32,10 +32,7 @@ class NvibBottleneck(Nvib):
         sample = self.training if sample is None else sample
         posterior = self.posterior(hidden_states, padding_mask)
         statistics = self.statistics(posterior)
-        if sample:
-            z, log_pi, posterior = self.sample_posterior(posterior, generator)
-        else:
-            z, log_pi = posterior.mu, self.mean_log_pi(posterior)
+        z, log_pi, posterior = self.draw(posterior, sample, generator)
         kl_gaussian, kl_dirichlet = self.kl(posterior, self.kappa if sample else 1)
         return NvibLatents(
             z=z,

@@ -22,26 +22,38 @@ class NvibMemory(_Fields):
 
     ``z``, ``mu``, ``logvar`` ``(Nl, B, P)`` and ``pi``, ``log_pi`` ``(Nl, B)``, or ``(B, Nl, ...)`` from a layer
     that is ``batch_first``. Training attends to ``z`` with weights ``pi``, evaluation to the mixture of Gaussians
-    ``mu``, ``logvar``, ``pi``. ``pi = 0`` (``log_pi = -inf``) masks a vector.
+    ``mu``, ``logvar``, ``pi``. ``pi = 0`` (``log_pi = -inf``) masks a vector. ``points`` says that every variance is
+    0, so that evaluation attends to ``z`` as well.
     """
 
     log_pi: Tensor
+    points: bool
 
-    def __new__(cls, z: Tensor, pi: Tensor, mu: Tensor, logvar: Tensor, log_pi: Tensor | None = None) -> NvibMemory:
+    def __new__(
+        cls,
+        z: Tensor,
+        pi: Tensor,
+        mu: Tensor,
+        logvar: Tensor,
+        log_pi: Tensor | None = None,
+        points: bool = False,
+    ) -> NvibMemory:
         memory = super().__new__(cls, z, pi, mu, logvar)
         if log_pi is None:
             masked = pi <= 0
             log_pi = at_least_float32(pi).masked_fill(masked, 1).log().masked_fill(masked, float("-inf"))
-        memory.log_pi = log_pi
+        memory.log_pi, memory.points = log_pi, points
         return memory
 
     def _replace(self, **fields: Tensor) -> NvibMemory:
-        """As of any NamedTuple; ``log_pi`` is kept unless it or ``pi`` is replaced."""
-        log_pi = {} if "pi" in fields else {"log_pi": self.log_pi}
-        return type(self)(**self._asdict() | log_pi | fields)
+        """As of any NamedTuple; ``log_pi`` is kept unless ``pi`` is replaced, ``points`` unless a Gaussian is."""
+        kept = {} if "pi" in fields else {"log_pi": self.log_pi}
+        if not fields.keys() & {"mu", "logvar"}:
+            kept["points"] = self.points
+        return type(self)(**self._asdict() | kept | fields)
 
     def __reduce__(self):
-        return type(self), (*self, self.log_pi)
+        return type(self), (*self, self.log_pi, self.points)
 
 
 def as_memory(memory: object) -> NvibMemory:

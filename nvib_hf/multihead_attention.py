@@ -105,7 +105,10 @@ class DenoisingMultiheadAttention(nn.MultiheadAttention):
             log_pi = log_pi + additive_mask(~padding if padding.dtype == torch.bool else padding, log_pi.dtype)
 
         heads, width, scale = self.num_heads, self.head_dim, self.head_dim**-0.5
-        attended = sampled_memory(z, log_pi, scale) if self.training else mixture_memory(mu, logvar, log_pi, scale)
+        if self.training or memory.points:
+            attended = sampled_memory(z, log_pi, scale)
+        else:
+            attended = mixture_memory(mu, logvar, log_pi, scale)
         (query_weight, key_weight, value_weight), (query_bias, key_bias, value_bias) = self._projections()
 
         def by_head(x: Tensor) -> Tensor:  # (B, N, H * E) -> (B, H, N, E)

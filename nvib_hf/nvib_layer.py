@@ -201,7 +201,10 @@ class Nvib(nn.Module):
         )
 
     def _log_alpha(self, hidden_states: Tensor) -> Tensor:
-        """Log pseudo-counts ``(B, Ns)``, in fp32: s/2 * ||x||^2 must cancel against the attention's bias."""
+        """Log pseudo-counts ``(B, Ns)``: not part of the fused projection, whose dtype may be half.
+
+        In fp32, as s/2 * ||x||^2 must cancel against the attention's bias.
+        """
         x = at_least_float32(hidden_states)
         weight, bias = self.alpha_weight.to(x.dtype), self.alpha_bias.to(x.dtype)
         if self.alpha_quadratic is not None:
@@ -231,6 +234,14 @@ class Nvib(nn.Module):
         """Log of the posterior's expected weights ``alpha / sum(alpha)`` over the kept components, ``(B, Nl)``."""
         return posterior.log_alpha.masked_fill(~posterior.keep, float("-inf")).log_softmax(-1)
 
+    def draw(
+        self, posterior: Posterior, sample: bool, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor, Posterior]:
+        """What a decoder attends to: a sample (:meth:`sample_posterior`), or the means and the expected weights."""
+        if sample:
+            return self.sample_posterior(posterior, generator)
+        return posterior.mu, self.mean_log_pi(posterior), posterior
+
     def forward(
         self,
         encoder_output: Tensor,
@@ -255,10 +266,7 @@ class Nvib(nn.Module):
         hidden_states = encoder_output if self.batch_first else encoder_output.transpose(0, 1)
         posterior = self.posterior(hidden_states, src_key_padding_mask)
         statistics = self.statistics(posterior)
-        if self.training:
-            z, log_pi, posterior = self.sample_posterior(posterior, generator)
-        else:
-            z, log_pi = posterior.mu, self.mean_log_pi(posterior)
+        z, log_pi, posterior = self.draw(posterior, self.training, generator)
         return {
             **self._latent(z, log_pi, posterior),
             **{f"avg_{name}": value.mean() for name, value in statistics.items()},
@@ -331,6 +339,14 @@ class Nvib(nn.Module):
             memory_key_padding_mask: ``(B, Ns)``, True = padding: exactly its ``Ns`` vectors are drawn, at least
                 one a row must not be padding.
             device: where to; the layer's own by default.
+            generator: for the draws, on the layer's device.
+
+        Returns:
+            ``z``, ``mu`` ``(Ns, B, P)``, the same tensor, ``logvar`` of ``-inf``, ``pi`` ``(Ns, B)``; ``(B, Ns, ...)``
+            if ``batch_first``.
+
+        Raises:
+            ValueError: a mask that has not ``number_samples`` rows, or a row without any vector.
         """
         if memory_key_padding_mask.shape[0] != number_samples:
             raise ValueError(
@@ -344,7 +360,7 @@ class Nvib(nn.Module):
         if not self.batch_first:
             z, log_pi = z.transpose(0, 1), log_pi.transpose(0, 1)
         logvar = torch.full_like(z, float("-inf"))
-        return NvibMemory(z, log_pi.exp(), z, logvar, log_pi=log_pi)
+        return NvibMemory(z, log_pi.exp(), z, logvar, log_pi=log_pi, points=True)
 
     def kl(self, posterior: Posterior, kappa: int) -> tuple[Tensor, Tensor]:
         """Both divergences ``(B,)`` of a posterior with ``kappa`` vectors a component."""
@@ -354,23 +370,23 @@ class Nvib(nn.Module):
             "log_alpha": posterior.log_alpha,
             "memory_key_padding_mask": ~posterior.mask,
             "batch_first": True,
-            "kappa": kappa,
         }
-        return (
-            kl_gaussian(**latent, prior_mu=self.prior_mu, prior_var=self.prior_logvar.exp()),
-            kl_dirichlet(**latent, prior_log_alpha=self.prior_log_alpha, delta=self.delta),
-        )
+        return self.kl_gaussian(kappa=kappa, **latent), self.kl_dirichlet(kappa=kappa, **latent)
 
-    def kl_gaussian(self, **latent: object) -> Tensor:
-        """:func:`~nvib_hf.kl.kl_gaussian` ``(B,)`` with the layer's prior and, in training, its ``kappa``."""
-        return kl_gaussian(**latent, prior_mu=self.prior_mu, prior_var=self.prior_logvar.exp(), kappa=self._repeats())
+    def kl_gaussian(self, kappa: int | None = None, **latent: object) -> Tensor:
+        """:func:`~nvib_hf.kl.kl_gaussian` ``(B,)`` with the layer's prior.
 
-    def kl_dirichlet(self, **latent: object) -> Tensor:
-        """:func:`~nvib_hf.kl.kl_dirichlet` ``(B,)`` with the layer's prior and, in training, its ``kappa``."""
-        return kl_dirichlet(**latent, prior_log_alpha=self.prior_log_alpha, delta=self.delta, kappa=self._repeats())
+        ``kappa``, the vectors of a component, is by default the layer's in training and 1 in evaluation.
+        """
+        kappa = self._repeats() if kappa is None else kappa
+        return kl_gaussian(**latent, prior_mu=self.prior_mu, prior_var=self.prior_logvar.exp(), kappa=kappa)
+
+    def kl_dirichlet(self, kappa: int | None = None, **latent: object) -> Tensor:
+        """:func:`~nvib_hf.kl.kl_dirichlet` ``(B,)`` with the layer's prior; ``kappa`` as in :meth:`kl_gaussian`."""
+        kappa = self._repeats() if kappa is None else kappa
+        return kl_dirichlet(**latent, prior_log_alpha=self.prior_log_alpha, delta=self.delta, kappa=kappa)
 
     def _repeats(self) -> int:
-        """Vectors a component: ``kappa`` in training, one in evaluation."""
         return self.kappa if self.training else 1
 
     def extra_repr(self) -> str:

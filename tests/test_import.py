@@ -99,7 +99,7 @@ except AttributeError as error:
     assert len(errors) == 4
     for name, error in zip(names, errors, strict=True):
         assert error.startswith(f"nvib_hf.{name} needs the package transformers")
-        assert "pip install transformers" in error
+        assert "pip install 'transformers" in error
     assert misspelt == "AttributeError module 'nvib_hf' has no attribute 'NvibConfiguration'"
 
 
