@@ -44,6 +44,10 @@ SETTINGS = [
     ({"prior_alpha": 0}, "prior_alpha must be a positive number, but got 0"),
     ({"prior_alpha": -1.0}, "prior_alpha must be a positive number, but got -1.0"),
     ({"kappa": 0}, "kappa must be a whole number of at least 1, but got 0"),
+    (
+        {"alpha_activation": "relu", "tau_alpha": 0},
+        "tau_alpha must be above 0 with alpha_activation='relu', but got 0.0",
+    ),
     ({"kappa": 1.5}, "kappa must be a whole number of at least 1, but got 1.5"),
     ({"delta": 1.1}, "delta must be in [0, 1], but got 1.1"),
     ({"delta": -0.1}, "delta must be in [0, 1], but got -0.1"),
@@ -317,3 +321,29 @@ def test_a_setting_changed_to_a_bad_value_when_loading(tmp_path):
     tiny_nvib().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=says("kappa must be a whole number of at least 1, but got 0")):
         NvibForConditionalGeneration.from_pretrained(tmp_path, kappa=0)
+
+
+def test_samples_of_a_model_with_another_kappa_are_refused():
+    one, three = tiny_nvib(kappa=1), tiny_nvib(kappa=3)
+    inputs = tiny_inputs("bart")
+    drawn = three.encode(**inputs, sample=True)
+    message = says("drawn with kappa=[3], but this model has kappa=1", "Encode the texts with this one")
+    with pytest.raises(ValueError, match=message):
+        one.generate(encoder_outputs=drawn, max_new_tokens=2)
+    with pytest.raises(ValueError, match=message):
+        one(encoder_outputs=drawn, labels=tiny_labels("bart"))
+    three.generate(encoder_outputs=drawn[1:], max_new_tokens=2)
+    one.generate(encoder_outputs=three.encode(**inputs), max_new_tokens=2)  # a posterior has no kappa
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_decoder_inputs_of_another_batch_are_refused_while_decoding(family):
+    model, inputs = tiny_nvib(family), tiny_inputs(family)
+    start = torch.full((4, 1), model.config.decoder_start_token_id)
+    with pytest.raises(ValueError, match=says("There are 3 latents but 4 decoder inputs")):
+        model.generate(**inputs, decoder_input_ids=start)
+    packed = model._packed_encoder_outputs(model.encode(**inputs))
+    with pytest.raises(ValueError, match=says("There are 3 latents but 6 decoder inputs")):
+        model(encoder_outputs=packed, labels=torch.cat([tiny_labels(family)] * 2))
+    with pytest.raises(ValueError, match=says("There are 3 latents but 4 decoder inputs")):
+        model(encoder_outputs=packed, decoder_input_ids=start)

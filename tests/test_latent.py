@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch.utils import _pytree as pytree
@@ -56,6 +57,8 @@ def assert_same(a: NvibLatents, b: NvibLatents) -> None:
     [
         (1, [1]),
         (-1, [3]),
+        (np.int64(2), [2]),
+        (torch.tensor(2), [2]),
         (slice(1, 3), [1, 2]),
         (slice(None, None, 2), [0, 2]),
         ([2, 0, 2], [2, 0, 2]),

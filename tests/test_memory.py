@@ -118,3 +118,11 @@ def test_the_layer_hands_on_log_weights_that_pi_cannot_hold():
     memory = layer(torch.randn(3, 2, 4))["z"]
     assert (memory.pi[0] == 0).all()
     assert_close(memory.log_pi[0], torch.full((2,), -1000.0), rtol=0.01, atol=0)
+
+
+def test_points_stand_for_variances_of_zero_until_a_gaussian_is_replaced():
+    memory = Nvib(4, 4).sample(2, torch.zeros(2, 3, dtype=torch.bool))
+    assert memory.points and (memory.logvar == -float("inf")).all()
+    assert copy.deepcopy(memory).points and memory._replace(z=memory.z + 1).points
+    assert not memory._replace(logvar=torch.zeros_like(memory.z)).points
+    assert not Nvib(4, 4).eval()(torch.randn(3, 2, 4))["z"].points

@@ -583,4 +583,5 @@ def test_every_cross_attention_is_converted_and_no_other():
 def test_latents_are_what_encode_gives():
     outputs = tiny_nvib()(**tiny_inputs("bart"), labels=tiny_labels("bart"))
     assert isinstance(outputs.latents, NvibLatents)
-    assert torch.equal(outputs.latents.kl_dirichlet, outputs.kl_dirichlet)
+    for name in ("kl_gaussian", "kl_dirichlet", "num_vectors", "prop_vectors", "effective_vectors"):
+        assert torch.equal(outputs[name], outputs.latents[name]) and outputs[name].shape == (3,)

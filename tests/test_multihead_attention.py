@@ -225,6 +225,9 @@ def test_samples_from_the_prior_are_the_same_in_training_and_evaluation(batch_fi
     evaluation = decoder.eval()(target, memory, memory_key_padding_mask=padding)
     assert_close(training, evaluation)
     assert_close(decoder(target, memory), evaluation)  # the weights carry the padding
+    mixture = NvibMemory(*memory, log_pi=memory.log_pi)
+    assert memory.points and not mixture.points
+    assert_close(decoder(target, mixture), evaluation)  # as a mixture of variance 0
 
 
 # Training

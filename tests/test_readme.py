@@ -20,8 +20,9 @@ def run(code: str) -> str:
     return printed.getvalue()
 
 
-def test_blocks_are_found():
+def test_blocks_are_found_and_nothing_is_left_to_fill_in():
     assert len(RUNNABLE) == 2
+    assert "@@" not in README
 
 
 def test_the_first_minute_prints_what_it_says():
