@@ -317,15 +317,20 @@ def projection_matrix(projection: nn.Module, like: Tensor) -> tuple[Tensor, bool
     return (projection(eye) - projection(torch.zeros_like(eye[:, :1]))).squeeze(0).transpose(0, 1), True
 
 
+def _row_of(module: nn.Module) -> CrossAttention:
+    """The row of a cross-attention module, converted or not."""
+    return module.nvib_row if isinstance(module, DenoisingCrossAttention) else _row(type(module))
+
+
 def cross_attention_scale(module: nn.Module) -> float:
     """The scale ``s`` of a cross-attention module."""
-    row = module.nvib_row if isinstance(module, DenoisingCrossAttention) else _row(type(module))
+    row = _row_of(module)
     return getattr(module, row.head_dim) ** -0.5 if row.scale is None else getattr(module, row.scale)
 
 
 def memory_width(module: nn.Module) -> int:
     """Width ``P`` of the vectors that a cross-attention module reads, before its projections."""
-    row = module.nvib_row if isinstance(module, DenoisingCrossAttention) else _row(type(module))
+    row = _row_of(module)
     projection = getattr(module, row.key or row.key_value)
     return projection.nx if isinstance(projection, Conv1D) else projection.in_features
 

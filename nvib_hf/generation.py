@@ -27,7 +27,7 @@ class NvibGenerationMixin(GenerationMixin):
         return super().generate(inputs, generation_config, **kwargs)
 
     def _packed_encoder_outputs(self, latents: NvibLatents | BaseModelOutput) -> BaseModelOutput:
-        """A new object each time: beam search repeats what it is given in place."""
+        """What decoding reads of the latents. What is packed already is handed on: nothing changes it in place."""
         if isinstance(latents, NvibLatents):
             self._check_latents(latents)
             return BaseModelOutput(last_hidden_state=self._pack(latents.compact()))
@@ -36,7 +36,7 @@ class NvibGenerationMixin(GenerationMixin):
                 f"encoder_outputs must be latents, but got {type(latents).__name__}. Pass what encode(), "
                 "sample_latents(), interpolate_latents() or concatenate_latents([...]) returned."
             )
-        return BaseModelOutput(**latents)
+        return latents
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         """What the base's encoder takes is known, too."""
