@@ -428,7 +428,7 @@ def test_gradient_checkpointing(family, use_reentrant):
     assert (calls, calls_with_checkpointing) == (2, 4)
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(gradient, expected[name], atol=1e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
 
 
 # ------------------------------------------------------------------------------------ 6. batch and padding
