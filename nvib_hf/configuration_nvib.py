@@ -21,13 +21,21 @@ NUMBERS = (
     "delta",
     "kappa",
     "alpha_threshold",
+    "threshold_share",
     "tau_alpha",
     "tau_sigma",
     "tau_mu",
     "lambda_gaussian",
     "lambda_dirichlet",
+    "lambda_vectors",
+    "free_bits_gaussian",
+    "free_bits_dirichlet",
+    "word_dropout",
     "label_smoothing",
 )
+
+
+WEIGHTS = ("lambda_gaussian", "lambda_dirichlet", "lambda_vectors", "free_bits_gaussian", "free_bits_dirichlet")
 
 
 def _of_base(name: str) -> property:
@@ -62,8 +70,8 @@ def is_hub_id(name: str | None) -> bool:
 class NvibConfig(PreTrainedConfig):
     r"""Configuration of :class:`~nvib_hf.NvibForConditionalGeneration`.
 
-    ``lambda_*`` and ``label_smoothing`` are read at every step; the other settings are those of a model's layer when
-    it is made.
+    ``lambda_*``, ``free_bits_*``, ``word_dropout*`` and ``label_smoothing`` are read at every step; the other settings
+    are those of a model's layer when it is made.
 
     Args:
         base_config: configuration of the encoder-decoder model that is wrapped (an object or a dict). Copied: the
@@ -76,9 +84,18 @@ class NvibConfig(PreTrainedConfig):
         kappa: vectors drawn a component in training, at least 1.
         alpha_activation: ``"exp"`` (quadratic pseudo-counts) or ``"relu"``.
         alpha_threshold: components with a pseudo-count at or below it are dropped, in training and evaluation.
+        threshold_share: the share of the training examples in which they are, so that a dropped vector can come back
+            through the others; 0 turns the threshold off, in evaluation too. Where training starts: a callback may
+            move it.
         tau_alpha, tau_sigma, tau_mu: identity initialisation. The defaults compute the base model's function;
             smaller ``tau_alpha`` and larger ``tau_sigma`` regularise it.
         lambda_gaussian, lambda_dirichlet: weights of the two KL terms in the loss, per target token.
+        lambda_vectors: weight of the share of vectors above the threshold in the loss, as relaxed by
+            :func:`~nvib_hf.dropping.relaxed_share`, per target token; needs an ``alpha_threshold``.
+        free_bits_gaussian, free_bits_dirichlet: nats of an example's KL that cost nothing.
+        word_dropout: share of the decoder's input tokens replaced in training, in [0, 1): it has to ask the latent
+            for what it cannot read.
+        word_dropout_token_id: by what; the base's padding token by default.
         label_smoothing: smoothing of the cross-entropy's targets, in [0, 1).
         exact_attention: keep the query-norm term of the evaluation score, as exact Bayes has it. The published
             score leaves it out.
@@ -121,11 +138,17 @@ class NvibConfig(PreTrainedConfig):
     kappa: int = 1
     alpha_activation: str = "exp"
     alpha_threshold: float = 0.0
+    threshold_share: float = 1.0
     tau_alpha: float = 10.0
     tau_sigma: float = 0.0
     tau_mu: float = 1.0
     lambda_gaussian: float = 0.0
     lambda_dirichlet: float = 0.0
+    lambda_vectors: float = 0.0
+    free_bits_gaussian: float = 0.0
+    free_bits_dirichlet: float = 0.0
+    word_dropout: float = 0.0
+    word_dropout_token_id: int | None = None
     label_smoothing: float = 0.0
     exact_attention: bool = False
     is_encoder_decoder: bool = True
@@ -157,7 +180,7 @@ class NvibConfig(PreTrainedConfig):
             self.base_config = copy.deepcopy(self.base_config)
         super().__post_init__(**kwargs)
         check_prior(self.prior_mu, self.prior_var, self.prior_alpha)
-        check_settings(self.delta, self.kappa, self.alpha_activation, self.alpha_threshold)
+        check_settings(self.delta, self.kappa, self.alpha_activation, self.alpha_threshold, self.threshold_share)
         self.kappa = int(self.kappa)
         check_taus(self.tau_alpha, self.tau_sigma, self.tau_mu)
         if self.alpha_activation == "relu" and self.tau_alpha <= 0:
@@ -165,11 +188,17 @@ class NvibConfig(PreTrainedConfig):
                 f"tau_alpha must be above 0 with alpha_activation='relu', but got {self.tau_alpha}: pseudo-counts "
                 "start at it, and one that starts at 0 has no gradient."
             )
-        for name in ("lambda_gaussian", "lambda_dirichlet"):
+        for name in WEIGHTS:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be 0 or positive, but got {getattr(self, name)}.")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1), but got {self.label_smoothing}.")
+        for name in ("label_smoothing", "word_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), but got {getattr(self, name)}.")
+        if self.lambda_vectors > 0 and self.alpha_threshold == 0:
+            raise ValueError(
+                f"lambda_vectors={self.lambda_vectors} weighs the share of vectors above alpha_threshold, which is 0 "
+                "and drops none. Set alpha_threshold, for instance to 0.1."
+            )
 
     def _make_plain(self) -> None:
         """Settings as Python numbers and lists, which JSON can hold, whatever they came as."""

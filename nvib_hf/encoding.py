@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from .base_model import run_encoder
+from .dropping import relaxed_share
 from .initialisation import EmpiricalPrior, empirical_prior
 from .latent import NvibLatents, interpolate, pack
 from .nvib_layer import Nvib
@@ -32,6 +33,9 @@ class NvibBottleneck(Nvib):
         sample = self.training if sample is None else sample
         posterior = self.posterior(hidden_states, padding_mask)
         statistics = self.statistics(posterior)
+        relaxed = None
+        if self.alpha_threshold > 0:
+            relaxed = relaxed_share(posterior.log_alpha[:, 1:], posterior.mask[:, 1:], self.alpha_threshold)
         z, log_pi, posterior = self.draw(posterior, sample, generator)
         kl_gaussian, kl_dirichlet = self.kl(posterior, self.kappa if sample else 1)
         return NvibLatents(
@@ -44,6 +48,7 @@ class NvibBottleneck(Nvib):
             kl_dirichlet=kl_dirichlet,
             num_vectors=statistics["num_vec"],
             prop_vectors=statistics["prop_vec"],
+            relaxed_prop_vectors=relaxed,
             effective_vectors=statistics["effective_num_vec"],
             kappa=torch.full_like(statistics["num_vec"], self.kappa, dtype=torch.long) if sample else None,
         )

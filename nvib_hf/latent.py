@@ -68,6 +68,7 @@ class NvibLatents(ModelOutput):
         kl_gaussian, kl_dirichlet: ``(B,)``, in nats, as the loss weighs them. ``None`` as above.
         num_vectors: ``(B,)`` source vectors kept, the prior's excluded; prop_vectors: their share of the source
             length; effective_vectors: ``exp(entropy(pi))``. ``None`` as above.
+        relaxed_prop_vectors: ``(B,)``, :func:`~nvib_hf.dropping.relaxed_share`; ``None`` without a threshold.
         kappa: ``(B,)`` vectors drawn a component, of a sample; ``None`` otherwise.
     """
 
@@ -80,6 +81,7 @@ class NvibLatents(ModelOutput):
     kl_dirichlet: Tensor | None = None
     num_vectors: Tensor | None = None
     prop_vectors: Tensor | None = None
+    relaxed_prop_vectors: Tensor | None = None
     effective_vectors: Tensor | None = None
     kappa: Tensor | None = None
 

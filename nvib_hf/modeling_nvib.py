@@ -34,10 +34,11 @@ from .cross_attention import (
 from .encoding import NvibBottleneck, NvibEncodingMixin
 from .generation import NvibGenerationMixin
 from .latent import NvibLatents
-from .loss import nvib_loss
+from .loss import nvib_loss, regulariser
 from .model_card import NvibModelCardMixin
 from .nvib_layer import Nvib
 from .validation import check_prior
+from .word_dropout import drop_words
 from .wrapping import NvibWrappingMixin, check_base
 
 RECORDED = {"output_attentions", "output_hidden_states"}
@@ -112,7 +113,7 @@ class NvibForConditionalGeneration(
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     # s / 2 * ||x||^2 in the pseudo-counts must cancel to the last bit against the attention's bias
-    _keep_in_fp32_modules_strict = [r"nvib.alpha_\w+", r"nvib.prior_\w+", "kl_beta"]
+    _keep_in_fp32_modules_strict = [r"nvib.alpha_\w+", r"nvib.prior_\w+", "nvib.threshold_share", "kl_beta"]
 
     def __init__(self, config: NvibConfig, base: PreTrainedModel | None = None) -> None:
         if base is None:
@@ -151,10 +152,11 @@ class NvibForConditionalGeneration(
             kappa=config.kappa,
             alpha_activation=config.alpha_activation,
             alpha_threshold=config.alpha_threshold,
+            threshold_share=config.threshold_share,
             scale=self.scale,
             batch_first=True,
         )
-        self.register_buffer("kl_beta", torch.ones(2))  # annealing of the Gaussian and the Dirichlet KL
+        self.register_buffer("kl_beta", torch.ones(3))  # of lambda_gaussian, lambda_dirichlet, lambda_vectors
         convert_cross_attention(cross_attention, width, config.exact_attention)
         freeze_unused(base)
         # Read once: a forward pass that inspects signatures cannot be compiled.
@@ -177,6 +179,7 @@ class NvibForConditionalGeneration(
             prior = (config.prior_mu, config.prior_var, math.log(config.prior_alpha))
             if not getattr(module.prior_mu, "_is_hf_initialized", False):
                 module.set_prior(*prior)
+            init.constant_(module.threshold_share, config.threshold_share)
             taus = (config.tau_alpha, config.tau_sigma, config.tau_mu)
             for name, value in module.identity_parameters(*taus).items():
                 init.copy_(module.get_parameter(name), value)
@@ -260,6 +263,8 @@ class NvibForConditionalGeneration(
             use_cache = False
             if decoder_input_ids is None and decoder_inputs_embeds is None:
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+            if self.training and self.config.word_dropout > 0 and decoder_input_ids is not None:
+                decoder_input_ids = self._drop_words(decoder_input_ids, generator)
         recorded = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         latents, states = None, BaseModelOutput()
         if encoder_outputs is None:
@@ -300,9 +305,9 @@ class NvibForConditionalGeneration(
         measured = {name: None if latents is None else getattr(latents, name) for name in MEASURED}
         loss = cross_entropy = None
         if labels is not None:
-            weighted_kl = self._weighted_kl(measured["kl_gaussian"], measured["kl_dirichlet"])
+            regularisation = None if latents is None else regulariser(latents, self.kl_beta, self.config)
             loss, cross_entropy = nvib_loss(
-                outputs.logits, labels, weighted_kl, num_items_in_batch, self.config.label_smoothing
+                outputs.logits, labels, regularisation, num_items_in_batch, self.config.label_smoothing
             )
         return NvibSeq2SeqLMOutput(
             loss=loss,
@@ -319,15 +324,6 @@ class NvibForConditionalGeneration(
             latents=latents,
         )
 
-    def _weighted_kl(self, kl_gaussian: Tensor | None, kl_dirichlet: Tensor | None) -> Tensor | None:
-        """What one target token of an example pays for its latent, ``(B,)``."""
-        if kl_gaussian is None or kl_dirichlet is None:
-            return None
-        beta = self.kl_beta.to(kl_gaussian.dtype)
-        return (
-            beta[0] * self.config.lambda_gaussian * kl_gaussian + beta[1] * self.config.lambda_dirichlet * kl_dirichlet
-        )
-
     def _decoder_arguments(self, inputs: dict) -> dict:
         """Further inputs of the decoder."""
         self._refuse_unknown_inputs(inputs)
@@ -336,6 +332,14 @@ class NvibForConditionalGeneration(
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """The decoder's inputs for these labels, by the base's own rule."""
         return shift_right(self.base, labels)
+
+    def _drop_words(self, decoder_input_ids: Tensor, generator: torch.Generator | None) -> Tensor:
+        token_id = self.config.word_dropout_token_id
+        if token_id is None:
+            token_id = self.config.pad_token_id
+        if token_id is None:
+            raise ValueError("word_dropout needs a token in place of words: set word_dropout_token_id.")
+        return drop_words(decoder_input_ids, self.config.word_dropout, token_id, generator)
 
     def _check_targets(self, labels, decoder_input_ids, decoder_inputs_embeds, past_key_values) -> None:
         if labels is None and decoder_input_ids is None and decoder_inputs_embeds is None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .denoising_attention import at_least_float32
 from .distributions import gaussian_sample, log_dirichlet_sample
+from .dropping import LOG_ZERO, kept, relu_log_alpha, spared_examples
 from .initialisation import identity_parameters
 from .kl import kl_dirichlet, kl_gaussian
 from .memory import NvibMemory
@@ -60,6 +61,8 @@ class Nvib(nn.Module):
         alpha_activation: ``"exp"`` (with the quadratic term) or ``"relu"`` (``relu(w x + b)``, first paper).
         alpha_threshold: components with a pseudo-count at or below it are dropped (``pi = 0``), in training as in
             evaluation; never the prior's. 0 drops none under ``"exp"``.
+        threshold_share: share of the training examples in which the threshold drops, so that a dropped vector can
+            come back through the others; 0 turns it off, in evaluation too. Kept in a buffer, for a schedule to set.
         scale: the scale ``s`` of the attention that reads the latent, for the identity initialisation; ``None`` is
             that of one head as wide as the latent, ``size_out ** -0.5``.
         batch_first: ``(B, Ns, H)`` instead of ``(Ns, B, H)``, inputs and outputs.
@@ -90,17 +93,19 @@ class Nvib(nn.Module):
         *,
         alpha_activation: str = "exp",
         alpha_threshold: float = 0.0,
+        threshold_share: float = 1.0,
         scale: float | None = None,
         batch_first: bool = False,
     ) -> None:
         super().__init__()
         check_prior(prior_mu, prior_var, prior_alpha, size_out)
-        check_settings(delta, kappa, alpha_activation, alpha_threshold, scale)
+        check_settings(delta, kappa, alpha_activation, alpha_threshold, threshold_share, scale)
         self.size_in, self.size_out = size_in, size_out
         self.delta, self.kappa = delta, int(kappa)
         self.alpha_activation, self.alpha_threshold = alpha_activation, alpha_threshold
         self.scale = size_out**-0.5 if scale is None else scale
         self.batch_first = batch_first
+        self._log_zero = LOG_ZERO if alpha_activation == "relu" else -math.inf
 
         self.mu_logvar = nn.Linear(size_in, 2 * size_out)
         self.alpha_weight = nn.Parameter(torch.empty(size_in))
@@ -110,6 +115,7 @@ class Nvib(nn.Module):
         self.register_buffer("prior_logvar", torch.empty(size_out))
         self.register_buffer("prior_log_alpha", torch.empty(1))
         self.register_buffer("prior_log_alpha_std", torch.empty(1))
+        self.register_buffer("threshold_share", torch.tensor(float(threshold_share)))
         self.set_prior(prior_mu, prior_var, math.log(prior_alpha))
         self.reset_parameters()
 
@@ -187,8 +193,7 @@ class Nvib(nn.Module):
         if padding_mask is not None:
             mu_logvar = mu_logvar.masked_fill(~mask[..., None], 0)
             log_alpha = log_alpha.masked_fill(~mask, 0)
-        threshold = math.log(self.alpha_threshold) if self.alpha_threshold > 0 else float("-inf")
-        keep = mask & (log_alpha > threshold)
+        keep = mask & kept(log_alpha, self.alpha_threshold, self.threshold_share, self._log_zero)
         first = mask.new_ones(batch, 1)
         prior = torch.cat([self.prior_mu, self.prior_logvar]).to(mu_logvar.dtype).expand(batch, 1, -1)
         mu, logvar = torch.cat([prior, mu_logvar], dim=1).chunk(2, dim=-1)
@@ -210,9 +215,7 @@ class Nvib(nn.Module):
         if self.alpha_quadratic is not None:
             return (x * (weight + self.alpha_quadratic.to(x.dtype) * x)).sum(-1) + bias
         activation = (x * weight).sum(-1) + bias
-        tiny = torch.finfo(x.dtype).tiny
-        log_alpha = activation.clamp(min=tiny).log()
-        return torch.where(activation > tiny, log_alpha, float("-inf"))
+        return relu_log_alpha(activation)
 
     def sample_posterior(
         self, posterior: Posterior, generator: torch.Generator | None = None
@@ -222,6 +225,10 @@ class Nvib(nn.Module):
         The parameters are those of the ``Nl = kappa * (Ns + 1)`` vectors, each with ``alpha_i / kappa``; the
         vectors of a component stand side by side.
         """
+        if self.alpha_threshold > 0:
+            spared = spared_examples(posterior.log_alpha, self.threshold_share, generator)
+            spared = spared & posterior.mask & kept(posterior.log_alpha, 0, 1, self._log_zero)
+            posterior = posterior._replace(keep=posterior.keep | spared)
         if self.kappa > 1:
             repeated = (x.repeat_interleave(self.kappa, dim=1) for x in posterior)
             posterior = Posterior(*repeated)

@@ -8,26 +8,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, Seq2SeqTrainer, TrainerCallback, TrainerState
 from transformers.modelcard import TrainingSummary, make_markdown_table
 
+from .collapse import CollapseCallback
 from .model_card import base_ids, model_card
-from .modeling_nvib import NvibForConditionalGeneration
+from .recording import Recorder, find_nvib_model
+from .training_control import MeasuringCallback
 
 SCHEDULES = ("constant", "linear", "cosine", "cyclic")
-TERMS = ("gaussian", "dirichlet")
-PER_TOKEN = ("cross_entropy", "kl_gaussian", "kl_dirichlet")
-PER_EXAMPLE = ("num_vectors", "prop_vectors", "effective_vectors")
+TERMS = ("gaussian", "dirichlet", "vectors")
 NOT_RESULTS = {"runtime", "samples_per_second", "steps_per_second", "epoch", "step", "learning_rate", "grad_norm"}
-
-
-def find_nvib_model(model: nn.Module) -> NvibForConditionalGeneration:
-    """The NVIB model inside whatever wraps it (PEFT, DDP, ``torch.compile``), its code from here or from a hub."""
-    for module in model.modules():
-        if "kl_beta" in module._buffers:
-            return module
-    raise ValueError(f"{type(model).__name__} contains no NvibForConditionalGeneration. Wrap a base model first.")
 
 
 class KLAnnealingCallback(TrainerCallback):
@@ -102,6 +94,8 @@ class KLAnnealingCallback(TrainerCallback):
 class NvibTrainerMixin:
     """Adds the terms of the loss to a Trainer's logs, in training and evaluation, and results to the model card.
 
+    Warns of a posterior collapse (:class:`~nvib_hf.CollapseCallback`).
+
     ``cross_entropy``, ``kl_gaussian`` and ``kl_dirichlet`` (nats, means over target tokens), ``num_vectors``,
     ``prop_vectors`` and ``effective_vectors`` (means over examples): since the last log, over all processes.
 
@@ -116,65 +110,45 @@ class NvibTrainerMixin:
                 f"label_smoothing_factor={self.args.label_smoothing_factor} in TrainingArguments replaces the model's "
                 "loss and drops its KL terms. Set it to 0 and NvibConfig(label_smoothing=...) instead."
             )
-        self._nvib_sums: dict[bool, Tensor] = {}  # of training (True) and of evaluation, since they were last read
+        if not any(isinstance(callback, CollapseCallback) for callback in self.callback_handler.callbacks):
+            self.add_callback(CollapseCallback())
+        self._nvib_recorders = {training: Recorder() for training in (True, False)}
 
     def training_step(self, model, *args, **kwargs):
-        with self._recording(model):
+        with self._recording(model, training=True):
             return super().training_step(model, *args, **kwargs)
 
     def prediction_step(self, model, *args, **kwargs):
-        with self._recording(model):
+        with self._recording(model, training=False):
             return super().prediction_step(model, *args, **kwargs)
 
     @contextmanager
-    def _recording(self, model: nn.Module) -> Iterator[None]:
+    def _recording(self, model: nn.Module, training: bool) -> Iterator[None]:
         """Sees what the model returns, whoever calls it: Trainer, Seq2SeqTrainer or a loss of the user's own."""
-        handle = model.register_forward_hook(self._record, with_kwargs=True)
+        handle = model.register_forward_hook(self._nvib_recorders[training].hook, with_kwargs=True)
         try:
             yield
         finally:
             handle.remove()
 
-    def _record(self, model: nn.Module, args: tuple, inputs: dict, outputs) -> None:
-        """Adds sums over tokens and examples, on the device: nothing is read before the next log."""
-        labels, latents = inputs.get("labels"), outputs.get("latents")
-        if labels is None or latents is None or latents.kl_gaussian is None:
-            return
-        tokens = (labels != -100).sum(-1)  # (B,)
-        terms = [
-            outputs.cross_entropy.mean() * tokens.sum(),  # one value, or one a device
-            (tokens * latents.kl_gaussian).sum(),
-            (tokens * latents.kl_dirichlet).sum(),
-            latents.num_vectors.sum(),
-            latents.prop_vectors.sum(),
-            latents.effective_vectors.sum(),
-        ]
-        sums = torch.stack([x.detach().float() for x in (*terms, tokens.sum(), torch.ones_like(tokens).sum())])
-        self._nvib_sums[model.training] = self._nvib_sums.get(model.training, 0) + sums
-
     def _read(self, training: bool) -> dict[str, float]:
         """Means over what all processes recorded; each of them has to call this."""
-        nothing = torch.zeros(len(PER_TOKEN) + len(PER_EXAMPLE) + 2, device=self.args.device)
-        sums = self.accelerator.reduce(self._nvib_sums.pop(training, nothing), "sum").tolist()
-        *terms, tokens, examples = sums
-        if not tokens:
-            return {}
-        counts = [tokens] * len(PER_TOKEN) + [examples] * len(PER_EXAMPLE)
-        return {
-            name: term / count for name, term, count in zip((*PER_TOKEN, *PER_EXAMPLE), terms, counts, strict=True)
-        }
+        return self._nvib_recorders[training].read(self.args.device, lambda x: self.accelerator.reduce(x, "sum"))
 
     def train(self, *args, **kwargs):
-        self._nvib_sums.pop(True, None)  # what an earlier training did not log
+        self._nvib_recorders[True].clear()  # what an earlier training did not log
         return super().train(*args, **kwargs)
 
     def log(self, logs, *args, **kwargs) -> None:
         if "loss" in logs:
             logs.update(self._read(training=True))
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, MeasuringCallback):  # before the trackers, which come first, are told
+                    logs.update(callback.trace())
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        self._nvib_sums.pop(False, None)
+        self._nvib_recorders[False].clear()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         read = self._read(training=False)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in read.items()})

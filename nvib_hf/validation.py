@@ -39,6 +39,7 @@ def check_settings(
     kappa: int,
     alpha_activation: str,
     alpha_threshold: float,
+    threshold_share: float,
     scale: float | None = None,
 ) -> None:
     """Raise ValueError for a setting of the layer outside its range."""
@@ -55,6 +56,11 @@ def check_settings(
         )
     if not 0 <= alpha_threshold < float("inf"):
         raise ValueError(f"alpha_threshold must be 0 (drop nothing) or positive, but got {alpha_threshold}.")
+    if not 0 <= threshold_share <= 1:
+        raise ValueError(
+            f"threshold_share must be in [0, 1], but got {threshold_share}: it is the share of the training examples "
+            "in which alpha_threshold drops vectors."
+        )
     if scale is not None and not 0 < scale < float("inf"):
         raise ValueError(f"scale must be positive, but got {scale}: it is the attention's scale s.")
 

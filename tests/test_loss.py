@@ -86,7 +86,7 @@ def test_model_weighs_its_terms(training):
     model = NvibForConditionalGeneration.from_base_pretrained(
         tiny_base("bart"), lambda_gaussian=0.25, lambda_dirichlet=3.0, kappa=2, label_smoothing=0.1
     ).train(training)
-    model.kl_beta.copy_(torch.tensor([0.5, 0.125]))
+    model.kl_beta.copy_(torch.tensor([0.5, 0.125, 1.0]))
     labels = tiny_labels("bart")
     out = model(**tiny_inputs("bart"), labels=labels, generator=torch.Generator().manual_seed(0))
     smoothed = F.cross_entropy(out.logits.flatten(0, 1), labels.flatten(), label_smoothing=0.1)

@@ -276,7 +276,7 @@ def test_compact_latents_give_the_same_logits(family):
 def test_loss_is_the_cross_entropy_and_the_weighted_divergences():
     model = tiny_nvib(lambda_gaussian=0.3, lambda_dirichlet=0.2)
     inputs, labels = tiny_inputs("bart"), tiny_labels("bart")
-    model.kl_beta.copy_(torch.tensor([0.5, 0.25]))
+    model.kl_beta.copy_(torch.tensor([0.5, 0.25, 1.0]))
     with torch.no_grad():
         outputs = model(**inputs, labels=labels)
     nll = F.cross_entropy(outputs.logits.transpose(1, 2), labels, reduction="none")

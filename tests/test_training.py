@@ -13,7 +13,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, Trai
 
 import nvib_hf
 from nvib_hf import KLAnnealingCallback, NvibForConditionalGeneration, NvibTrainer, NvibTrainerMixin
-from nvib_hf.training import find_nvib_model
+from nvib_hf.recording import find_nvib_model
 
 TERMS = [
     "cross_entropy",

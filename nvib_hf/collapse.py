@@ -1,0 +1,106 @@
+"""Notices a decoder that has stopped listening to its latent."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from .latent import NvibLatents
+from .training_control import MeasuringCallback
+
+REMEDY = (
+    "Lower lambda_gaussian and lambda_dirichlet or let them rise later (KLAnnealingCallback), state the "
+    "reconstruction you accept (ConstraintCallback), or give the latent free_bits_gaussian and the decoder word_dropout."
+)
+
+
+class CollapseWarning(UserWarning):
+    """The decoder ignores the latent."""
+
+
+def active_units(mu: Tensor, mask: Tensor, threshold: float = 0.01) -> Tensor:
+    r"""Share of the channels whose mean varies with the data: :math:`\mathrm{Var}_x(\mu) > \mathrm{threshold}`.
+
+    Args:
+        mu: ``(B, Nl, P)``; mask: ``(B, Nl)``, True = a vector that counts.
+        threshold: the variance from which on a channel is active.
+
+    Returns:
+        A scalar in [0, 1]; 0 where fewer than two vectors count.
+
+    Source: Burda, Grosse & Salakhutdinov (ICLR 2016), section 5.1, over vectors in place of examples.
+    """
+    weights = mask.unsqueeze(-1).to(mu.dtype)
+    count = weights.sum().clamp(min=1)
+    mean = (mu * weights).sum((0, 1)) / count
+    variance = ((mu - mean).square() * weights).sum((0, 1)) / count
+    return (variance > threshold).to(mu.dtype).mean()
+
+
+class CollapseCallback(MeasuringCallback):
+    """Warns, once for each sign, when a training shows that the decoder ignores the latent.
+
+    The signs, over the steps since the last log: both KLs together below ``min_nats`` a vector (the posterior is the
+    prior); a share of vectors kept below ``min_prop_vectors``; a share of active channels below ``min_active_units``
+    (in the last batch). ``NvibTrainer`` brings one; with another ``Trainer`` add it to the callbacks.
+
+    Args:
+        min_nats: of ``P * KL_G + KL_D``, nats a latent vector.
+        min_prop_vectors: share of the source vectors.
+        min_active_units: share of the latent channels.
+    """
+
+    kept_in_checkpoints = ("warned",)
+
+    def __init__(self, min_nats: float = 0.1, min_prop_vectors: float = 0.02, min_active_units: float = 0.01) -> None:
+        super().__init__(min_nats=min_nats, min_prop_vectors=min_prop_vectors, min_active_units=min_active_units)
+        self.min_nats, self.min_prop_vectors = min_nats, min_prop_vectors
+        self.min_active_units = min_active_units
+        self.warned: list[str] = []
+        self._inputs: dict = {}
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        super().on_train_begin(args, state, control, model=model, **kwargs)
+        self._handle = self._model.register_forward_pre_hook(self._remember, with_kwargs=True)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        super().on_train_end(args, state, control, **kwargs)
+        self._handle.remove()
+        self._inputs = {}
+
+    def _remember(self, model, args: tuple, inputs: dict) -> None:
+        self._inputs = inputs
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if logs is None or "loss" not in logs or not (means := self.measured(args.device)):
+            return
+        width = self._model.nvib.size_out
+        nats = width * means["kl_gaussian"] + means["kl_dirichlet"]
+        self._check(state, "KL terms", "nats a vector", nats, self.min_nats)
+        self._check(state, "vectors kept", "of the source", means["prop_vectors"], self.min_prop_vectors)
+        self._check(state, "active units", "of the channels", self._active_units(), self.min_active_units)
+
+    @torch.no_grad()
+    def _active_units(self) -> float:
+        model = self._model
+        latents: NvibLatents = model.encode(
+            **{name: self._inputs[name] for name in model._encoder_argument_names if name in self._inputs},
+            sample=False,
+        )
+        source = latents.attention_mask.clone()
+        source[:, 0] = False  # the prior's own component
+        return active_units(latents.z.float(), source).item()
+
+    def _check(self, state, what: str, unit: str, value: float, least: float) -> None:
+        if value >= least or what in self.warned:
+            return
+        self.warned.append(what)
+        if state.is_world_process_zero:
+            warnings.warn(
+                f"Posterior collapse at step {state.global_step}: {what} are {value:.3g} {unit}, below {least:g}. The "
+                f"decoder ignores the latent. {REMEDY}",
+                CollapseWarning,
+                stacklevel=2,
+            )

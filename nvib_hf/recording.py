@@ -1,0 +1,68 @@
+"""Sums of what a model says of its latents while it trains: nothing is read from the device before it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+PER_TOKEN = ("cross_entropy", "kl_gaussian", "kl_dirichlet")
+PER_EXAMPLE = ("num_vectors", "prop_vectors", "effective_vectors")
+
+
+def find_nvib_model(model: nn.Module) -> nn.Module:
+    """The NVIB model inside whatever wraps it (PEFT, DDP, ``torch.compile``), its code from here or from a hub."""
+    for module in model.modules():
+        if "kl_beta" in module._buffers:
+            return module
+    raise ValueError(f"{type(model).__name__} contains no NvibForConditionalGeneration. Wrap a base model first.")
+
+
+class Recorder:
+    """Means of the terms of the loss and of the vectors kept, since they were last read.
+
+    ``cross_entropy``, ``kl_gaussian``, ``kl_dirichlet`` in nats are means over target tokens; ``num_vectors``,
+    ``prop_vectors`` and ``effective_vectors`` over examples.
+    """
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+
+    def hook(self, model, args: tuple, inputs: dict, outputs) -> None:
+        """Add a forward pass: a forward hook (``with_kwargs=True``)."""
+        labels = inputs.get("labels")
+        latents = outputs.get("latents") if hasattr(outputs, "get") else None
+        if labels is None or latents is None or latents.kl_gaussian is None:
+            return
+        tokens = (labels != -100).sum(-1)  # (B,)
+        terms = [
+            outputs.cross_entropy.mean() * tokens.sum(),  # one value, or one a device
+            (tokens * latents.kl_gaussian).sum(),
+            (tokens * latents.kl_dirichlet).sum(),
+            latents.num_vectors.sum(),
+            latents.prop_vectors.sum(),
+            latents.effective_vectors.sum(),
+        ]
+        sums = torch.stack([x.detach().float() for x in (*terms, tokens.sum(), torch.ones_like(tokens).sum())])
+        self._sums = sums if self._sums is None else self._sums + sums.to(self._sums.device)
+
+    def clear(self) -> None:
+        self._sums = None
+
+    def read(self, device: torch.device | str, add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The means, and none of them from here on; nothing where nothing was recorded.
+
+        Args:
+            device: where the sums of a process that recorded nothing lie.
+            add_up: the sum over all processes; each of them has to read.
+        """
+        nothing = torch.zeros(len(PER_TOKEN) + len(PER_EXAMPLE) + 2, device=device)
+        *terms, tokens, examples = add_up(nothing if self._sums is None else self._sums).tolist()
+        self.clear()
+        if not tokens:
+            return {}
+        counts = [tokens] * len(PER_TOKEN) + [examples] * len(PER_EXAMPLE)
+        return {
+            name: term / count for name, term, count in zip((*PER_TOKEN, *PER_EXAMPLE), terms, counts, strict=True)
+        }

@@ -1,0 +1,272 @@
+"""Training that is steered by what a user can name: a reconstruction to keep, or a share of vectors to keep."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from .configuration_nvib import NvibConfig
+from .recording import Recorder, find_nvib_model
+
+
+def over_processes(sums: Tensor) -> Tensor:
+    """The sum over all processes of a distributed training, if it is one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(sums)
+    return sums
+
+
+class MeasuringCallback(TrainerCallback, ExportableState):
+    """Sees what the model says in training, with any Trainer, and keeps its own state in the checkpoints.
+
+    Subclasses name what to keep in ``kept_in_checkpoints``, and the arguments they were made with in ``arguments``.
+    """
+
+    kept_in_checkpoints: tuple[str, ...] = ()
+
+    def __init__(self, **arguments) -> None:
+        self.arguments = arguments
+        self._recorder, self._hook = Recorder(), None
+
+    def state(self) -> dict:
+        """What the Trainer writes to ``trainer_state.json``."""
+        return {"args": self.arguments, "attributes": {name: getattr(self, name) for name in self.kept_in_checkpoints}}
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        saved = state.stateful_callbacks.get(type(self).__name__, {})
+        for entry in saved if isinstance(saved, list) else [saved]:
+            if entry.get("args") == self.arguments:  # a resumed training goes on where it stood
+                vars(self).update(entry["attributes"])
+        self._model = find_nvib_model(model)
+        self._recorder.clear()
+        self._hook = self._model.register_forward_hook(self._recorder.hook, with_kwargs=True)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self._hook.remove()
+
+    def measured(self, device: torch.device) -> dict[str, float]:
+        """Means over what all processes saw since the last call."""
+        return self._recorder.read(device, over_processes)
+
+    def trace(self) -> dict[str, float]:
+        """What to log."""
+        return {}
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if logs is not None and "loss" in logs:
+            logs.update(self.trace())
+            state.log_history[-1].update(self.trace())
+
+
+class ThresholdCallback(MeasuringCallback):
+    """When, and in what share of the examples, ``alpha_threshold`` drops vectors.
+
+    Off, in evaluation too, until the running mean of the cross-entropy has come down to ``cross_entropy``: vectors
+    that are dropped before the text is learned are never learned. For training with fixed weights;
+    :class:`ConstraintCallback` does the same and more.
+
+    Args:
+        cross_entropy: of training, nats per target token, at which it begins.
+        threshold_share: share of the training examples in which it drops from there on; the others let a dropped
+            vector come back. In evaluation it always does.
+        interval: steps between two measurements; the running mean is over about five of them.
+
+    Raises:
+        ValueError: an argument outside its range, or a model without an ``alpha_threshold``.
+    """
+
+    kept_in_checkpoints = ("started", "average_cross_entropy", "average_kept")
+
+    def __init__(
+        self, cross_entropy: float = 0.15, threshold_share: float = 0.7, interval: int = 10, **arguments
+    ) -> None:
+        super().__init__(cross_entropy=cross_entropy, threshold_share=threshold_share, interval=interval, **arguments)
+        for name, value in (("cross_entropy", cross_entropy), ("interval", interval)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a positive number, but got {value}.")
+        if not 0 < threshold_share <= 1:
+            raise ValueError(f"threshold_share must be in (0, 1], but got {threshold_share}.")
+        self.threshold_share, self.interval = threshold_share, int(interval)
+        self.tolerance, self.started = cross_entropy, False
+        self.average_cross_entropy: float | None = None
+        self.average_kept: float | None = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        super().on_train_begin(args, state, control, model=model, **kwargs)
+        self.check(self._model.config)
+        self.apply()
+
+    def check(self, config: NvibConfig) -> None:
+        """Refuse a model that this cannot steer."""
+        if config.alpha_threshold == 0:
+            raise ValueError("The model has alpha_threshold=0, which drops nothing. Make it with one, such as 0.1.")
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Bring the model's buffers up to date."""
+        self._model.nvib.threshold_share.fill_(self.threshold_share if self.started else 0.0)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step % self.interval or not (means := self.measured(args.device)):
+            return
+        self.average_cross_entropy = _average(self.average_cross_entropy, means["cross_entropy"])
+        self.average_kept = _average(self.average_kept, means["prop_vectors"])
+        if self.started:
+            self.steer()
+        else:
+            self.started = self.average_cross_entropy <= self.tolerance
+        self.apply()
+
+    def steer(self) -> None:
+        """After each measurement, once it has begun."""
+
+    def trace(self) -> dict[str, float]:
+        return {"threshold_share": self.threshold_share if self.started else 0.0}
+
+
+class ConstraintCallback(ThresholdCallback):
+    r"""Compresses as far as the reconstruction allows that the user accepts, and no further.
+
+    .. math::
+        \min \; \lambda_G KL_G + \lambda_D KL_D + \lambda_V \, \mathrm{share}
+        \quad \text{such that} \quad \mathrm{CE} \le \tau
+
+    One multiplier :math:`\beta` (the model's ``kl_beta``) stands before all three terms, so the ``lambda_*`` say what
+    counts how much among them, and :math:`\beta` how much they count against the cross-entropy. It is
+    ``start_beta`` until the constraint is met for the first time; nothing is dropped before. From there it follows
+    the error :math:`e = \log(\tau / \overline{\mathrm{CE}})`, clipped to [-1, 1], by a slow integral and a
+    proportional part:
+
+    .. math::
+        \log \beta = I + \mathrm{gain} \cdot e, \qquad I \leftarrow I + \mathrm{rate} \cdot e \text{ every step}
+
+    The model's ``alpha_threshold`` drops vectors in ``threshold_share`` of the training examples from the same moment
+    on, and in all of evaluation.
+
+    With ``target_prop_vectors`` the constraint decides only when to begin. Then the error is
+    :math:`\log(\overline{\mathrm{kept}} / \mathrm{target})`: the weights rise while more vectors are really kept,
+    by the threshold, than asked for. A threshold has no gradient; what trains the pseudo-counts towards it is
+    ``lambda_vectors`` with the relaxed share :math:`\alpha / (\alpha + t)` (:func:`~nvib_hf.dropping.relaxed_share`), so
+    set it above 0.
+
+    Works with any ``Trainer``. Its state is part of the checkpoints, its trace (``constraint_beta``,
+    ``constraint_cross_entropy``, ``constraint_tolerance``, ``constraint_prop_vectors``) of the logs. ``kl_beta``
+    belongs to it: leave out ``KLAnnealingCallback``.
+
+    Args:
+        cross_entropy: :math:`\tau`, the accepted cross-entropy of training, nats per target token.
+        metric, metric_target: hold this result of the Trainer's evaluations, ``"eval_exact_match"`` or
+            ``"eval_bleu"``, at the target by moving :math:`\tau` after each evaluation.
+        target_prop_vectors: share of the source vectors to keep, in (0, 1).
+        start_beta: multiplier before the constraint is met, and the smallest.
+        rate: of the integral, a step.
+        gain: of the proportional part.
+        interval: steps between two measurements; the cross-entropy is averaged over about five of them.
+        threshold_share: share of the training examples in which the threshold drops vectors; the others let a dropped
+            vector come back.
+
+    Raises:
+        ValueError: an argument outside its range; a model that cannot drop vectors where a share is asked for; an
+            evaluation without the metric.
+
+    Source: Rezende & Viola, *Taming VAEs* (2018), with the multiplier on the other side of the sum.
+    """
+
+    kept_in_checkpoints = (*ThresholdCallback.kept_in_checkpoints, "tolerance", "integral", "error")
+
+    def __init__(
+        self,
+        cross_entropy: float = 0.15,
+        metric: str | None = None,
+        metric_target: float | None = None,
+        target_prop_vectors: float | None = None,
+        start_beta: float = 0.03,
+        rate: float = 0.005,
+        gain: float = 1.0,
+        threshold_share: float = 0.7,
+        interval: int = 10,
+    ) -> None:
+        super().__init__(
+            cross_entropy,
+            threshold_share,
+            interval,
+            metric=metric,
+            metric_target=metric_target,
+            target_prop_vectors=target_prop_vectors,
+            start_beta=start_beta,
+            rate=rate,
+            gain=gain,
+        )
+        for name, value in (("start_beta", start_beta), ("rate", rate)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a positive number, but got {value}.")
+        if not 0 <= gain < math.inf:
+            raise ValueError(f"gain must be 0 or positive, but got {gain}.")
+        if (metric is None) != (metric_target is None):
+            raise ValueError(f"metric={metric!r} and metric_target={metric_target} belong together: give both.")
+        if metric_target is not None and not metric_target > 0:
+            raise ValueError(
+                f"metric_target must be positive, of a result that is better if more: got {metric_target}."
+            )
+        if target_prop_vectors is not None and not 0 < target_prop_vectors < 1:
+            raise ValueError(f"target_prop_vectors must be in (0, 1), but got {target_prop_vectors}.")
+        if metric is not None and target_prop_vectors is not None:
+            raise ValueError("metric and target_prop_vectors are two constraints on one multiplier. Give one of them.")
+        self.metric, self.metric_target, self.target_prop_vectors = metric, metric_target, target_prop_vectors
+        self.start_beta, self.rate, self.gain = start_beta, rate, gain
+        self.integral, self.error = math.log(start_beta), 0.0
+
+    @property
+    def beta(self) -> float:
+        """The multiplier."""
+        return math.exp(self.integral + self.gain * self.error)
+
+    def check(self, config: NvibConfig) -> None:
+        if self.target_prop_vectors is not None and config.lambda_vectors == 0:
+            raise ValueError(
+                f"target_prop_vectors={self.target_prop_vectors} needs a model that learns to drop vectors. Make it "
+                "with NvibConfig(alpha_threshold=0.1, lambda_vectors=1)."
+            )
+        if config.lambda_gaussian == config.lambda_dirichlet == config.lambda_vectors == 0:
+            raise ValueError("All lambda_* of the model are 0, so there is nothing to weigh. Set lambda_gaussian, ...")
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        super().apply()
+        self._model.kl_beta.fill_(self.beta)
+
+    def steer(self) -> None:
+        if self.target_prop_vectors is None:
+            error = math.log(self.tolerance / max(self.average_cross_entropy, 1e-9))
+        else:
+            error = math.log(max(self.average_kept, 1e-9) / self.target_prop_vectors)
+        self.error = min(max(error, -1.0), 1.0)
+        self.integral += self.rate * self.interval * self.error
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
+        if self.metric is None:
+            return
+        if metrics is None or self.metric not in metrics:
+            raise ValueError(
+                f"metric={self.metric!r} is not among the results of the evaluation ({', '.join(metrics or ())}). "
+                "Give the Trainer a compute_metrics that returns it."
+            )
+        if self.started:  # a miss of a tenth moves the tolerance by about 40 %
+            error = (metrics[self.metric] - self.metric_target) / self.metric_target
+            self.tolerance *= math.exp(min(max(5 * error, -0.5), 0.5))
+
+    def trace(self) -> dict[str, float]:
+        trace = {**super().trace(), "constraint_beta": self.beta, "constraint_tolerance": self.tolerance}
+        if self.average_cross_entropy is not None:
+            trace["constraint_cross_entropy"] = self.average_cross_entropy
+            trace["constraint_prop_vectors"] = self.average_kept
+        return trace
+
+
+def _average(average: float | None, value: float) -> float:
+    """A running mean over about five values."""
+    return value if average is None else 0.8 * average + 0.2 * value
