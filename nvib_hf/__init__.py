@@ -23,6 +23,9 @@ _TORCH = [
     "naive_denoising_attention",
 ]
 _TRANSFORMERS = [
+    "CollapseCallback",
+    "CollapseWarning",
+    "ConstraintCallback",
     "CrossAttention",
     "KLAnnealingCallback",
     "NvibConfig",
@@ -30,18 +33,26 @@ _TRANSFORMERS = [
     "NvibLatents",
     "NvibTrainer",
     "NvibTrainerMixin",
+    "ThresholdCallback",
+    "add_to_model_card",
     "concatenate_latents",
+    "evaluate",
+    "evaluation_section",
     "register_cross_attention",
 ]
 
 if find_spec("transformers") is not None:
     from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
+    from .collapse import CollapseCallback, CollapseWarning
     from .configuration_nvib import NvibConfig
     from .cross_attention import CrossAttention, register_cross_attention
+    from .evaluation import evaluate
+    from .evaluation_report import add_to_model_card, evaluation_section
     from .latent import NvibLatents, concatenate_latents
     from .modeling_nvib import NvibForConditionalGeneration
     from .training import KLAnnealingCallback, NvibTrainer, NvibTrainerMixin
+    from .training_control import ConstraintCallback, ThresholdCallback
 
     AutoConfig.register(NvibConfig.model_type, NvibConfig)
     AutoModelForSeq2SeqLM.register(NvibConfig, NvibForConditionalGeneration)

@@ -8,8 +8,8 @@ import torch
 from tiny_models import tiny_base, tiny_inputs, tiny_labels
 from torch.nn import functional as F
 
-from nvib_hf import NvibForConditionalGeneration
-from nvib_hf.loss import nvib_loss
+from nvib_hf import NvibConfig, NvibForConditionalGeneration, NvibLatents
+from nvib_hf.loss import nvib_loss, regulariser
 
 B, NT, V = 4, 7, 11
 LENGTHS = (7, 1, 4, 0)  # target tokens of each example
@@ -108,3 +108,54 @@ def test_labels_taken_away_are_missed():
     model = NvibForConditionalGeneration.from_base_pretrained(tiny_base("bart"))
     with pytest.raises(ValueError, match=r"label_smoothing_factor.*NvibConfig\(label_smoothing"):
         model(**tiny_inputs("bart"), decoder_input_ids=torch.tensor([[2, 5]] * 3), num_items_in_batch=6)
+
+
+def test_regulariser_by_hand():
+    """Each term by its weight and its multiplier; below its free bits a KL costs what they are, and has no gradient."""
+    config = NvibConfig(
+        base_config=tiny_base("bart").config,
+        alpha_threshold=0.1,
+        lambda_gaussian=0.5,
+        lambda_dirichlet=2.0,
+        lambda_vectors=3.0,
+        free_bits_gaussian=1.0,
+        free_bits_dirichlet=0.25,
+    )
+    kl_gaussian = torch.tensor([0.5, 4.0], requires_grad=True)
+    kl_dirichlet = torch.tensor([1.0, 0.125], requires_grad=True)
+    share = torch.tensor([0.75, 0.5], requires_grad=True)
+    latents = NvibLatents(kl_gaussian=kl_gaussian, kl_dirichlet=kl_dirichlet, relaxed_prop_vectors=share)
+    beta = torch.tensor([0.5, 0.25, 2.0])
+    cost = regulariser(latents, beta, config)
+    by_hand = [0.25 * 1.0 + 0.5 * 1.0 + 6 * 0.75, 0.25 * 4.0 + 0.5 * 0.25 + 6 * 0.5]
+    assert cost.tolist() == pytest.approx(by_hand)
+    cost.sum().backward()
+    assert kl_gaussian.grad.tolist() == [0.0, 0.25] and kl_dirichlet.grad.tolist() == [0.5, 0.0]
+    assert share.grad.tolist() == [6.0, 6.0]
+    assert regulariser(NvibLatents(z=torch.zeros(2, 3, 4)), beta, config) is None
+
+
+def test_the_share_of_vectors_trains_the_pseudo_counts():
+    """A model pays for the vectors above its threshold, and gradient descent takes them below it."""
+    settings = {"alpha_threshold": 0.1, "tau_alpha": 1.0, "tau_sigma": 0.3}
+    plain = NvibForConditionalGeneration.from_base_pretrained(tiny_base("bart"), **settings).eval()
+    model = NvibForConditionalGeneration.from_base_pretrained(tiny_base("bart"), lambda_vectors=5.0, **settings).eval()
+    inputs, labels = tiny_inputs("bart"), tiny_labels("bart")
+    output = model(**inputs, labels=labels)
+    share = output.latents.relaxed_prop_vectors
+    tokens = (labels != -100).sum(-1)
+    expected = plain(**inputs, labels=labels).loss + 5 * (tokens * share).sum() / tokens.sum()
+    torch.testing.assert_close(output.loss, expected)
+    output.loss.backward()
+    assert model.nvib.alpha_bias.grad > 0
+
+
+@pytest.mark.parametrize("name", ["lambda_vectors", "free_bits_gaussian", "free_bits_dirichlet"])
+def test_refuses_negative_weights(name):
+    with pytest.raises(ValueError, match=f"{name} must be 0 or positive, but got -1"):
+        NvibConfig(base_config=tiny_base("bart").config, alpha_threshold=0.1, **{name: -1})
+
+
+def test_refuses_to_weigh_vectors_that_nothing_drops():
+    with pytest.raises(ValueError, match=r"lambda_vectors=0.5 .* alpha_threshold"):
+        NvibConfig(base_config=tiny_base("bart").config, lambda_vectors=0.5)
