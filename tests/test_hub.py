@@ -28,6 +28,7 @@ CODE = {
     "cross_attention.py",
     "denoising_attention.py",
     "distributions.py",
+    "dropping.py",
     "encoding.py",
     "generation.py",
     "initialisation.py",
@@ -39,6 +40,7 @@ CODE = {
     "modeling_nvib.py",
     "nvib_layer.py",
     "validation.py",
+    "word_dropout.py",
     "wrapping.py",
 }
 AUTO_MAP = {

@@ -223,7 +223,7 @@ def test_compiled_to_kernels():
 
 
 # ------------------------------------------------------------------------------------------------------ half precision
-ISLANDS = ("nvib.alpha_", "nvib.prior_", "kl_beta")
+ISLANDS = ("nvib.alpha_", "nvib.prior_", "nvib.threshold_share", "kl_beta")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
