@@ -12,7 +12,8 @@ from .training_control import MeasuringCallback
 
 REMEDY = (
     "Lower lambda_gaussian and lambda_dirichlet or let them rise later (KLAnnealingCallback), state the "
-    "reconstruction you accept (ConstraintCallback), or give the latent free_bits_gaussian and the decoder word_dropout."
+    "reconstruction you accept (ConstraintCallback), or give the latent free_bits_gaussian and the decoder "
+    "word_dropout."
 )
 
 

@@ -225,7 +225,7 @@ class Nvib(nn.Module):
         The parameters are those of the ``Nl = kappa * (Ns + 1)`` vectors, each with ``alpha_i / kappa``; the
         vectors of a component stand side by side.
         """
-        if self.alpha_threshold > 0:
+        if self.alpha_threshold > 0 and self.training:
             spared = spared_examples(posterior.log_alpha, self.threshold_share, generator)
             spared = spared & posterior.mask & kept(posterior.log_alpha, 0, 1, self._log_zero)
             posterior = posterior._replace(keep=posterior.keep | spared)

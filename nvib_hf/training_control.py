@@ -147,11 +147,10 @@ class ConstraintCallback(ThresholdCallback):
     The model's ``alpha_threshold`` drops vectors in ``threshold_share`` of the training examples from the same moment
     on, and in all of evaluation.
 
-    With ``target_prop_vectors`` the constraint decides only when to begin. Then the error is
-    :math:`\log(\overline{\mathrm{kept}} / \mathrm{target})`: the weights rise while more vectors are really kept,
-    by the threshold, than asked for. A threshold has no gradient; what trains the pseudo-counts towards it is
-    ``lambda_vectors`` with the relaxed share :math:`\alpha / (\alpha + t)` (:func:`~nvib_hf.dropping.relaxed_share`), so
-    set it above 0.
+    With ``target_prop_vectors`` it compresses until no more than that share of the vectors is really kept, by the
+    threshold: :math:`e` is at most :math:`\log(\overline{\mathrm{kept}} / \mathrm{target})`. A threshold has no
+    gradient; what trains the pseudo-counts towards it is ``lambda_vectors`` with the relaxed share
+    :math:`\alpha / (\alpha + t)` (:func:`~nvib_hf.dropping.relaxed_share`), so set it above 0.
 
     Works with any ``Trainer``. Its state is part of the checkpoints, its trace (``constraint_beta``,
     ``constraint_cross_entropy``, ``constraint_tolerance``, ``constraint_prop_vectors``) of the logs. ``kl_beta``
@@ -240,10 +239,9 @@ class ConstraintCallback(ThresholdCallback):
         self._model.kl_beta.fill_(self.beta)
 
     def steer(self) -> None:
-        if self.target_prop_vectors is None:
-            error = math.log(self.tolerance / max(self.average_cross_entropy, 1e-9))
-        else:
-            error = math.log(max(self.average_kept, 1e-9) / self.target_prop_vectors)
+        error = math.log(self.tolerance / max(self.average_cross_entropy, 1e-9))
+        if self.target_prop_vectors is not None:
+            error = min(error, math.log(max(self.average_kept, 1e-9) / self.target_prop_vectors))
         self.error = min(max(error, -1.0), 1.0)
         self.integral += self.rate * self.interval * self.error
 

