@@ -21,12 +21,16 @@ class CollapseWarning(UserWarning):
     """The decoder ignores the latent."""
 
 
-def active_units(mu: Tensor, mask: Tensor, threshold: float = 0.01) -> Tensor:
-    r"""Share of the channels whose mean varies with the data: :math:`\mathrm{Var}_x(\mu) > \mathrm{threshold}`.
+# A channel is active if its mean varies over the data by more than this, in units of the prior's variance.
+ACTIVE_VARIANCE = 0.01
+
+
+def active_units(mu: Tensor, mask: Tensor, prior_var: Tensor | float = 1.0) -> Tensor:
+    r"""Share of the channels whose mean varies with the data: :math:`\mathrm{Var}_x(\mu) > 0.01 \, \sigma_p^2`.
 
     Args:
         mu: ``(B, Nl, P)``; mask: ``(B, Nl)``, True = a vector that counts.
-        threshold: the variance from which on a channel is active.
+        prior_var: the prior's variance, a number or ``(P,)``.
 
     Returns:
         A scalar in [0, 1]; 0 where fewer than two vectors count.
@@ -37,7 +41,7 @@ def active_units(mu: Tensor, mask: Tensor, threshold: float = 0.01) -> Tensor:
     count = weights.sum().clamp(min=1)
     mean = (mu * weights).sum((0, 1)) / count
     variance = ((mu - mean).square() * weights).sum((0, 1)) / count
-    return (variance > threshold).to(mu.dtype).mean()
+    return (variance > ACTIVE_VARIANCE * prior_var).to(mu.dtype).mean()
 
 
 class CollapseCallback(MeasuringCallback):
@@ -92,7 +96,7 @@ class CollapseCallback(MeasuringCallback):
         )
         source = latents.attention_mask.clone()
         source[:, 0] = False  # the prior's own component
-        return active_units(latents.z.float(), source).item()
+        return active_units(latents.z.float(), source, model.nvib.prior_logvar.exp()).item()
 
     def _check(self, state, what: str, unit: str, value: float, least: float) -> None:
         if value >= least or what in self.warned:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .collapse import ACTIVE_VARIANCE
 from .latent import NvibLatents
 from .likelihood import log_importance_weights, mutual_information
 from .sample_quality import (
@@ -35,10 +36,6 @@ from .text_batches import (
     token_lengths,
     write,
 )
-
-# Burda, Grosse & Salakhutdinov (ICLR 2016): a channel is active if its mean varies over the data by more than this,
-# in units of the prior's variance.
-ACTIVE_VARIANCE = 0.01
 
 
 # ----------------------------------------------------------------------------------------- reconstruction

@@ -12,7 +12,6 @@ It needs WordNet: `apt install wordnet-base`. Without it `--quick` trains on the
 
 import random
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 from textwrap import shorten
@@ -23,17 +22,15 @@ import bbe
 import text_vae
 import wordnet
 from runner import cell, markdown_table, over_seeds, parser, run_all, write_report
+from training import train
 from transformers import (
     AutoTokenizer,
-    DataCollatorForSeq2Seq,
     PreTrainedTokenizerBase,
-    PrinterCallback,
-    Seq2SeqTrainingArguments,
     TrainerCallback,
     set_seed,
 )
 
-from nvib_hf import KLAnnealingCallback, NvibForConditionalGeneration, NvibTrainer
+from nvib_hf import ConstraintCallback, NvibForConditionalGeneration
 from nvib_hf.evaluation import kept_by_length, kept_tokens, rate_distortion, reconstruct, reconstruction_scores
 from nvib_hf.text_batches import as_read
 
@@ -57,13 +54,14 @@ Built = tuple[NvibForConditionalGeneration, PreTrainedTokenizerBase, list[Traine
 
 
 # ---------------------------------------------------------------------------------------------- methods
-def fixed_weights(texts: list[str]) -> Built:
-    """The settings of the text VAE, and a threshold under which vectors are dropped in training as in evaluation."""
-    model, tokenizer = text_vae.minilm(texts, **text_vae.NVIB, alpha_threshold=0.1)
-    return model, tokenizer, [KLAnnealingCallback(schedule="linear", warmup_ratio=0.2)]
+def constrained(texts: list[str]) -> Built:
+    """As few vectors as a cross-entropy of 0.6 nats per token allows."""
+    dropping = {"lambda_gaussian": 0.3, "lambda_dirichlet": 0.3, "lambda_vectors": 5.0, "delta": 1.0}
+    model, tokenizer = text_vae.minilm(texts, **{**text_vae.NVIB, **dropping}, alpha_threshold=0.1)
+    return model, tokenizer, [ConstraintCallback(cross_entropy=0.6, rate=0.02)]
 
 
-METHODS = {"fixed": fixed_weights}
+METHODS = {"constrained": constrained}
 
 
 # ------------------------------------------------------------------------------------------------ texts
@@ -106,43 +104,13 @@ def text_sets(settings: dict) -> dict[str, list[str]]:
 
 
 # ---------------------------------------------------------------------------------------------- one run
-def train(model, tokenizer, callbacks: list[TrainerCallback], texts: list[str], settings: dict) -> list[dict]:
-    """Trains the layer and the decoder, the encoder stays as it is; returns what was logged on the way."""
-    model.get_encoder().requires_grad_(False)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = NvibTrainer(
-            model,
-            Seq2SeqTrainingArguments(
-                output_dir=folder,
-                max_steps=settings["steps"],
-                per_device_train_batch_size=settings["batch_size"],
-                train_sampling_strategy="group_by_length",
-                learning_rate=1e-3,
-                warmup_steps=0.05,
-                logging_steps=max(settings["steps"] // 20, 1),
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                seed=settings["seed"],
-                dataloader_pin_memory=False,
-                use_cpu=True,
-            ),
-            train_dataset=text_vae.tokens_of(tokenizer, texts),
-            data_collator=DataCollatorForSeq2Seq(tokenizer),
-            processing_class=tokenizer,
-            callbacks=callbacks,
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
-
-
 def one(settings: dict) -> dict:
     """Train with one seed, then measure on each set of texts."""
     sets = text_sets(settings)
     training = sets.pop("training")
     set_seed(settings["seed"])
     model, tokenizer, callbacks = METHODS[settings["method"]](training)
+    model.get_encoder().requires_grad_(False)  # only the layer and the decoder learn
     log = train(model, tokenizer, callbacks, training, settings)
     results = {"training texts": len(training), "pieces": len(tokenizer), "log": log, "tests": {}}
     for name, texts in sets.items():

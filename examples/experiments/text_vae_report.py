@@ -146,6 +146,38 @@ def draw(groups: list[list[dict]], real: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
+def draw_traces(groups: list[list[dict]], path: Path) -> None:
+    """How the constrained trainings went: a line for each seed, a colour for each setting."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = [
+        ("cross_entropy", "cross-entropy of training", "log"),
+        ("constraint_beta", "multiplier", "log"),
+        ("kl_gaussian", "KL_G", "log"),
+        ("prop_vectors", "share of vectors above the threshold", "linear"),
+    ]
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained")
+    for number, group in enumerate(groups):
+        method = group[0]["settings"]["method"]
+        for record in group:
+            trace = record["results"]["trace"]
+            for axis, (name, _, _) in zip(axes, panels, strict=True):
+                steps, heights = [entry["step"] for entry in trace], [entry[name] for entry in trace]
+                axis.plot(steps, heights, color=f"C{number}", alpha=0.7, label=f"{method} {label(group)}")
+        tolerance = group[0]["settings"]["setting"]["cross_entropy"]
+        axes[0].axhline(tolerance, color=f"C{number}", linestyle=":")
+    for axis, (_, title, scale) in zip(axes, panels, strict=True):
+        axis.set(xlabel="step", title=title, yscale=scale)
+    handles, labels = axes[0].get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    axes[-1].legend(once.values(), once.keys(), fontsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def report(args: argparse.Namespace, records: dict[str, dict], real: str) -> None:
     """Write the report and its figure; ``real`` is what the runs on real texts are called."""
     groups = over_seeds(records)
@@ -159,6 +191,10 @@ def report(args: argparse.Namespace, records: dict[str, dict], real: str) -> Non
     args.report.parent.mkdir(parents=True, exist_ok=True)
     figure = args.report.with_suffix(".png")
     draw(groups, of_real, figure)
+    constrained = [group for group in groups if "constraint_beta" in group[0]["results"]["trace"][0]]
+    traces = figure.with_stem(f"{figure.stem}_traces")
+    if constrained:
+        draw_traces(constrained, traces)
     minutes = sum(record["seconds"] for record in records.values()) / 60
     parts = [
         f"{len(records)} runs of {size['steps']} steps with {size['batch_size']} texts each, "
@@ -175,6 +211,9 @@ def report(args: argparse.Namespace, records: dict[str, dict], real: str) -> Non
         "## Frontier",
         f"![Distortion, BLEU and sample perplexity against the rate]({figure.name})",
         "Small points are runs, diamonds means over seeds.",
+        "## The constrained trainings",
+        f"![Cross-entropy, multiplier, KL and vectors kept over the steps]({traces.name})" if constrained else "None.",
+        "A line for each seed; dotted: the cross-entropy that was accepted.",
         "## Texts, verbatim",
         f"From seed {min(args.seeds)}; of each method the setting with the most fluent samples among those with a "
         f"BLEU of {TARGET_BLEU} or more, or else with the best BLEU.",

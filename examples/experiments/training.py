@@ -1,0 +1,52 @@
+"""The training that the experiments share, and the clauses on which most of them train."""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from transformers import DataCollatorForSeq2Seq, PrinterCallback, Seq2SeqTrainingArguments, TrainerCallback
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `text_vae` is the example, of the experiment's name
+import text_vae as example
+
+from nvib_hf import NvibTrainer
+
+SPLIT_SEED = 0  # of the held-out texts, which all runs share
+
+
+def clauses(num_texts: int | None, num_held_out: int) -> tuple[list[str], list[str]]:
+    """Training and held-out clauses of 4 to 12 words, the same for all seeds; of the first ``num_texts``."""
+    texts = [text for text in example.read_texts(None) if 4 <= len(text.split()) <= 12]
+    return example.split(texts[:num_texts], num_held_out, SPLIT_SEED)
+
+
+def train(
+    model, tokenizer, callbacks: list[TrainerCallback], texts: list[str], settings: dict, learning_rate: float = 1e-3
+) -> list[dict]:
+    """The example's training, with ``steps``, ``batch_size`` and ``seed`` of the settings; returns its log."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = NvibTrainer(
+            model,
+            Seq2SeqTrainingArguments(
+                output_dir=folder,
+                max_steps=settings["steps"],
+                per_device_train_batch_size=settings["batch_size"],
+                train_sampling_strategy="group_by_length",
+                learning_rate=learning_rate,
+                warmup_steps=0.05,
+                logging_steps=max(settings["steps"] // 20, 1),
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                seed=settings["seed"],
+                dataloader_pin_memory=False,
+                use_cpu=True,
+            ),
+            train_dataset=example.tokens_of(tokenizer, texts),
+            data_collator=DataCollatorForSeq2Seq(tokenizer),
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
