@@ -60,23 +60,28 @@ class CollapseCallback(MeasuringCallback):
     kept_in_checkpoints = ("warned",)
 
     def __init__(self, min_nats: float = 0.1, min_prop_vectors: float = 0.02, min_active_units: float = 0.01) -> None:
-        super().__init__(min_nats=min_nats, min_prop_vectors=min_prop_vectors, min_active_units=min_active_units)
+        super().__init__(
+            {"min_nats": min_nats, "min_prop_vectors": min_prop_vectors, "min_active_units": min_active_units}
+        )
         self.min_nats, self.min_prop_vectors = min_nats, min_prop_vectors
         self.min_active_units = min_active_units
         self.warned: list[str] = []
         self._inputs: dict = {}
+        self._pre_hook = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         super().on_train_begin(args, state, control, model=model, **kwargs)
-        self._handle = self._model.register_forward_pre_hook(self._remember, with_kwargs=True)
+        self._pre_hook = self._model.register_forward_pre_hook(self._remember, with_kwargs=True)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         super().on_train_end(args, state, control, **kwargs)
-        self._handle.remove()
+        if self._pre_hook is not None:
+            self._pre_hook.remove()
         self._inputs = {}
 
     def _remember(self, model, args: tuple, inputs: dict) -> None:
-        self._inputs = inputs
+        if model.training:
+            self._inputs = inputs
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if logs is None or "loss" not in logs or not (means := self.measured(args.device)):

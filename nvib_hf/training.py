@@ -42,7 +42,8 @@ class KLAnnealingCallback(TrainerCallback):
         warmup_ratio: length of the warm-up as a share of the training steps (of a cycle, if cyclic), in [0, 1].
         start_ratio: share of the training steps before it, in [0, 1].
         cycles: number of cycles.
-        terms: which KLs: ``("gaussian", "dirichlet")``, or one of them; use two callbacks for two schedules.
+        terms: of ``("gaussian", "dirichlet", "vectors")`` those whose ``lambda_*`` it anneals, by default all; use two
+            callbacks for two schedules.
 
     Raises:
         ValueError: an argument outside its range.

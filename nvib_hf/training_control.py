@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -28,7 +28,7 @@ class MeasuringCallback(TrainerCallback, ExportableState):
 
     kept_in_checkpoints: tuple[str, ...] = ()
 
-    def __init__(self, **arguments) -> None:
+    def __init__(self, arguments: dict) -> None:
         self.arguments = arguments
         self._recorder, self._hook = Recorder(), None
 
@@ -41,12 +41,18 @@ class MeasuringCallback(TrainerCallback, ExportableState):
         for entry in saved if isinstance(saved, list) else [saved]:
             if entry.get("args") == self.arguments:  # a resumed training goes on where it stood
                 vars(self).update(entry["attributes"])
+        self.on_train_end(args, state, control)  # of a training that was broken off
         self._model = find_nvib_model(model)
         self._recorder.clear()
-        self._hook = self._model.register_forward_hook(self._recorder.hook, with_kwargs=True)
+        self._hook = self._model.register_forward_hook(self._record, with_kwargs=True)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        self._hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
+
+    def _record(self, model: nn.Module, args: tuple, inputs: dict, outputs) -> None:
+        if model.training:  # not the evaluations on the way
+            self._recorder.hook(model, args, inputs, outputs)
 
     def measured(self, device: torch.device) -> dict[str, float]:
         """Means over what all processes saw since the last call."""
@@ -81,10 +87,8 @@ class ThresholdCallback(MeasuringCallback):
 
     kept_in_checkpoints = ("started", "average_cross_entropy", "average_kept")
 
-    def __init__(
-        self, cross_entropy: float = 0.15, threshold_share: float = 0.7, interval: int = 10, **arguments
-    ) -> None:
-        super().__init__(cross_entropy=cross_entropy, threshold_share=threshold_share, interval=interval, **arguments)
+    def __init__(self, cross_entropy: float = 0.15, threshold_share: float = 0.7, interval: int = 10) -> None:
+        super().__init__({"cross_entropy": cross_entropy, "threshold_share": threshold_share, "interval": interval})
         for name, value in (("cross_entropy", cross_entropy), ("interval", interval)):
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a positive number, but got {value}.")
@@ -189,10 +193,8 @@ class ConstraintCallback(ThresholdCallback):
         threshold_share: float = 0.7,
         interval: int = 10,
     ) -> None:
-        super().__init__(
-            cross_entropy,
-            threshold_share,
-            interval,
+        super().__init__(cross_entropy, threshold_share, interval)
+        self.arguments.update(
             metric=metric,
             metric_target=metric_target,
             target_prop_vectors=target_prop_vectors,

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_training import TRAINERS, tiny_model, trainer_of
+from tiny_text import tiny_collator
 from transformers import Trainer
 
 from nvib_hf import ConstraintCallback, NvibTrainer, ThresholdCallback
@@ -169,6 +170,27 @@ def test_a_resumed_training_is_the_uninterrupted_one(trainer_class, restore, tmp
     assert [b for _, b in resumed] == pytest.approx([b for _, b in whole])
     assert resumed[-1][0] == pytest.approx(whole[-1][0], rel=1e-4)
     assert trainer.model.nvib.threshold_share == pytest.approx(0.7)
+
+
+def test_evaluations_on_the_way_are_not_measured(tmp_path):
+    def trace(**arguments):
+        callback = ConstraintCallback(cross_entropy=1e3, interval=2)
+        trainer = trainer_of(Trainer, tiny_model(**DROPPING), tmp_path, max_steps=6, callbacks=[callback], **arguments)
+        trainer.train()
+        return [x["constraint_cross_entropy"] for x in trainer.state.log_history if "constraint_cross_entropy" in x]
+
+    assert trace(eval_strategy="steps", eval_steps=1) == pytest.approx(trace(), rel=1e-3)
+
+
+def test_a_training_that_was_broken_off_leaves_nothing_behind(tmp_path):
+    model, callback = tiny_model(**DROPPING), ConstraintCallback()
+    trainer = trainer_of(Trainer, model, tmp_path, max_steps=2, callbacks=[callback])
+    with pytest.raises(TypeError):
+        trainer.data_collator = None
+        trainer.train()
+    trainer.data_collator = tiny_collator(model)
+    trainer.train()
+    assert not model._forward_hooks
 
 
 # -------------------------------------------------------------------------------------------- bad input
