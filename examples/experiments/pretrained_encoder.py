@@ -1,6 +1,6 @@
 """A pretrained encoder under NVIB: what its latents keep of texts like those of the training, and of other texts.
 
-    python examples/experiments/pretrained_encoder.py          # about 14 minutes on two CPU cores
+    python examples/experiments/pretrained_encoder.py          # about 9 minutes on two CPU cores
     python examples/experiments/pretrained_encoder.py --quick  # everything runs, nothing is learnt
 
 The encoder of all-MiniLM-L6-v2 with a fresh decoder reconstructs the example sentences of WordNet. In domain are
@@ -35,7 +35,7 @@ from nvib_hf.evaluation import kept_by_length, kept_tokens, rate_distortion, rec
 from nvib_hf.text_batches import as_read
 
 NUM_PIECES = 6000  # a softmax over all 18k that the examples use would take most of the time
-FULL = {"texts": None, "held_out": 500, "steps": 600, "batch_size": 64}
+FULL = {"texts": None, "held_out": 500, "steps": 400, "batch_size": 64}
 QUICK = {"texts": 400, "held_out": 24, "steps": 3, "batch_size": 8}
 EXAMPLES, DEFINITIONS, CLAUSES = "WordNet examples (in domain)", "WordNet definitions", "BBE clauses"
 NUMBERS = {  # what a table shows, and its digits

@@ -1,6 +1,6 @@
 """Trainings that go wrong, each beside its remedy: what examples/README.md says of symptoms comes from here.
 
-    python examples/experiments/symptoms.py          # about 10 minutes on two CPU cores
+    python examples/experiments/symptoms.py          # about 7 minutes on two CPU cores
     python examples/experiments/symptoms.py --quick  # everything runs, nothing is learnt
 
 Corpus and model are those of the text VAE experiment, the trainings are shorter; one seed by default.
@@ -22,7 +22,7 @@ from nvib_hf.evaluation import rate_distortion, reconstruct, reconstruction_scor
 from nvib_hf.sample_quality import latent_lengths, sample_texts
 from nvib_hf.text_batches import as_read
 
-FULL = {"texts": None, "held_out": 200, "steps": 800, "batch_size": 64, "samples": 100}
+FULL = {"texts": None, "held_out": 200, "steps": 600, "batch_size": 64, "samples": 100}
 QUICK = {"texts": 400, "held_out": 16, "steps": 4, "batch_size": 8, "samples": 4}
 
 STRONG = {"lambda_gaussian": 3.0, "lambda_dirichlet": 10.0}

@@ -80,10 +80,14 @@ def warm_up() -> KLAnnealingCallback:
 
 
 def baseline(bottleneck: type[VariableBottleneck], texts: list[str], **options) -> Built:
-    """The example's BART with another bottleneck, initialised as NVIB's."""
+    """The example's BART with another bottleneck, initialised as NVIB's; weights fixed, or under a constraint."""
+    steering = warm_up()
+    if "cross_entropy" in options:
+        steering = ConstraintCallback(options.pop("cross_entropy"))
+        options["lambda_gaussian"] = 1.0
     wrapped, tokenizer = example.bart(texts)
     model = with_bottleneck(wrapped.unwrap(), bottleneck, tau_sigma=example.NVIB["tau_sigma"], **options)
-    return model, tokenizer, [warm_up()]
+    return model, tokenizer, [steering]
 
 
 def nvib_fixed(texts: list[str], **weights) -> Built:
@@ -119,10 +123,10 @@ SETTINGS = {
     "autoencoder": [{}],
     "pooled": [{"lambda_gaussian": 1.0}],
     "strided": [{"stride": 2, "lambda_gaussian": 0.3}],
-    "variable": [{"lambda_gaussian": 10.0}],
+    "variable": [{"cross_entropy": 0.4}],
     "nvib_fixed": [{"lambda_gaussian": 0.05, "lambda_dirichlet": 0.05}],
-    "nvib_constrained": [{"cross_entropy": 0.4}],
-    "nvib_dropping": [{"cross_entropy": 0.15}, {"cross_entropy": 0.25, "target_prop_vectors": 0.6}],
+    "nvib_constrained": [{"cross_entropy": 0.4}, {"cross_entropy": 0.7}],
+    "nvib_dropping": [{"cross_entropy": 0.15}, {"cross_entropy": 0.5, "target_prop_vectors": 0.6}],
 }
 
 
