@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_training import TRAINERS, tiny_model, trainer_of
+from test_training import TRAINERS, WITH_COMPILE, tiny_model, trainer_of
 from tiny_text import tiny_collator
 from transformers import Trainer
 
-from nvib_hf import ConstraintCallback, NvibTrainer, ThresholdCallback
+from nvib_hf import CollapseCallback, ConstraintCallback, NvibTrainer, ThresholdCallback
 
 DROPPING = {"alpha_threshold": 0.1, "lambda_vectors": 1.0}
 TRACE = {
@@ -170,6 +170,18 @@ def test_a_resumed_training_is_the_uninterrupted_one(trainer_class, restore, tmp
     assert [b for _, b in resumed] == pytest.approx([b for _, b in whole])
     assert resumed[-1][0] == pytest.approx(whole[-1][0], rel=1e-4)
     assert trainer.model.nvib.threshold_share == pytest.approx(0.7)
+
+
+@WITH_COMPILE
+def test_under_torch_compile(tmp_path):
+    def trace(**arguments):
+        callbacks = [ConstraintCallback(cross_entropy=1e3, interval=1, threshold_share=1.0), CollapseCallback()]
+        model = tiny_model(**DROPPING)
+        trainer = trainer_of(Trainer, model, tmp_path, max_steps=3, callbacks=callbacks, **arguments)
+        trainer.train()
+        return [x["constraint_cross_entropy"] for x in trainer.state.log_history if "constraint_cross_entropy" in x]
+
+    assert trace(torch_compile=True, torch_compile_backend="eager") == pytest.approx(trace(), rel=1e-3)
 
 
 def test_evaluations_on_the_way_are_not_measured(tmp_path):

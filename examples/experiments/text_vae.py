@@ -126,7 +126,7 @@ SETTINGS = {
     "variable": [{"cross_entropy": 0.4}],
     "nvib_fixed": [{"lambda_gaussian": 0.05, "lambda_dirichlet": 0.05}],
     "nvib_constrained": [{"cross_entropy": 0.4}, {"cross_entropy": 0.7}],
-    "nvib_dropping": [{"cross_entropy": 0.15}, {"cross_entropy": 0.5, "target_prop_vectors": 0.6}],
+    "nvib_dropping": [{"cross_entropy": 0.3, "target_prop_vectors": 0.6}],
 }
 
 
