@@ -3,6 +3,8 @@
     python examples/text_vae.py                      # clauses of the Bible in Basic English, minutes on a CPU
     python examples/text_vae.py --base minilm        # the pretrained encoder of all-MiniLM-L6-v2, a fresh decoder
     python examples/text_vae.py --text my_lines.txt  # any text file, one text a line
+    python examples/text_vae.py --cross-entropy 0.4  # compress as far as this reconstruction allows (nats per token)
+    python examples/text_vae.py --cross-entropy 0.4 --keep 0.6  # and keep no more than so many of the vectors
     python examples/text_vae.py --model text_vae     # show a trained folder again
 
 The latent of a text is a set of weighted vectors, as many as the text has tokens, and nothing else reaches the
@@ -34,10 +36,11 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Seq2SeqTrainingArguments,
+    TrainerCallback,
     set_seed,
 )
 
-from nvib_hf import KLAnnealingCallback, NvibForConditionalGeneration, NvibLatents, NvibTrainer
+from nvib_hf import ConstraintCallback, KLAnnealingCallback, NvibForConditionalGeneration, NvibLatents, NvibTrainer
 
 MAX_TOKENS = 64  # longer texts are cut
 
@@ -176,21 +179,40 @@ RECIPES = {
 # Training starts from noisy vectors of moderate weight: there is no pretrained function to keep. A prior that expects
 # less than one pseudo-count a token (delta) keeps the weights balanced: a vector of small weight is often lost.
 NVIB = {"lambda_gaussian": 0.05, "lambda_dirichlet": 0.05, "delta": 0.3, "tau_alpha": 0.0, "tau_sigma": 0.3}
+# Under a constraint these say only what counts how much among the terms.
+CONSTRAINED = {**NVIB, "lambda_gaussian": 1.0, "lambda_dirichlet": 1.0}
+DROPPING = {
+    **NVIB,
+    "lambda_gaussian": 0.3,
+    "lambda_dirichlet": 0.3,
+    "lambda_vectors": 5.0,
+    "alpha_threshold": 0.1,
+    "delta": 1.0,
+}
 
 
 # -------------------------------------------------------------------------------------------- training
-def train(model: NvibForConditionalGeneration, tokenizer, texts: list[str], recipe: Recipe, args) -> None:
-    """The KL terms rise over the first fifth of the steps, the learning rate falls linearly to nothing."""
+def settings(args) -> tuple[dict, TrainerCallback]:
+    """What the model is made with, and what steers its training: by default the KLs' weights rise to what they are."""
+    if args.cross_entropy is None:
+        return NVIB, KLAnnealingCallback(schedule="linear", warmup_ratio=0.2)
+    callback = ConstraintCallback(args.cross_entropy, target_prop_vectors=args.keep)
+    return CONSTRAINED if args.keep is None else DROPPING, callback
+
+
+def train(model, tokenizer, texts: list[str], recipe: Recipe, callback: TrainerCallback, args) -> None:
+    """The learning rate falls linearly to nothing."""
+    steps = args.max_steps or recipe.steps
     trainer = NvibTrainer(
         model,
         Seq2SeqTrainingArguments(
             output_dir=args.output,
-            max_steps=args.max_steps or recipe.steps,
+            max_steps=steps,
             per_device_train_batch_size=16 if args.quick else 64,
             train_sampling_strategy="group_by_length",
             learning_rate=recipe.learning_rate,
             warmup_steps=0.05,
-            logging_steps=100,
+            logging_steps=min(100, steps),
             save_strategy="no",
             report_to="none",
             seed=args.seed,
@@ -199,7 +221,7 @@ def train(model: NvibForConditionalGeneration, tokenizer, texts: list[str], reci
         train_dataset=tokens_of(tokenizer, texts),
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         processing_class=tokenizer,
-        callbacks=[KLAnnealingCallback(schedule="linear", warmup_ratio=0.2)],
+        callbacks=[callback],
     )
     trainer.train()
     trainer.save_model()
@@ -330,10 +352,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, metavar="FILE", help="a text file, one text a line, for the corpus")
     parser.add_argument("--model", type=Path, metavar="DIR", help="show this trained folder, train nothing")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: text_vae, or the shown folder")
+    parser.add_argument("--cross-entropy", type=float, metavar="NATS", help="the cross-entropy per token to accept")
+    parser.add_argument("--keep", type=float, metavar="SHARE", help="vectors to keep, needs --cross-entropy")
     parser.add_argument("--max-steps", type=int, help="training steps (default: what suits the base)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="10 small steps: everything runs, nothing is learnt")
     args = parser.parse_args()
+    if args.keep is not None and args.cross_entropy is None:
+        parser.error("--keep needs --cross-entropy: the reconstruction at which dropping begins.")
     args.output = args.output or args.model or Path("text_vae")
     if args.quick:
         args.max_steps = args.max_steps or 10
@@ -351,11 +377,12 @@ def main() -> None:
     else:
         texts, held_out = split(read_texts(args.text), num_held_out=40 if args.quick else 1000, seed=args.seed)
         recipe = RECIPES[args.base]
-        model, tokenizer = recipe.build(texts, **NVIB)
+        nvib, callback = settings(args)
+        model, tokenizer = recipe.build(texts, **nvib)
         print(
             f"{len(texts)} texts to train on, {len(held_out)} held out, {model.num_parameters() / 1e6:.1f}M parameters"
         )
-        train(model, tokenizer, texts, recipe, args)
+        train(model, tokenizer, texts, recipe, callback, args)
         (args.output / "held_out.txt").write_text("\n".join(held_out), encoding="utf-8")
     args.output.mkdir(parents=True, exist_ok=True)
     show(TextVAE(model, tokenizer), held_out, args)

@@ -91,7 +91,10 @@ def test_any_text_file_and_the_pretrained_encoder(tmp_path):
     lines = [f"Line {i} of a file has {word} in it" for i in range(20) for word in ("salt", "Pepper", "cumin seed")]
     path = tmp_path / "lines.txt"
     path.write_text("\n".join([*lines, "", *lines]), encoding="utf-8")
-    printed = run("--base", "minilm", "--text", path, "--quick", "--max-steps", 2, "--output", tmp_path / "out")
+    steered = ("--cross-entropy", 100, "--keep", 0.5)
+    output = ("--output", tmp_path / "out")
+    printed = run("--base", "minilm", "--text", path, "--quick", "--max-steps", 11, *steered, *output)
+    assert "'threshold_share': '0.7'" in printed and "'constraint_beta'" in printed  # learnt enough after ten steps
     assert "54 texts to train on, 6 held out" in printed
     held_out = (tmp_path / "out" / "held_out.txt").read_text(encoding="utf-8").splitlines()
     originals = section(printed, SECTIONS[0])[::3]

@@ -56,8 +56,7 @@ Built = tuple[NvibForConditionalGeneration, PreTrainedTokenizerBase, list[Traine
 # ---------------------------------------------------------------------------------------------- methods
 def constrained(texts: list[str]) -> Built:
     """As few vectors as a cross-entropy of 0.6 nats per token allows."""
-    dropping = {"lambda_gaussian": 0.3, "lambda_dirichlet": 0.3, "lambda_vectors": 5.0, "delta": 1.0}
-    model, tokenizer = text_vae.minilm(texts, **{**text_vae.NVIB, **dropping}, alpha_threshold=0.1)
+    model, tokenizer = text_vae.minilm(texts, **text_vae.DROPPING)
     return model, tokenizer, [ConstraintCallback(cross_entropy=0.6, rate=0.02)]
 
 

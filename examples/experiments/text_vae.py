@@ -97,15 +97,13 @@ def nvib_fixed(texts: list[str], **weights) -> Built:
 
 def nvib_constrained(texts: list[str], **constraint) -> Built:
     """Vectors as near to the prior as the accepted ``cross_entropy`` allows, in nats per token; none is dropped."""
-    weights = {"lambda_gaussian": 1.0, "lambda_dirichlet": 1.0}
-    model, tokenizer = example.bart(texts, **{**example.NVIB, **weights})
+    model, tokenizer = example.bart(texts, **example.CONSTRAINED)
     return model, tokenizer, [ConstraintCallback(**constraint)]
 
 
 def nvib_dropping(texts: list[str], **constraint) -> Built:
     """As few vectors as the accepted ``cross_entropy`` allows, or as ``target_prop_vectors`` says."""
-    dropping = {"lambda_gaussian": 0.3, "lambda_dirichlet": 0.3, "lambda_vectors": 5.0, "alpha_threshold": 0.1}
-    model, tokenizer = example.bart(texts, **{**example.NVIB, **dropping, "delta": 1.0})
+    model, tokenizer = example.bart(texts, **example.DROPPING)
     return model, tokenizer, [ConstraintCallback(**constraint)]
 
 
