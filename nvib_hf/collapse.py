@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 
-import torch
 from torch import Tensor
 
 from .latent import NvibLatents
+from .text_batches import evaluating
 from .training_control import MeasuringCallback
 
 REMEDY = (
@@ -90,15 +90,16 @@ class CollapseCallback(MeasuringCallback):
         nats = width * means["kl_gaussian"] + means["kl_dirichlet"]
         self._check(state, "KL terms", "nats a vector", nats, self.min_nats)
         self._check(state, "vectors kept", "of the source", means["prop_vectors"], self.min_prop_vectors)
-        self._check(state, "active units", "of the channels", self._active_units(), self.min_active_units)
+        names = self._model._encoder_argument_names & self._inputs.keys()
+        if names:  # else the training gives latents in place of texts
+            units = self._active_units({name: self._inputs[name] for name in names})
+            self._check(state, "active units", "of the channels", units, self.min_active_units)
 
-    @torch.no_grad()
-    def _active_units(self) -> float:
+    def _active_units(self, inputs: dict) -> float:
         model = self._model
-        latents: NvibLatents = model.encode(
-            **{name: self._inputs[name] for name in model._encoder_argument_names if name in self._inputs},
-            sample=False,
-        )
+        inputs = {name: x.to(model.device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
+        with evaluating(model):
+            latents: NvibLatents = model.encode(**inputs, sample=False)
         source = latents.attention_mask.clone()
         source[:, 0] = False  # the prior's own component
         return active_units(latents.z.float(), source, model.nvib.prior_logvar.exp()).item()

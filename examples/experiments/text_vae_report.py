@@ -146,6 +146,26 @@ def draw(groups: list[list[dict]], real: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
+def control_table(groups: list[list[dict]]) -> str:
+    """What the constraint held: no collapse, no oscillation."""
+    rows = []
+    for group in groups:
+        after = [[e for e in record["results"]["trace"] if e["threshold_share"] > 0] for record in group]
+        betas = [[entry["constraint_beta"] for entry in trace] for trace in after]
+        rows.append(
+            {
+                "method": group[0]["settings"]["method"],
+                "setting": label(group),
+                "first met at step": cell((trace[0]["step"] for trace in after), 0),
+                "highest cross-entropy from there": cell((max(e["cross_entropy"] for e in t) for t in after), 2),
+                "last cross-entropy": cell((trace[-1]["cross_entropy"] for trace in after), 2),
+                "last multiplier": cell((beta[-1] for beta in betas), 2),
+                "its largest to its last": cell((max(beta) / beta[-1] for beta in betas), 2),
+            }
+        )
+    return markdown_table(rows)
+
+
 def draw_traces(groups: list[list[dict]], path: Path) -> None:
     """How the constrained trainings went: a line for each seed, a colour for each setting."""
     import matplotlib
@@ -191,7 +211,8 @@ def report(args: argparse.Namespace, records: dict[str, dict], real: str) -> Non
     args.report.parent.mkdir(parents=True, exist_ok=True)
     figure = args.report.with_suffix(".png")
     draw(groups, of_real, figure)
-    constrained = [group for group in groups if "constraint_beta" in group[0]["results"]["trace"][0]]
+    begun = [group for group in groups if group[0]["results"]["trace"][-1].get("threshold_share")]
+    constrained = [group for group in begun if "constraint_beta" in group[0]["results"]["trace"][-1]]
     traces = figure.with_stem(f"{figure.stem}_traces")
     if constrained:
         draw_traces(constrained, traces)
@@ -212,7 +233,8 @@ def report(args: argparse.Namespace, records: dict[str, dict], real: str) -> Non
         f"![Distortion, BLEU and sample perplexity against the rate]({figure.name})",
         "Small points are runs, diamonds means over seeds.",
         "## The constrained trainings",
-        f"![Cross-entropy, multiplier, KL and vectors kept over the steps]({traces.name})" if constrained else "None.",
+        control_table(constrained) if constrained else "None.",
+        f"![Cross-entropy, multiplier, KL and vectors kept over the steps]({traces.name})" if constrained else "",
         "A line for each seed; dotted: the cross-entropy that was accepted.",
         "## Texts, verbatim",
         f"From seed {min(args.seeds)}; of each method the setting with the most fluent samples among those with a "
