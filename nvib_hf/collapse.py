@@ -45,7 +45,7 @@ def active_units(mu: Tensor, mask: Tensor, prior_var: Tensor | float = 1.0) -> T
 
 
 class CollapseCallback(MeasuringCallback):
-    """Warns, once for each sign, when a training shows that the decoder ignores the latent.
+    """Warns, once for each sign, when a training shows at two logs in a row that the decoder ignores the latent.
 
     The signs, over the steps since the last log: both KLs together below ``min_nats`` a vector (the posterior is the
     prior); a share of vectors kept below ``min_prop_vectors``; a share of active channels below ``min_active_units``
@@ -57,7 +57,7 @@ class CollapseCallback(MeasuringCallback):
         min_active_units: share of the latent channels.
     """
 
-    kept_in_checkpoints = ("warned",)
+    kept_in_checkpoints = ("warned", "seen")
 
     def __init__(self, min_nats: float = 0.1, min_prop_vectors: float = 0.02, min_active_units: float = 0.01) -> None:
         super().__init__(
@@ -66,6 +66,7 @@ class CollapseCallback(MeasuringCallback):
         self.min_nats, self.min_prop_vectors = min_nats, min_prop_vectors
         self.min_active_units = min_active_units
         self.warned: list[str] = []
+        self.seen: list[str] = []  # at the last log
         self._inputs: dict = {}
         self._pre_hook = None
 
@@ -105,7 +106,9 @@ class CollapseCallback(MeasuringCallback):
         return active_units(latents.z.float(), source, model.nvib.prior_logvar.exp()).item()
 
     def _check(self, state, what: str, unit: str, value: float, least: float) -> None:
-        if value >= least or what in self.warned:
+        again = what in self.seen
+        self.seen = [sign for sign in self.seen if sign != what] + [what] * (value < least)
+        if value >= least or not again or what in self.warned:
             return
         self.warned.append(what)
         if state.is_world_process_zero:

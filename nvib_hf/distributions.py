@@ -7,6 +7,7 @@ gets a log-weight of that order instead of the floor that Gamma samplers return 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,6 +18,15 @@ from torch import Tensor
 # log-weight itself.
 MIN_LOG_ALPHA = -60.0
 MAX_LOG_ALPHA = 15.0
+
+
+def noise(kind: Callable[..., Tensor], like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """``torch.rand`` or ``torch.randn``, of the shape, dtype and device of a tensor.
+
+    Without a generator the argument is left out: given, even as None, it cannot be compiled for varying lengths.
+    """
+    given = {} if generator is None else {"generator": generator}
+    return kind(like.shape, dtype=like.dtype, device=like.device, **given)
 
 
 def log_gamma_sample(log_alpha: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -46,7 +56,7 @@ def log_gamma_sample(log_alpha: Tensor, generator: torch.Generator | None = None
     Source: implicit gradients, Figurnov, Mohamed & Mnih (NeurIPS 2018); the form below 1, Marsaglia & Tsang
     (ACM TOMS 2000).
     """
-    dtype, device = torch.promote_types(log_alpha.dtype, torch.float32), log_alpha.device
+    dtype = torch.promote_types(log_alpha.dtype, torch.float32)
     log_alpha = log_alpha.to(dtype)
     log_alpha_c = log_alpha.clamp(MIN_LOG_ALPHA, MAX_LOG_ALPHA)
     alpha_c = log_alpha_c.exp()
@@ -54,7 +64,7 @@ def log_gamma_sample(log_alpha: Tensor, generator: torch.Generator | None = None
 
     # rand is 0 once in 2**24 draws of float32, and log(u) / alpha would be 0 however small alpha is: a
     # weight for a component without any. Half a step of rand's grid keeps u below 1.
-    log_u = torch.log1p(-torch.rand(log_alpha.shape, generator=generator, dtype=dtype, device=device))
+    log_u = torch.log1p(-noise(torch.rand, log_alpha, generator))
     log_u = log_u.clamp(max=-torch.finfo(dtype).eps / 4)
     g = torch._standard_gamma(torch.where(below_one, alpha_c + 1, alpha_c), generator=generator)
     log_g = g.log() + torch.where(below_one, log_u * torch.exp(-log_alpha_c), 0.0)
@@ -109,5 +119,5 @@ def gaussian_sample(
     if mask is not None:
         masked = ~mask.unsqueeze(-1)  # (..., N, 1)
         mu, logvar = mu.masked_fill(masked, 0.0), logvar.masked_fill(masked, -math.inf)
-    epsilon = torch.randn(mu.shape, generator=generator, dtype=mu.dtype, device=mu.device)
+    epsilon = noise(torch.randn, mu, generator)
     return (mu + torch.exp(0.5 * logvar) * epsilon).to(mu.dtype)

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from .distributions import noise
+
 # What stands for log(0), finite so that a pseudo-count of 0 has a gradient; fp32 holds exp(-69) and its inverse.
 LOG_ZERO = -69.0
 # The slope of `relu_log_alpha` below 0, in its gradient alone.
@@ -46,7 +48,7 @@ def kept(log_alpha: Tensor, threshold: float, share: Tensor | float, log_zero: f
 
 def spared_examples(log_alpha: Tensor, share: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Draws in which examples of a training batch ``(B, Nl)`` the threshold drops nothing, ``(B, 1)``."""
-    draws = torch.rand(len(log_alpha), 1, generator=generator, device=log_alpha.device)
+    draws = noise(torch.rand, log_alpha[:, :1], generator)
     return draws >= share.to(log_alpha.device)
 
 

@@ -58,8 +58,8 @@ class Nvib(nn.Module):
         prior_alpha: pseudo-count of the prior's component.
         delta: conditional prior, in [0, 1]: the share of the source length the prior expects to keep.
         kappa: vectors drawn for each component in training.
-        alpha_activation: ``"exp"`` (with the quadratic term) or ``"relu"`` (``relu(w x + b)``, first paper; its gradient
-            leaks below 0, so that a dead vector can come back).
+        alpha_activation: ``"exp"`` (with the quadratic term) or ``"relu"`` (``relu(w x + b)``, first paper; its
+            gradient leaks below 0, so that a dead vector can come back).
         alpha_threshold: components with a pseudo-count at or below it are dropped (``pi = 0``), in training as in
             evaluation; never the prior's. 0 drops none under ``"exp"``.
         threshold_share: share of the training examples in which the threshold drops, so that a dropped vector can

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .distributions import noise
+
 
 def drop_words(
     decoder_input_ids: Tensor, share: float, token_id: int, generator: torch.Generator | None = None
@@ -13,7 +15,6 @@ def drop_words(
 
     Source: Bowman et al. (CoNLL 2016), section 3.1.
     """
-    draws = torch.rand(decoder_input_ids.shape, generator=generator, device=decoder_input_ids.device)
-    dropped = draws < share
+    dropped = noise(torch.rand, decoder_input_ids.float(), generator) < share
     dropped[:, 0] = False  # what the decoder starts with
     return decoder_input_ids.masked_fill(dropped, token_id)

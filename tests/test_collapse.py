@@ -54,7 +54,7 @@ def test_each_sign_is_noticed_once(sign, trainer_class, tmp_path):
     callbacks = [] if trainer_class is NvibTrainer else [CollapseCallback()]
     messages = collapse_warnings(collapsed(sign), trainer_class, tmp_path, callbacks)
     assert len(messages) == 1
-    assert sign in messages[0] and "at step 1" in messages[0] and "lambda_gaussian" in messages[0]
+    assert sign in messages[0] and "at step 2" in messages[0] and "lambda_gaussian" in messages[0]
 
 
 def test_a_posterior_that_is_the_prior(tmp_path):

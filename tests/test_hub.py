@@ -293,7 +293,12 @@ def without_weights_of_the_layer(folder):
         ("whole", cut("model.safetensors", 0.001), OSError, r"The checkpoint .*case is damaged .*Fetch it again"),
         ("whole", cut("model.safetensors", 0), OSError, r"The checkpoint .*case is damaged .*Fetch it again"),
         ("whole", without("model.safetensors"), OSError, r"no file named model.safetensors.*case"),
-        ("whole", without_weights_of_the_layer, OSError, r"case lacks \d of the model's weights \(nvib\.alpha_bias, "),
+        (
+            "whole",
+            without_weights_of_the_layer,
+            OSError,
+            r"case lacks \d+ of the model's weights \(nvib\.alpha_bias, ",
+        ),
         ("whole", cut("config.json"), OSError, r"case/config.json' is not a valid JSON file"),
         ("whole", without("config.json"), OSError, r"case has no config.json"),
         ("whole", newer, ValueError, r"newer nvib_hf \(config_version 99.*pip install -U"),

@@ -87,11 +87,17 @@ def test_settings_are_those_of_the_configuration():
         "kappa": 4,
         "alpha_activation": "relu",
         "alpha_threshold": 0.125,
+        "threshold_share": 0.875,
         "tau_alpha": 5.0,
         "tau_sigma": 0.75,
         "tau_mu": 0.5,
         "lambda_gaussian": 0.0625,
         "lambda_dirichlet": 7.5,
+        "lambda_vectors": 0.75,
+        "free_bits_gaussian": 0.3125,
+        "free_bits_dirichlet": 0.4375,
+        "word_dropout": 0.1875,
+        "word_dropout_token_id": 3,
         "label_smoothing": 0.375,
         "exact_attention": True,
     }
@@ -222,7 +228,8 @@ def test_training_without_evaluation_or_data(tmp_path):
     trainer.create_model_card(finetuned_from="someone/else")
     header, text = read((tmp_path / "out" / "README.md").read_text())
     assert header["base_model"] == "someone/else"
-    assert "2 steps. At the end:" in text and "Evaluations" not in text and "None" not in text
+    assert "2 steps. At the end:" in text and "Evaluations" not in text
+    assert "None" not in text.split("## Training")[1]
     assert rows(text)["kl_gaussian"][1] == ""
 
 
