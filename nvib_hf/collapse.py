@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .latent import NvibLatents
 from .text_batches import evaluating
@@ -68,21 +68,14 @@ class CollapseCallback(MeasuringCallback):
         self.warned: list[str] = []
         self.seen: list[str] = []  # at the last log
         self._inputs: dict = {}
-        self._pre_hook = None
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
-        super().on_train_begin(args, state, control, model=model, **kwargs)
-        self._pre_hook = self._model.register_forward_pre_hook(self._remember, with_kwargs=True)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         super().on_train_end(args, state, control, **kwargs)
-        if self._pre_hook is not None:
-            self._pre_hook.remove()
         self._inputs = {}
 
-    def _remember(self, model, args: tuple, inputs: dict) -> None:
-        if model.training:
-            self._inputs = inputs
+    def record(self, model: nn.Module, inputs: dict, outputs) -> None:
+        super().record(model, inputs, outputs)
+        self._inputs = inputs
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if logs is None or "loss" not in logs or not (means := self.measured(args.device)):

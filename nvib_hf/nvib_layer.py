@@ -324,11 +324,11 @@ class Nvib(nn.Module):
         shape = (*mask.shape, self.size_out)
         z = gaussian_sample(self.prior_mu.expand(shape), self.prior_logvar.expand(shape), mask, generator)
         count = mask.sum(-1, keepdim=True).to(torch.float32)
-        log_total = self._prior_log_total(count - 1)
+        log_total = self.prior_log_total(count - 1)
         log_alpha = (log_total - count.log()).expand(mask.shape)
         return z, log_dirichlet_sample(log_alpha, mask, generator)
 
-    def _prior_log_total(self, source_length: Tensor) -> Tensor:
+    def prior_log_total(self, source_length: Tensor) -> Tensor:
         """``log(prior_alpha + delta * Ns)``, elementwise."""
         expected = (self.delta * source_length.clamp(min=0)).log()
         return torch.logaddexp(self.prior_log_alpha.to(expected), expected)

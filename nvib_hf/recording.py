@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -50,15 +48,19 @@ class Recorder:
     def clear(self) -> None:
         self._sums = None
 
-    def read(self, device: torch.device | str, add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The means, and none of them from here on; nothing where nothing was recorded.
+    def read(self, device: torch.device | str) -> dict[str, float]:
+        """The means over all processes, each of which has to read, and none of them from here on.
 
         Args:
             device: where the sums of a process that recorded nothing lie.
-            add_up: the sum over all processes; each of them has to read.
+
+        Returns:
+            Nothing where nothing was recorded.
         """
+        from accelerate.utils import reduce
+
         nothing = torch.zeros(len(PER_TOKEN) + len(PER_EXAMPLE) + 2, device=device)
-        *terms, tokens, examples = add_up(nothing if self._sums is None else self._sums).tolist()
+        *terms, tokens, examples = reduce(nothing if self._sums is None else self._sums, "sum").tolist()
         self.clear()
         if not tokens:
             return {}

@@ -133,8 +133,7 @@ class NvibTrainerMixin:
             handle.remove()
 
     def _read(self, training: bool) -> dict[str, float]:
-        """Means over what all processes recorded; each of them has to call this."""
-        return self._nvib_recorders[training].read(self.args.device, lambda x: self.accelerator.reduce(x, "sum"))
+        return self._nvib_recorders[training].read(self.args.device)
 
     def train(self, *args, **kwargs):
         self._nvib_recorders[True].clear()  # what an earlier training did not log

@@ -5,19 +5,12 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from .configuration_nvib import NvibConfig
 from .recording import Recorder, find_nvib_model
-
-
-def over_processes(sums: Tensor) -> Tensor:
-    """The sum over all processes of a distributed training, if it is one."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(sums)
-    return sums
 
 
 class MeasuringCallback(TrainerCallback, ExportableState):
@@ -44,19 +37,23 @@ class MeasuringCallback(TrainerCallback, ExportableState):
         self.on_train_end(args, state, control)  # of a training that was broken off
         self._model = find_nvib_model(model)
         self._recorder.clear()
-        self._hook = self._model.register_forward_hook(self._record, with_kwargs=True)
+        self._hook = self._model.register_forward_hook(self._see, with_kwargs=True)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         if self._hook is not None:
             self._hook.remove()
 
-    def _record(self, model: nn.Module, args: tuple, inputs: dict, outputs) -> None:
+    def _see(self, model: nn.Module, args: tuple, inputs: dict, outputs) -> None:
         if model.training:  # not the evaluations on the way
-            self._recorder.hook(model, args, inputs, outputs)
+            self.record(model, inputs, outputs)
+
+    def record(self, model: nn.Module, inputs: dict, outputs) -> None:
+        """Take note of a forward pass of training."""
+        self._recorder.hook(model, (), inputs, outputs)
 
     def measured(self, device: torch.device) -> dict[str, float]:
         """Means over what all processes saw since the last call."""
-        return self._recorder.read(device, over_processes)
+        return self._recorder.read(device)
 
     def trace(self) -> dict[str, float]:
         """What to log."""
@@ -64,8 +61,9 @@ class MeasuringCallback(TrainerCallback, ExportableState):
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if logs is not None and "loss" in logs:
-            logs.update(self.trace())
-            state.log_history[-1].update(self.trace())
+            trace = self.trace()
+            logs.update(trace)
+            state.log_history[-1].update(trace)
 
 
 class ThresholdCallback(MeasuringCallback):
