@@ -46,6 +46,18 @@ def kept(log_alpha: Tensor, threshold: float, share: Tensor | float, log_zero: f
     return weighty & ((log_alpha > math.log(threshold)) | (share <= 0))
 
 
+def kept_first(keep: Tensor) -> Tensor | None:
+    """Positions ``(B, L)`` of what is kept, in order, for the largest number ``L`` kept in a row of ``(B, N)``.
+
+    Rows that keep fewer are filled up with what they do not keep. ``None`` where ``L`` is ``N``. Reads a length from
+    the device.
+    """
+    length = int(keep.sum(-1).max())
+    if length == keep.shape[1]:
+        return None
+    return (~keep).to(torch.uint8).argsort(dim=-1, stable=True)[:, :length]
+
+
 def spared_examples(log_alpha: Tensor, share: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Draws in which examples of a training batch ``(B, Nl)`` the threshold drops nothing, ``(B, 1)``."""
     draws = noise(torch.rand, log_alpha[:, :1], generator)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from .base_model import run_encoder
-from .dropping import relaxed_share
+from .dropping import kept, kept_first, relaxed_share
 from .initialisation import EmpiricalPrior, empirical_prior
 from .latent import NvibLatents, interpolate, pack
 from .nvib_layer import Nvib
@@ -28,9 +28,18 @@ class NvibBottleneck(Nvib):
         padding_mask: Tensor | None = None,
         sample: bool | None = None,
         generator: torch.Generator | None = None,
+        decode_only: bool = False,
     ) -> NvibLatents:
-        """Encoder output ``(B, Ns, H)`` and mask ``(B, Ns)``, True = padding, to latents; see ``encode``."""
+        """Encoder output ``(B, Ns, H)`` and mask ``(B, Ns)``, True = padding, to latents; see ``encode``.
+
+        With ``decode_only`` they are what decoding reads of the posterior: its KLs and statistics are not computed,
+        nor anything for the vectors that it drops.
+        """
         sample = self.training if sample is None else sample
+        if decode_only and not sample:
+            posterior = self.posterior(*self.without_dropped(hidden_states, padding_mask))
+            mean, log_pi, _ = self.draw(posterior, sample=False)
+            return NvibLatents(z=mean, log_pi=log_pi, logvar=posterior.logvar, attention_mask=posterior.mask)
         posterior = self.posterior(hidden_states, padding_mask)
         statistics = self.statistics(posterior)
         relaxed = None
@@ -52,6 +61,22 @@ class NvibBottleneck(Nvib):
             effective_vectors=statistics["effective_num_vec"],
             kappa=torch.full_like(statistics["num_vec"], self.kappa, dtype=torch.long) if sample else None,
         )
+
+    def without_dropped(
+        self, hidden_states: Tensor, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """``hidden_states`` ``(B, Ns, H)`` and their mask, less what evaluation drops; reads a length from the device.
+
+        The posterior of the rest is the same, and costs no projection of vectors that nobody will see.
+        """
+        keep = kept(self._log_alpha(hidden_states), self.alpha_threshold, self.threshold_share, self._log_zero)
+        if padding_mask is not None:
+            keep = keep & ~padding_mask.bool()
+        order = kept_first(keep)
+        if order is None:
+            return hidden_states, padding_mask
+        gathered = hidden_states.gather(1, order[..., None].expand(-1, -1, hidden_states.shape[-1]))
+        return gathered, ~keep.gather(1, order)
 
 
 class NvibEncodingMixin:
@@ -79,13 +104,20 @@ class NvibEncodingMixin:
         return self._encode_alone(inputs, sample, generator)[0]
 
     def _encode(
-        self, inputs: dict, sample: bool | None = None, generator: torch.Generator | None = None
+        self,
+        inputs: dict,
+        sample: bool | None = None,
+        generator: torch.Generator | None = None,
+        decode_only: bool = False,
     ) -> tuple[NvibLatents, BaseModelOutput]:
         """Latents, and the encoder's own output."""
         outputs, padding = run_encoder(self.base, self._encoder_arguments(inputs))
-        return self.nvib(outputs.last_hidden_state, padding, sample=sample, generator=generator), outputs
+        latents = self.nvib(
+            outputs.last_hidden_state, padding, sample=sample, generator=generator, decode_only=decode_only
+        )
+        return latents, outputs
 
-    def _encode_alone(self, *args) -> tuple[NvibLatents, BaseModelOutput]:
+    def _encode_alone(self, *args, **kwargs) -> tuple[NvibLatents, BaseModelOutput]:
         """:meth:`_encode` outside of ``forward``, for which FSDP2 gathers parameters only if it is told."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
@@ -94,8 +126,8 @@ class NvibEncodingMixin:
                 if "_encode_gathered" not in vars(self):
                     self._encode_gathered = self._encode
                     register_fsdp_forward_method(self, "_encode_gathered")
-                return self._encode_gathered(*args)
-        return self._encode(*args)
+                return self._encode_gathered(*args, **kwargs)
+        return self._encode(*args, **kwargs)
 
     def _encoder_arguments(self, inputs: dict) -> dict:
         return {k: v for k, v in inputs.items() if k in self._encoder_argument_names and v is not None}

@@ -51,7 +51,7 @@ class NvibGenerationMixin(GenerationMixin):
             "output_hidden_states": generation_config.output_hidden_states or None,
         }
         name = model_input_name or self.main_input_name
-        latents, states = self._encode_alone({**model_kwargs, **recorded, name: inputs_tensor})
+        latents, states = self._encode_alone({**model_kwargs, **recorded, name: inputs_tensor}, decode_only=True)
         packed = self._packed_encoder_outputs(latents)
         if model_kwargs.get("decoder_input_ids") is not None:
             self._check_batch(packed.last_hidden_state, model_kwargs["decoder_input_ids"])

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 from .denoising_attention import DenoisingMemory, mixture_memory, sampled_memory, split_bias
+from .dropping import kept_first
 
 BIAS_WIDTH = 8  # three channels, padded so that the packed rows stay aligned
 
@@ -123,11 +124,9 @@ class NvibLatents(ModelOutput):
 
         The output of a decoder is the same. Order is kept. Reads a length from the device.
         """
-        keep = self.log_pi > float("-inf")
-        length = int(keep.sum(-1).max())
-        if length == keep.shape[1]:
+        order = kept_first(self.log_pi > float("-inf"))
+        if order is None:
             return self
-        order = (~keep).to(torch.uint8).argsort(dim=-1, stable=True)[:, :length]
 
         def gather(value: Tensor) -> Tensor:
             index = order if value.dim() == 2 else order[..., None].expand(-1, -1, value.shape[-1])

@@ -157,6 +157,24 @@ def test_vectors_that_a_threshold_drops_are_not_cached():
     assert torch.equal(scores.argmax(-1)[:, 0], outputs.sequences[:, 1])
 
 
+@pytest.mark.parametrize("activation", ["exp", "relu"])
+@pytest.mark.parametrize("share", [0.6, 0.8, 1.0])
+def test_nothing_is_computed_for_vectors_that_decoding_drops(share, activation):
+    """From inputs they are dropped before the projection, from latents after it: the scores are the same."""
+    model, inputs = tiny_nvib(alpha_threshold=1.0, alpha_activation=activation), tiny_inputs("bart")
+    torch.nn.init.normal_(model.nvib.alpha_weight)
+    log_alpha = model.encode(**inputs).log_alpha[:, 1:].detach()
+    log_alpha = log_alpha[inputs["attention_mask"].bool()]
+    model.nvib.alpha_threshold = float(log_alpha.quantile(share).exp())
+    latents, widths = model.encode(**inputs), []
+    kept = latents.num_vectors.max()
+    assert kept < inputs["attention_mask"].sum(-1).max()
+    with_latents = generate(model, encoder_outputs=latents)
+    model.nvib.mu_logvar.register_forward_hook(lambda module, args, output: widths.append(output.shape[1]))
+    assert_same(generate(model, **inputs), with_latents)
+    assert widths == [kept]
+
+
 def test_a_generation_configuration_and_its_overrides():
     model, inputs = tiny_nvib(), tiny_inputs("bart")
     config = GenerationConfig(**LENGTH, num_beams=2, decoder_start_token_id=2, pad_token_id=0, eos_token_id=1)

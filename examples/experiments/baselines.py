@@ -41,8 +41,11 @@ class VariableBottleneck(NvibBottleneck):
         padding_mask: Tensor | None = None,
         sample: bool | None = None,
         generator: torch.Generator | None = None,
+        decode_only: bool = False,
     ) -> NvibLatents:
-        """As of :class:`~nvib_hf.encoding.NvibBottleneck`; always points, so without ``logvar`` in evaluation."""
+        """As of :class:`~nvib_hf.encoding.NvibBottleneck`; always points, so without ``logvar`` in evaluation, and
+        with nothing that ``decode_only`` would leave out.
+        """
         sample = self.training if sample is None else sample
         mask = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool)
         if padding_mask is not None:

@@ -34,8 +34,9 @@ from nvib_hf import ConstraintCallback, NvibForConditionalGeneration
 from nvib_hf.evaluation import kept_by_length, kept_tokens, rate_distortion, reconstruct, reconstruction_scores
 from nvib_hf.text_batches import as_read
 
-NUM_PIECES = 6000  # a softmax over all 18k that the examples use would take most of the time
-FULL = {"texts": None, "held_out": 500, "steps": 400, "batch_size": 64}
+NUM_PIECES = 4000  # a softmax over all 18k that the examples use would take most of the time
+MAX_WORDS = 8
+FULL = {"texts": None, "held_out": 500, "steps": 1000, "batch_size": 64}
 QUICK = {"texts": 400, "held_out": 24, "steps": 3, "batch_size": 8}
 EXAMPLES, DEFINITIONS, CLAUSES = "WordNet examples (in domain)", "WordNet definitions", "BBE clauses"
 NUMBERS = {  # what a table shows, and its digits
@@ -83,12 +84,12 @@ def with_pieces(texts: list[str], known: set[int]) -> list[str]:
 
 
 def text_sets(settings: dict) -> dict[str, list[str]]:
-    """Texts of 3 to 12 words: for ``training``, and to test in and out of domain. The same for all seeds.
+    """Texts of 3 to 8 words: for ``training``, and to test in and out of domain. The same for all seeds.
 
     All are made of the frequent pieces of the training corpus: what is out of domain is the text, not its spelling.
     """
-    held_out, clauses = settings["held_out"], bbe.clauses()
-    corpus = clauses if settings["corpus"] == "bbe" else wordnet.example_sentences()
+    held_out, clauses = settings["held_out"], bbe.clauses(3, MAX_WORDS)
+    corpus = clauses if settings["corpus"] == "bbe" else wordnet.example_sentences(max_words=MAX_WORDS)
     known = frequent_pieces(corpus)
     corpus = list({text.casefold(): text for text in with_pieces(corpus, known)}.values())
     training, tests = text_vae.split(corpus, held_out, seed=0)
@@ -96,7 +97,7 @@ def text_sets(settings: dict) -> dict[str, list[str]]:
     if settings["corpus"] == "bbe":
         return {"training": training, CLAUSES: tests}
     sets = {"training": training, EXAMPLES: tests}
-    for name, texts in ((DEFINITIONS, wordnet.definitions()), (CLAUSES, clauses)):
+    for name, texts in ((DEFINITIONS, wordnet.definitions(max_words=MAX_WORDS)), (CLAUSES, clauses)):
         some = random.Random(0).sample(texts, min(20 * held_out, len(texts)))
         sets[name] = with_pieces(some, known)[:held_out]
     return sets

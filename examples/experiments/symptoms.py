@@ -9,6 +9,7 @@ Corpus and model are those of the text VAE experiment, the trainings are shorter
 import sys
 import warnings
 from pathlib import Path
+from textwrap import shorten
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # first: `text_vae` is the example, not the experiment
 
@@ -104,7 +105,7 @@ def report(groups: list[list[dict]]) -> str:
                 "callback": steered,
                 **numbers,
                 "warned of": ", ".join(first["warned"]) or "–",
-                "a sample": first["sample"],
+                "a sample": shorten(first["sample"], 60),
             }
         )
     size = groups[0][0]["settings"]
