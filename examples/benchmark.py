@@ -75,8 +75,14 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def compare(first: Callable, second: Callable, repeats: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each, and the median ratio first / second of neighbouring runs, after a warm-up."""
+def compare(
+    first: Callable, second: Callable, repeats: int, seconds_at_least: float, device: torch.device
+) -> dict[str, float]:
+    """Median seconds of each, and the median ratio first / second of neighbouring runs, after a warm-up.
+
+    The runs of short cases are repeated until they took ``seconds_at_least`` together: on a busy machine a few say
+    little.
+    """
 
     def seconds(run: Callable) -> float:
         synchronize(device)
@@ -86,7 +92,9 @@ def compare(first: Callable, second: Callable, repeats: int, device: torch.devic
         return time.perf_counter() - start
 
     seconds(first), seconds(second)
-    pairs = [(seconds(first), seconds(second)) for _ in range(repeats)]
+    pairs = []
+    while len(pairs) < repeats or sum(map(sum, pairs)) < seconds_at_least:
+        pairs.append((seconds(first), seconds(second)))
     return {
         "nvib_seconds": statistics.median(a for a, _ in pairs),
         "plain_seconds": statistics.median(b for _, b in pairs),
@@ -95,8 +103,9 @@ def compare(first: Callable, second: Callable, repeats: int, device: torch.devic
 
 
 class Bench:
-    def __init__(self, device: str, dtype: str, repeats: int) -> None:
-        self.device, self.dtype, self.repeats = torch.device(device), getattr(torch, dtype), repeats
+    def __init__(self, device: str, dtype: str, repeats: int, seconds_at_least: float = 0) -> None:
+        self.device, self.dtype = torch.device(device), getattr(torch, dtype)
+        self.repeats, self.seconds_at_least = repeats, seconds_at_least
 
     def models(self, shape: str, **settings) -> tuple[NvibForConditionalGeneration, BartForConditionalGeneration]:
         torch.manual_seed(0)
@@ -107,7 +116,7 @@ class Bench:
         return torch.randint(4, SHAPES[shape]["vocab"], (batch, length), device=self.device)
 
     def compare(self, nvib: Callable, plain: Callable) -> dict[str, float]:
-        return compare(nvib, plain, self.repeats, self.device)
+        return compare(nvib, plain, self.repeats, self.seconds_at_least, self.device)
 
     def training(self, shape: str, batch: int, source: int, target: int, kappa: int = 1) -> dict[str, float]:
         models = self.models(shape, kappa=kappa)
@@ -296,8 +305,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=None, help="counted runs of each case (3 if quick, else 5)")
-    parser.add_argument("--only", default="", help="run the cases whose names contain this")
+    parser.add_argument("--repeats", type=int, default=None, help="runs of each case, at least (3 if quick, else 5)")
+    parser.add_argument("--only", default="", help="run the cases whose names contain this, or 'growth'")
     parser.add_argument("--output", type=Path, default=Path("benchmark.json"))
     parser.add_argument("--peak-memory", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -307,9 +316,10 @@ def main() -> None:
     if arguments.peak_memory:
         return print_peak_memory(*json.loads(arguments.peak_memory))
 
-    bench = Bench(arguments.device, arguments.dtype, arguments.repeats or (3 if arguments.quick else 5))
+    repeats, seconds_at_least = (3, 0) if arguments.quick else (5, 10)
+    bench = Bench(arguments.device, arguments.dtype, arguments.repeats or repeats, seconds_at_least)
     results = {"cases": cases(bench, arguments.quick, arguments.only)}
-    if not arguments.only:
+    if arguments.only in ("", "growth"):
         results["growth"] = growth(bench, arguments.quick)
         draw(results["growth"], arguments.output.with_suffix(".png"))
         print(growth_table(results["growth"]))

@@ -26,8 +26,6 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
-from .cross_attention import find_cross_attention, memory_width
-
 # Their decoder is a causal model of its own, which is called directly: the projection between the two must see the
 # encoder's states, not the latent.
 JOINED = (EncoderDecoderModel, SpeechEncoderDecoderModel, VisionEncoderDecoderModel)
@@ -137,11 +135,6 @@ def _set_special_tokens(model: PreTrainedModel) -> None:
         for config in (model.config, generation):
             if getattr(config, name, None) is None:
                 setattr(config, name, token)
-
-
-def encoder_width(base: PreTrainedModel) -> int:
-    """Width of what the cross-attention reads, after the projection between joined models."""
-    return memory_width(find_cross_attention(base)[0])
 
 
 def freeze_unused(base: PreTrainedModel) -> None:

@@ -19,7 +19,6 @@ from .base_model import (
     base_class,
     damage_explained,
     decoder_positions,
-    encoder_width,
     freeze_unused,
     joined_vocabularies,
     run_decoder,
@@ -30,6 +29,7 @@ from .cross_attention import (
     convert_cross_attention,
     cross_attention_scale,
     find_cross_attention,
+    memory_width,
 )
 from .encoding import NvibBottleneck, NvibEncodingMixin
 from .generation import NvibGenerationMixin
@@ -134,7 +134,7 @@ class NvibForConditionalGeneration(
         self.main_input_name = base.main_input_name
 
         cross_attention = find_cross_attention(base)
-        width = encoder_width(base)
+        width = memory_width(cross_attention[0])
         check_prior(config.prior_mu, config.prior_var, config.prior_alpha, width)
         scales = {cross_attention_scale(module) for module in cross_attention}
         if len(scales) > 1:

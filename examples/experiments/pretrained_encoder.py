@@ -187,7 +187,7 @@ def draw(groups: list[list[dict]], path: Path) -> None:
 
 def main() -> None:
     arguments = parser(__doc__.splitlines()[0], "pretrained_encoder", METHODS)
-    arguments.set_defaults(seeds=[0, 1])  # side by side: a run takes more than ten minutes
+    arguments.set_defaults(seeds=[0, 1])  # side by side: a run takes eight minutes
     args = arguments.parse_args()
     size = QUICK if args.quick else FULL
     size["corpus"] = wordnet.corpus_for(args.quick)

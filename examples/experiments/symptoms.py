@@ -1,6 +1,6 @@
 """Trainings that go wrong, each beside its remedy: what examples/README.md says of symptoms comes from here.
 
-    python examples/experiments/symptoms.py          # about 7 minutes on two CPU cores
+    python examples/experiments/symptoms.py          # about 6 minutes on two CPU cores
     python examples/experiments/symptoms.py --quick  # everything runs, nothing is learnt
 
 Corpus and model are those of the text VAE experiment, the trainings are shorter; one seed by default.
