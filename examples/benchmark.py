@@ -291,6 +291,8 @@ def table(results: dict[str, dict[str, float]]) -> str:
     for name, row in results.items():
         plain, nvib = (row.get(f"{kind}_seconds", row.get(f"{kind}_mib")) for kind in ("plain", "nvib"))
         lines.append(f"| {name} | {plain:.4g} | {nvib:.4g} | {row['ratio']:.2f} | {row['goal']} |")
+        if "wrap_ratio" in row:
+            lines.append(f"| loading and wrapping a plain model | | | {row['wrap_ratio']:.2f} | {row['goal']} |")
         if "60 %" in name:
             lines.append(
                 f"| its cross-attention cache (MB) | {row['plain_cache'] / 1e6:.4g} | {row['nvib_cache'] / 1e6:.4g} "
