@@ -103,7 +103,7 @@ def compare(
 
 
 class Bench:
-    def __init__(self, device: str, dtype: str, repeats: int, seconds_at_least: float = 0) -> None:
+    def __init__(self, device: str, dtype: str, repeats: int, seconds_at_least: float) -> None:
         self.device, self.dtype = torch.device(device), getattr(torch, dtype)
         self.repeats, self.seconds_at_least = repeats, seconds_at_least
 

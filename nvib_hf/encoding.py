@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from .base_model import run_encoder
-from .dropping import kept, kept_first, relaxed_share
+from .dropping import kept_first, relaxed_share
 from .initialisation import EmpiricalPrior, empirical_prior
 from .latent import NvibLatents, interpolate, pack
 from .nvib_layer import Nvib
@@ -69,14 +69,13 @@ class NvibBottleneck(Nvib):
 
         The posterior of the rest is the same, and costs no projection of vectors that nobody will see.
         """
-        keep = kept(self._log_alpha(hidden_states), self.alpha_threshold, self.threshold_share, self._log_zero)
+        keep = self.is_kept(self._log_alpha(hidden_states))
         if padding_mask is not None:
             keep = keep & ~padding_mask.bool()
         order = kept_first(keep)
         if order is None:
             return hidden_states, padding_mask
-        gathered = hidden_states.gather(1, order[..., None].expand(-1, -1, hidden_states.shape[-1]))
-        return gathered, ~keep.gather(1, order)
+        return hidden_states.take_along_dim(order[..., None], dim=1), ~keep.take_along_dim(order, dim=1)
 
 
 class NvibEncodingMixin:

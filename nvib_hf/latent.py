@@ -129,8 +129,7 @@ class NvibLatents(ModelOutput):
             return self
 
         def gather(value: Tensor) -> Tensor:
-            index = order if value.dim() == 2 else order[..., None].expand(-1, -1, value.shape[-1])
-            return value.gather(1, index)
+            return value.take_along_dim(order if value.dim() == 2 else order[..., None], dim=1)
 
         return type(self)(**{name: value if value.dim() == 1 else gather(value) for name, value in self.items()})
 

@@ -194,7 +194,7 @@ class Nvib(nn.Module):
         if padding_mask is not None:
             mu_logvar = mu_logvar.masked_fill(~mask[..., None], 0)
             log_alpha = log_alpha.masked_fill(~mask, 0)
-        keep = mask & kept(log_alpha, self.alpha_threshold, self.threshold_share, self._log_zero)
+        keep = mask & self.is_kept(log_alpha)
         first = mask.new_ones(batch, 1)
         prior = torch.cat([self.prior_mu, self.prior_logvar]).to(mu_logvar.dtype).expand(batch, 1, -1)
         mu, logvar = torch.cat([prior, mu_logvar], dim=1).chunk(2, dim=-1)
@@ -205,6 +205,10 @@ class Nvib(nn.Module):
             mask=torch.cat([first, mask], dim=1),
             keep=torch.cat([first, keep], dim=1),
         )
+
+    def is_kept(self, log_alpha: Tensor) -> Tensor:
+        """:func:`~nvib_hf.dropping.kept` by the layer's threshold, where that is on."""
+        return kept(log_alpha, self.alpha_threshold, self.threshold_share, self._log_zero)
 
     def _log_alpha(self, hidden_states: Tensor) -> Tensor:
         """Log pseudo-counts ``(B, Ns)``: not part of the fused projection, whose dtype may be half.

@@ -88,7 +88,7 @@ def text_sets(settings: dict) -> dict[str, list[str]]:
 
     All are made of the frequent pieces of the training corpus: what is out of domain is the text, not its spelling.
     """
-    held_out, clauses = settings["held_out"], bbe.clauses(3, MAX_WORDS)
+    held_out, clauses = settings["held_out"], bbe.clauses(max_words=MAX_WORDS)
     corpus = clauses if settings["corpus"] == "bbe" else wordnet.example_sentences(max_words=MAX_WORDS)
     known = frequent_pieces(corpus)
     corpus = list({text.casefold(): text for text in with_pieces(corpus, known)}.values())
