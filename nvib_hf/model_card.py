@@ -151,8 +151,8 @@ def _base(config: NvibConfig) -> str:
 def _settings(model) -> dict[str, str]:
     """The bottleneck's settings, with the prior that the layer has."""
     config, layer = model.config, model.nvib
-    names = [field.name for field in fields(config) if field.name in setting_names()]
-    settings = {name: f"`{getattr(config, name)!r}`" for name in names}
+    given = {f.name: getattr(config, f.name) for f in fields(config) if f.name in setting_names()}
+    settings = {name: f"`{value!r}`" for name, value in given.items() if value is not None}
     if not layer.prior_mu.is_meta:
         settings["prior_mu"] = _summary(layer.prior_mu)
         settings["prior_var"] = _summary(layer.prior_logvar.exp())

@@ -295,7 +295,7 @@ class Nvib(nn.Module):
             "pi": memory.pi,
             "mu": mu,
             "logvar": logvar,
-            "alpha": alpha.masked_fill(order(~posterior.mask), 0),
+            "alpha": alpha.masked_fill(order(~posterior.mask) | (log_alpha <= self._log_zero), 0),
             "log_alpha": log_alpha.masked_fill(order(~posterior.mask), float("-inf")),
             "memory_key_padding_mask": ~posterior.mask,
             "batch_first": self.batch_first,
