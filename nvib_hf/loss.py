@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .configuration_nvib import NvibConfig
+from .cross_entropy import IGNORED, cross_entropy
 from .latent import NvibLatents
 
 
@@ -58,10 +58,8 @@ def nvib_loss(
         label_smoothing: of the cross-entropy's targets.
     """
     labels = labels.to(logits.device)
-    nll = F.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), reduction="sum", label_smoothing=label_smoothing
-    )
-    tokens = (labels != -100).sum(-1)  # (B,)
+    nll = cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing)
+    tokens = (labels != IGNORED).sum(-1)  # (B,)
     own = tokens.sum().clamp(min=1)
     total = nll if regularisation is None else nll + (tokens * regularisation.to(nll.device)).sum()
     of_step = own if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=nll.device)

@@ -145,17 +145,18 @@ class NvibForConditionalGeneration(
             )
         self.scale = scales.pop()
         self.base = base  # first, so that the model's dtype is the base's
-        self.nvib = NvibBottleneck(
-            width,
-            width,
-            delta=config.delta,
-            kappa=config.kappa,
-            alpha_activation=config.alpha_activation,
-            alpha_threshold=config.alpha_threshold,
-            threshold_share=config.threshold_share,
-            scale=self.scale,
-            batch_first=True,
-        )
+        with init.no_init_weights():  # _init_weights sets all of them
+            self.nvib = NvibBottleneck(
+                width,
+                width,
+                delta=config.delta,
+                kappa=config.kappa,
+                alpha_activation=config.alpha_activation,
+                alpha_threshold=config.alpha_threshold,
+                threshold_share=config.threshold_share,
+                scale=self.scale,
+                batch_first=True,
+            )
         self.register_buffer("kl_beta", torch.ones(3))  # of lambda_gaussian, lambda_dirichlet, lambda_vectors
         convert_cross_attention(cross_attention, width, config.exact_attention)
         freeze_unused(base)
@@ -185,7 +186,7 @@ class NvibForConditionalGeneration(
                 init.copy_(module.get_parameter(name), value)
         elif module is self:
             init.ones_(self.kl_beta)
-        else:
+        elif module is not self.nvib.mu_logvar:  # a part of Nvib, whose turn comes after its parts'
             super()._init_weights(module)
 
     @classmethod

@@ -26,6 +26,7 @@ CODE = {
     "base_model.py",
     "configuration_nvib.py",
     "cross_attention.py",
+    "cross_entropy.py",
     "denoising_attention.py",
     "distributions.py",
     "dropping.py",
