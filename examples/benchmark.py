@@ -109,6 +109,7 @@ class Bench:
     def __init__(self, device: str, dtype: str, repeats: int, seconds_at_least: float) -> None:
         self.device, self.dtype = torch.device(device), getattr(torch, dtype)
         self.repeats, self.seconds_at_least = repeats, seconds_at_least
+        self.measures_memory = self.device.type == "cuda" or (self.device.type == "cpu" and sys.platform == "linux")
 
     def models(self, shape: str, **settings) -> tuple[NvibForConditionalGeneration, BartForConditionalGeneration]:
         torch.manual_seed(0)
@@ -133,8 +134,17 @@ class Bench:
         return self.compare(lambda: step(nvib), lambda: step(plain))
 
     def peak_memory(self, shape: str, batch: int, source: int, target: int, kappa: int = 1) -> dict[str, float]:
-        measured = compare_peak_memory(shape, batch, source, target, kappa, str(self.dtype).removeprefix("torch."))
-        return measured | {"ratio": measured["memory_ratio"]}
+        """Peak memory in MiB, the device's or the resident one, of fresh processes that take two training steps."""
+        dtype = str(self.dtype).removeprefix("torch.")
+
+        def peak(kind: str) -> float:
+            case = [kind, shape, batch, source, target, kappa, str(self.device), dtype]
+            command = [sys.executable, __file__, "--peak-memory", json.dumps(case)]
+            command += ["--threads", str(torch.get_num_threads())]
+            return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+        nvib, plain = peak("nvib"), peak("plain")
+        return {"nvib_mib": nvib, "plain_mib": plain, "ratio": nvib / plain}
 
     @torch.no_grad()
     def evaluation(self, shape: str, batch: int, source: int, target: int) -> dict[str, float]:
@@ -193,30 +203,24 @@ class Bench:
         return loaded | {"wrap_ratio": wrapping["ratio"], "nvib_weights": extra}
 
 
-def compare_peak_memory(shape: str, batch: int, source: int, target: int, kappa: int, dtype: str) -> dict[str, float]:
-    """Peak resident memory in MiB of fresh processes that take two training steps."""
-
-    def peak(kind: str) -> float:
-        case = json.dumps([kind, shape, batch, source, target, kappa, dtype])
-        command = [sys.executable, __file__, "--peak-memory", case, "--threads", str(torch.get_num_threads())]
-        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-
-    nvib, plain = peak("nvib"), peak("plain")
-    return {"nvib_mib": nvib, "plain_mib": plain, "memory_ratio": nvib / plain}
-
-
-def print_peak_memory(kind: str, shape: str, batch: int, source: int, target: int, kappa: int, dtype: str) -> None:
+def print_peak_memory(
+    kind: str, shape: str, batch: int, source: int, target: int, kappa: int, device: str, dtype: str
+) -> None:
     torch.manual_seed(0)
-    model = plain_model(shape).to(getattr(torch, dtype)).train()
+    model = plain_model(shape).to(device, getattr(torch, dtype)).train()
     if kind == "nvib":
         model = NvibForConditionalGeneration.from_base_pretrained(model, kappa=kappa).train()
-    ids, labels = (torch.randint(4, SHAPES[shape]["vocab"], (batch, length)) for length in (source, target))
+    lengths = {"input_ids": source, "labels": target}
+    inputs = {name: torch.randint(4, SHAPES[shape]["vocab"], (batch, n), device=device) for name, n in lengths.items()}
     for _ in range(2):
         model.zero_grad()
-        model(input_ids=ids, labels=labels).loss.backward()
-    # Not ru_maxrss: it starts from what the parent process held.
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    print(int(status["VmHWM"].split()[0]) / 1024)
+        model(**inputs).loss.backward()
+    if torch.device(device).type == "cuda":
+        print(torch.cuda.max_memory_allocated(device) / 2**20)
+    else:
+        # Not ru_maxrss: it starts from what the parent process held.
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        print(int(status["VmHWM"].split()[0]) / 1024)
 
 
 def cases(bench: Bench, quick: bool, only: str) -> dict[str, dict[str, float]]:
@@ -237,7 +241,7 @@ def cases(bench: Bench, quick: bool, only: str) -> dict[str, dict[str, float]]:
         "greedy, source long, 60 % dropped": (0.90, lambda: bench.generation(shape, 8, long, new, 1, 0.6)),
         "loading": (1.10, lambda: bench.loading(shape)),
     }
-    if bench.device.type == "cpu" and sys.platform == "linux":
+    if bench.measures_memory:
         rows["peak memory of a training step"] = (1.05, lambda: bench.peak_memory(shape, 4, source, target))
     results = {}
     for name, (goal, run) in rows.items():
@@ -254,9 +258,8 @@ def growth(bench: Bench, quick: bool) -> dict[str, list[dict[str, float]]]:
 
     def training(batch: int, source: int, target: int, kappa: int) -> dict[str, float]:
         measured = bench.training(shape, batch, source, target, kappa)
-        return (
-            {} if quick or sys.platform != "linux" else bench.peak_memory(shape, batch, source, target, kappa)
-        ) | measured
+        memory = bench.peak_memory(shape, batch, source, target, kappa) if bench.measures_memory and not quick else {}
+        return memory | measured
 
     return {
         "training": [{"source": n, **training(2, n, 64, 1)} for n in lengths],

@@ -106,8 +106,8 @@ def gaussian_sample(
 
     Args:
         mu: means, ``(..., N, P)``.
-        logvar: log variances, ``(..., N, P)``; ``-inf`` is a variance of 0 and gives ``mu`` itself.
-        mask: True where a vector is kept, ``(..., N)``; None keeps all.
+        logvar: log variances, ``(..., N, P)`` or broadcast to it; ``-inf`` is a variance of 0 and gives ``mu`` itself.
+        mask: True where a vector is kept, ``(..., N)`` or broadcast to it; None keeps all.
         generator: source of randomness, on ``mu``'s device; None for PyTorch's global one.
 
     Returns:

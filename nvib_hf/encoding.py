@@ -45,14 +45,14 @@ class NvibBottleneck(Nvib):
         relaxed = None
         if self.alpha_threshold > 0:
             relaxed = relaxed_share(posterior.log_alpha[:, 1:], posterior.mask[:, 1:], self.alpha_threshold)
-        z, log_pi, posterior = self.draw(posterior, sample, generator)
-        kl_gaussian, kl_dirichlet = self.kl(posterior, self.kappa if sample else 1)
+        z, log_pi, drawn = self.draw(posterior, sample, generator)
+        kl_gaussian, kl_dirichlet = self.kl(posterior, drawn, self.kappa if sample else 1)
         return NvibLatents(
             z=z,
             log_pi=log_pi,
             logvar=None if sample else posterior.logvar,
-            attention_mask=posterior.mask,
-            log_alpha=posterior.log_alpha.masked_fill(~posterior.mask, float("-inf")),
+            attention_mask=drawn.mask,
+            log_alpha=drawn.log_alpha.masked_fill(~drawn.mask, float("-inf")),
             kl_gaussian=kl_gaussian,
             kl_dirichlet=kl_dirichlet,
             num_vectors=statistics["num_vec"],

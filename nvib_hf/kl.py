@@ -150,12 +150,11 @@ def kl_dirichlet(
     d = log_prior_total - log_total
     ratio = torch.expm1(d)
 
-    def remainder_divergence(log_parts: Tensor | float) -> Tensor:  # D(alpha_0^p / parts, alpha_0 / parts)
-        r_prior, _ = _stirling_remainder(log_prior_total - log_parts)
-        r, t = _stirling_remainder(log_total - log_parts)
-        return r_prior - r - ratio * t
+    log_totals = torch.stack([log_prior_total, log_total])  # (2, B)
+    r, t = _stirling_remainder(torch.stack([log_totals - k0.log(), log_totals]))  # (2, 2, B): of the parts, the whole
+    of_parts, of_whole = r[:, 0] - r[:, 1] - ratio * t[:, 1]  # D of each
 
-    kl = 0.5 * (k0 - 1) * (ratio - d) + k0 * remainder_divergence(k0.log()) - remainder_divergence(0.0)
+    kl = 0.5 * (k0 - 1) * (ratio - d) + k0 * of_parts - of_whole
     return (kl / n).clamp(min=0.0).to(dtype)
 
 

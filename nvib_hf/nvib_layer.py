@@ -37,6 +37,13 @@ class Posterior(NamedTuple):
     mask: Tensor
     keep: Tensor
 
+    def repeated(self, kappa: int) -> Posterior:
+        """Of each of ``kappa`` vectors a component, side by side, with ``alpha_i / kappa``."""
+        if kappa == 1:
+            return self
+        repeated = Posterior(*(x.repeat_interleave(kappa, dim=1) for x in self))
+        return repeated._replace(log_alpha=repeated.log_alpha - math.log(kappa))
+
 
 class Nvib(nn.Module):
     r"""Nonparametric variational information bottleneck.
@@ -234,13 +241,11 @@ class Nvib(nn.Module):
             spared = spared_examples(posterior.log_alpha, self.threshold_share, generator)
             spared = spared & posterior.mask & kept(posterior.log_alpha, 0, 1, self._log_zero)
             posterior = posterior._replace(keep=posterior.keep | spared)
-        if self.kappa > 1:
-            repeated = (x.repeat_interleave(self.kappa, dim=1) for x in posterior)
-            posterior = Posterior(*repeated)
-            posterior = posterior._replace(log_alpha=posterior.log_alpha - math.log(self.kappa))
-        log_pi = log_dirichlet_sample(posterior.log_alpha, posterior.keep, generator)
-        z = gaussian_sample(posterior.mu, posterior.logvar, posterior.mask, generator)
-        return z, log_pi, posterior
+        repeated = posterior.repeated(self.kappa)
+        log_pi = log_dirichlet_sample(repeated.log_alpha, repeated.keep, generator)
+        mu, logvar, mask = (x.unsqueeze(2) for x in (posterior.mu, posterior.logvar, posterior.mask))
+        z = gaussian_sample(mu.expand(-1, -1, self.kappa, -1), logvar, mask, generator)  # (B, Ns + 1, kappa, P)
+        return z.flatten(1, 2), log_pi, repeated
 
     def mean_log_pi(self, posterior: Posterior) -> Tensor:
         """Log of the posterior's expected weights ``alpha / sum(alpha)`` over the kept components, ``(B, Nl)``."""
@@ -374,16 +379,17 @@ class Nvib(nn.Module):
         logvar = torch.full_like(z, float("-inf"))
         return NvibMemory(z, log_pi.exp(), z, logvar, log_pi=log_pi, points=True)
 
-    def kl(self, posterior: Posterior, kappa: int) -> tuple[Tensor, Tensor]:
-        """Both divergences ``(B,)`` of a posterior with ``kappa`` vectors a component."""
-        latent = {
-            "mu": posterior.mu,
-            "logvar": posterior.logvar,
-            "log_alpha": posterior.log_alpha,
-            "memory_key_padding_mask": ~posterior.mask,
-            "batch_first": True,
-        }
-        return self.kl_gaussian(kappa=kappa, **latent), self.kl_dirichlet(kappa=kappa, **latent)
+    def kl(self, posterior: Posterior, drawn: Posterior, kappa: int) -> tuple[Tensor, Tensor]:
+        """Both divergences ``(B,)`` of a posterior, ``drawn`` being that of its ``kappa`` vectors a component.
+
+        The Gaussians' is computed once a component: its vectors share one Gaussian, and its pseudo-count.
+        """
+
+        def counts(of: Posterior) -> dict[str, object]:
+            return {"log_alpha": of.log_alpha, "memory_key_padding_mask": ~of.mask, "batch_first": True}
+
+        gaussian = self.kl_gaussian(kappa=kappa, mu=posterior.mu, logvar=posterior.logvar, **counts(posterior))
+        return gaussian, self.kl_dirichlet(kappa=kappa, **counts(drawn))
 
     def kl_gaussian(self, kappa: int | None = None, **latent: object) -> Tensor:
         """:func:`~nvib_hf.kl.kl_gaussian` ``(B,)`` with the layer's prior.
