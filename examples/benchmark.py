@@ -141,8 +141,10 @@ class Bench:
             case = [kind, shape, batch, source, target, kappa, str(self.device), dtype]
             command = [sys.executable, __file__, "--peak-memory", json.dumps(case)]
             command += ["--threads", str(torch.get_num_threads())]
-            return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+            return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # which those processes could lack
         nvib, plain = peak("nvib"), peak("plain")
         return {"nvib_mib": nvib, "plain_mib": plain, "ratio": nvib / plain}
 

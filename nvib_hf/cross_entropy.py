@@ -1,23 +1,22 @@
 """Cross-entropy in single precision, of logits in any.
 
 Logits are the largest tensor of a training step. Converted as a whole, those in half precision would cost a copy in
-single precision, one more for their softmax and a third for its gradient. Here a few rows at a time are, few enough
-to stay in a processor's cache, and the gradient is written in the logits' own precision.
+single precision, one more for their softmax and a third for its gradient. Here a few rows at a time are, on a CPU few
+enough to stay in its cache, and the gradient is written in the logits' own precision.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .denoising_attention import at_least_float32
 
 IGNORED = -100
-# Logits in single precision at a time: few for a CPU's cache, many where each further kernel has to be launched.
+# Logits in single precision at a time: few for a CPU's cache, more (64 MiB) where kernels have to be launched.
 AT_A_TIME = {"cpu": 2**20}
-AT_A_TIME_ELSEWHERE = 2**26
+AT_A_TIME_ELSEWHERE = 2**24
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -42,27 +41,39 @@ def _whole(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
     )
 
 
+def _gradient(logits: Tensor, labels: Tensor, weight: Tensor, smoothing: float) -> Tensor:
+    """Of the sum by the logits, for labels in the vocabulary ``(N, 1)`` and what each token counts ``(N, 1)``."""
+    p = at_least_float32(logits).softmax(-1)
+    target = p.new_full((1, 1), smoothing - 1).expand_as(labels)
+    return weight * (p.scatter_add(1, labels, target) - smoothing / p.shape[1])
+
+
 class _CrossEntropy(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-        ctx.save_for_backward(logits, labels)
-        ctx.smoothing = smoothing
-        ctx.rows = max(1, AT_A_TIME.get(logits.device.type, AT_A_TIME_ELSEWHERE) // logits.shape[1])
-        parts = zip(logits.split(ctx.rows), labels.split(ctx.rows), strict=True)
+    def forward(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+        rows = _rows(logits)
+        parts = zip(logits.split(rows), labels.split(rows), strict=True)
         return torch.stack([_whole(x, y, smoothing) for x, y in parts]).sum()
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+        logits, labels, ctx.smoothing = inputs
+        ctx.save_for_backward(logits, labels)
+
+    @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
         logits, labels = ctx.saved_tensors
         counted = (labels != IGNORED)[:, None]
         labels, weight = labels[:, None].masked_fill(~counted, 0), counted * gradient
-        result = torch.empty_like(logits)
-        for start in range(0, len(logits), ctx.rows):
-            part = slice(start, start + ctx.rows)
-            p = at_least_float32(logits[part]).softmax(-1)
-            if ctx.smoothing:
-                p -= ctx.smoothing / p.shape[1]
-            p.scatter_add_(1, labels[part], p.new_full((len(p), 1), ctx.smoothing - 1))
-            result[part] = p.mul_(weight[part])
+        if torch.is_grad_enabled():  # for a second derivative
+            return _gradient(logits, labels, weight, ctx.smoothing).to(logits.dtype), None, None
+        result, rows = torch.empty_like(logits), _rows(logits)
+        for into, *part in zip(*(x.split(rows) for x in (result, logits, labels, weight)), strict=True):
+            into.copy_(_gradient(*part, ctx.smoothing))
         return result, None, None
+
+
+def _rows(logits: Tensor) -> int:
+    return max(1, AT_A_TIME.get(logits.device.type, AT_A_TIME_ELSEWHERE) // logits.shape[1])

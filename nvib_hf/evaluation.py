@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .collapse import ACTIVE_VARIANCE
+from .cross_entropy import IGNORED
 from .latent import NvibLatents
 from .likelihood import log_importance_weights, mutual_information
 from .sample_quality import (
@@ -24,7 +25,6 @@ from .sample_quality import (
     word_edits,
 )
 from .text_batches import (
-    IGNORED,
     MAX_LENGTH,
     as_read,
     check_texts,

@@ -33,10 +33,10 @@ from .cross_attention import (
 )
 from .encoding import NvibBottleneck, NvibEncodingMixin
 from .generation import NvibGenerationMixin
+from .initialisation import prior_buffers
 from .latent import NvibLatents
 from .loss import nvib_loss, regulariser
 from .model_card import NvibModelCardMixin
-from .nvib_layer import Nvib
 from .validation import check_prior
 from .word_dropout import drop_words
 from .wrapping import NvibWrappingMixin, check_base
@@ -145,7 +145,7 @@ class NvibForConditionalGeneration(
             )
         self.scale = scales.pop()
         self.base = base  # first, so that the model's dtype is the base's
-        with init.no_init_weights():  # _init_weights sets all of them
+        with init.no_init_weights():  # initialize_weights sets all of them
             self.nvib = NvibBottleneck(
                 width,
                 width,
@@ -169,24 +169,30 @@ class NvibForConditionalGeneration(
         self.post_init()
 
     def initialize_weights(self) -> None:
-        """The base's missing weights by its own rules: as part of a model from elsewhere they would be passed over."""
+        """What was not loaded: the base's by its own rules, which would pass it over in a model from elsewhere."""
         self.base.initialize_weights()
+        if not getattr(self.nvib, "_is_hf_initialized", False):
+            self._initialize_nvib()
         super().initialize_weights()
 
     @torch.no_grad()
+    def _initialize_nvib(self) -> None:
+        """Prior and identity of the NVIB layer, tensor by tensor, but for those that were loaded."""
+        config, layer = self.config, self.nvib
+        buffers = prior_buffers(config.prior_mu, config.prior_var, math.log(config.prior_alpha))
+        for name, value in (buffers | {"threshold_share": config.threshold_share}).items():
+            init.copy_(layer.get_buffer(name), torch.as_tensor(value))
+        parameters = layer.identity_parameters(config.tau_alpha, config.tau_sigma, config.tau_mu)
+        for name, value in parameters.items():
+            init.copy_(layer.get_parameter(name), value)
+        for module in layer.modules():
+            module._is_hf_initialized = True
+
+    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Nvib):
-            config = self.config
-            prior = (config.prior_mu, config.prior_var, math.log(config.prior_alpha))
-            if not getattr(module.prior_mu, "_is_hf_initialized", False):
-                module.set_prior(*prior)
-            init.constant_(module.threshold_share, config.threshold_share)
-            taus = (config.tau_alpha, config.tau_sigma, config.tau_mu)
-            for name, value in module.identity_parameters(*taus).items():
-                init.copy_(module.get_parameter(name), value)
-        elif module is self:
+        if module is self:
             init.ones_(self.kl_beta)
-        elif module is not self.nvib.mu_logvar:  # a part of Nvib, whose turn comes after its parts'
+        else:
             super()._init_weights(module)
 
     @classmethod

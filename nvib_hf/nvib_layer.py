@@ -7,7 +7,6 @@ the identity initialisation.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,34 +14,14 @@ from torch import Tensor, nn
 from .denoising_attention import at_least_float32
 from .distributions import gaussian_sample, log_dirichlet_sample
 from .dropping import LOG_ZERO, kept, relu_log_alpha, spared_examples
-from .initialisation import identity_parameters
+from .initialisation import identity_parameters, prior_buffers
 from .kl import kl_dirichlet, kl_gaussian
 from .memory import NvibMemory
+from .posterior import Posterior
 from .validation import check_prior, check_settings
 
 # exp of more overflows fp32; only the `alpha` that is reported is clamped, everything computes with log_alpha.
 LOG_ALPHA_REPORTED_MAX = 85.0
-
-
-class Posterior(NamedTuple):
-    """Parameters of the posterior, batch-first, component 0 the prior's, which is never masked.
-
-    ``mu``, ``logvar`` ``(B, Ns + 1, P)``; ``log_alpha`` ``(B, Ns + 1)`` in fp32 or better; ``mask``
-    ``(B, Ns + 1)``, True = a component; ``keep``: as ``mask``, less what ``alpha_threshold`` drops.
-    """
-
-    mu: Tensor
-    logvar: Tensor
-    log_alpha: Tensor
-    mask: Tensor
-    keep: Tensor
-
-    def repeated(self, kappa: int) -> Posterior:
-        """Of each of ``kappa`` vectors a component, side by side, with ``alpha_i / kappa``."""
-        if kappa == 1:
-            return self
-        repeated = Posterior(*(x.repeat_interleave(kappa, dim=1) for x in self))
-        return repeated._replace(log_alpha=repeated.log_alpha - math.log(kappa))
 
 
 class Nvib(nn.Module):
@@ -136,10 +115,8 @@ class Nvib(nn.Module):
         prior_log_alpha_std: float | Tensor = 1.0,
     ) -> None:
         """Replace the prior, for instance by an :func:`~nvib_hf.initialisation.empirical_prior`."""
-        self.prior_mu.copy_(torch.as_tensor(prior_mu))
-        self.prior_logvar.copy_(torch.as_tensor(prior_var, dtype=torch.float32).log())
-        self.prior_log_alpha.copy_(torch.as_tensor(prior_log_alpha))
-        self.prior_log_alpha_std.copy_(torch.as_tensor(prior_log_alpha_std))
+        for name, value in prior_buffers(prior_mu, prior_var, prior_log_alpha, prior_log_alpha_std).items():
+            self.get_buffer(name).copy_(value)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
+from .cross_entropy import IGNORED
 from .text_batches import (
-    IGNORED,
     MAX_LENGTH,
     check_texts,
     evaluating,

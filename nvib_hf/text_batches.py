@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .cross_entropy import IGNORED
+
 MAX_LENGTH = 64  # tokens; longer texts are cut
-IGNORED = -100
 
 
 @contextmanager

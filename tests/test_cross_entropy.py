@@ -51,14 +51,56 @@ def test_value_and_gradient_are_those_of_torch(at_a_time, labels, dtype, smoothi
     assert gradient[labels == -100].eq(0).all()
 
 
-def test_compiled_is_the_same(at_a_time, labels):
+def test_compiled_is_the_same_without_a_loop(labels, monkeypatch):
+    monkeypatch.setitem(module.AT_A_TIME, "cpu", V)
+    sizes = []
+
+    def backend(graph, _):
+        sizes.append(len(graph.graph.nodes))
+        return graph
+
+    compiled = torch.compile(cross_entropy, fullgraph=True, backend=backend)
     for dtype in (torch.float32, torch.bfloat16):
         x = logits(dtype)
-        value = torch.compile(cross_entropy, fullgraph=True, backend="aot_eager")(x, labels, 0.1)
-        torch.testing.assert_close(value, cross_entropy(x, labels, 0.1))
-        torch.testing.assert_close(
-            torch.autograd.grad(value, x), torch.autograd.grad(cross_entropy(x, labels, 0.1), x)
-        )
+        value, expected = compiled(x, labels, 0.1), cross_entropy(x, labels, 0.1)
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(torch.autograd.grad(value, x), torch.autograd.grad(expected, x))
+    assert len(sizes) == 2 and max(sizes) < N
+
+
+@pytest.mark.parametrize("change", [lambda x: x.T.contiguous().T, lambda x: x[:, :1].expand(N, V)])
+def test_layout_does_not_matter(at_a_time, labels, change):
+    x = change(logits(torch.float32)).detach().requires_grad_()
+    value = cross_entropy(x, labels)
+    expected, expected_gradient = of_torch(x, labels, 0.0)
+    torch.testing.assert_close(value, expected.float())
+    torch.testing.assert_close(torch.autograd.grad(3 * value, x)[0], expected_gradient.float())
+
+
+def test_under_autocast(at_a_time, labels):
+    x = logits(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = cross_entropy(x, labels)
+    torch.testing.assert_close(value, cross_entropy(x, labels), rtol=0, atol=0)
+
+
+def test_second_derivatives(at_a_time, labels):
+    x = logits(torch.float64)
+    assert torch.autograd.gradgradcheck(lambda x: cross_entropy(x, labels, 0.2), x)
+
+
+def test_gradients_of_single_examples(at_a_time, labels):
+    """What ``torch.func`` makes of it: one gradient a token, their sum the whole's."""
+    x = logits(torch.float64).detach()
+    weight = torch.eye(V, dtype=torch.float64)
+
+    def loss(weight, x, label):
+        return cross_entropy(x[None] @ weight, label[None])
+
+    by_token = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(weight, x, labels)
+    whole = torch.func.grad(lambda weight: cross_entropy(x @ weight, labels))(weight)
+    assert by_token[labels == -100].eq(0).all() and by_token[0].abs().max() > 0
+    torch.testing.assert_close(by_token.sum(0), whole)
 
 
 def test_nothing_but_ignored_labels_costs_nothing(at_a_time):

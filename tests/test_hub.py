@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_base, tiny_inputs
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
-from nvib_hf import NvibConfig, NvibForConditionalGeneration
+from nvib_hf import Nvib, NvibConfig, NvibForConditionalGeneration
 
 # What a model needs to run: neither training nor the parts for plain PyTorch.
 CODE = {
@@ -40,6 +40,7 @@ CODE = {
     "model_card.py",
     "modeling_nvib.py",
     "nvib_layer.py",
+    "posterior.py",
     "validation.py",
     "word_dropout.py",
     "wrapping.py",
@@ -340,3 +341,28 @@ def test_missing_weights_can_be_wanted(folder):
     inputs = tiny_inputs("bart")
     tokens = {"decoder_input_ids": torch.tensor([[2, 7, 8]] * 3)}
     torch.testing.assert_close(fresh(**inputs, **tokens).logits, expected(**inputs, **tokens).logits)
+
+
+@pytest.fixture
+def nan_where_uninitialised():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name", [*Nvib(4, 4).state_dict()])
+def test_a_missing_weight_starts_afresh_and_the_others_are_loaded(name, folder, nan_where_uninitialised):
+    """Its parameters trained, its prior as it was: the identity is that of the prior."""
+    layer = NvibForConditionalGeneration.from_base_pretrained(tiny_base("bart")).nvib
+    expected = layer.state_dict()
+    file = folder / "whole" / "model.safetensors"
+    weights = load_file(file)
+    for parameter, _ in layer.named_parameters():
+        weights[f"nvib.{parameter}"] += 1
+        if parameter != name:
+            expected[parameter] = weights[f"nvib.{parameter}"]
+    del weights[f"nvib.{name}"]
+    save_file(weights, file, metadata={"format": "pt"})
+    loaded = NvibForConditionalGeneration.from_pretrained(folder / "whole", ignore_mismatched_sizes=True)
+    for other, value in loaded.nvib.state_dict().items():
+        torch.testing.assert_close(value, expected[other], rtol=0, atol=0)

@@ -43,8 +43,8 @@ def test_the_layer_needs_torch_alone():
     output = run(
         """
 import importlib
-modules = ["cross_entropy", "denoising_attention", "distributions", "initialisation", "kl", "memory",
-           "multihead_attention", "nvib_layer", "validation"]
+modules = ["cross_entropy", "denoising_attention", "distributions", "dropping", "initialisation", "kl", "memory",
+           "multihead_attention", "nvib_layer", "posterior", "validation"]
 for name in modules:
     importlib.import_module("nvib_hf." + name)
 import torch, nvib_hf

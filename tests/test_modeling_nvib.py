@@ -382,9 +382,11 @@ def test_wrapping_draws_no_weights_anew():
     base.lm_head = nn.Linear(32, VOCAB_SIZE, bias=False)
     base.model.decoder.layers[1].encoder_attn.k_proj = nn.Linear(32, 32)
     before = {name: value.clone() for name, value in tensors(base).items()}
+    random_state = torch.get_rng_state()
     model = wrap(base)
     for name, value in before.items():
         assert torch.equal(tensors(model.base)[name], value), name
+    assert torch.equal(torch.get_rng_state(), random_state)  # nor for the layer, whose weights are the identity
 
 
 @pytest.mark.parametrize("family", ["bart", "t5", "bert2bert", "bert2gpt2"])

@@ -320,6 +320,15 @@ def test_kl_gaussian_counts_each_of_kappa_draws():
     assert_close(in_training, 4 * in_evaluation)
 
 
+def test_kl_of_the_gaussians_is_computed_once_a_component(monkeypatch):
+    layer = random_layer(kappa=4)
+    posterior = layer.posterior(*inputs())
+    shapes = []
+    monkeypatch.setattr("nvib_hf.nvib_layer.kl_gaussian", lambda mu, **_: shapes.append(mu.shape))
+    layer.kl(posterior, layer.draw(posterior, sample=True)[2], kappa=4)
+    assert shapes == [posterior.mu.shape]
+
+
 # The prior
 
 

@@ -1,0 +1,29 @@
+"""The posterior that the NVIB layer makes of a batch of vector sets."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Posterior(NamedTuple):
+    """Parameters of the posterior, batch-first, component 0 the prior's, which is never masked.
+
+    ``mu``, ``logvar`` ``(B, Ns + 1, P)``; ``log_alpha`` ``(B, Ns + 1)`` in fp32 or better; ``mask``
+    ``(B, Ns + 1)``, True = a component; ``keep``: as ``mask``, less what ``alpha_threshold`` drops.
+    """
+
+    mu: Tensor
+    logvar: Tensor
+    log_alpha: Tensor
+    mask: Tensor
+    keep: Tensor
+
+    def repeated(self, kappa: int) -> Posterior:
+        """Of each of ``kappa`` vectors a component, side by side, with ``alpha_i / kappa``."""
+        if kappa == 1:
+            return self
+        repeated = Posterior(*(x.repeat_interleave(kappa, dim=1) for x in self))
+        return repeated._replace(log_alpha=repeated.log_alpha - math.log(kappa))
