@@ -98,20 +98,25 @@ def log_dirichlet_sample(
 
 
 def gaussian_sample(
-    mu: Tensor, logvar: Tensor, mask: Tensor | None = None, generator: torch.Generator | None = None
+    mu: Tensor,
+    logvar: Tensor,
+    mask: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    repeats: int = 1,
 ) -> Tensor:
-    r"""A Gaussian draw with diagonal covariance.
+    r"""Gaussian draws with diagonal covariance.
 
     .. math:: z = \mu + \sigma \epsilon, \qquad \epsilon \sim \mathrm{Normal}(0, I)
 
     Args:
         mu: means, ``(..., N, P)``.
-        logvar: log variances, ``(..., N, P)`` or broadcast to it; ``-inf`` is a variance of 0 and gives ``mu`` itself.
-        mask: True where a vector is kept, ``(..., N)`` or broadcast to it; None keeps all.
+        logvar: log variances, ``(..., N, P)``; ``-inf`` is a variance of 0 and gives ``mu`` itself.
+        mask: True where a vector is kept, ``(..., N)``; None keeps all.
         generator: source of randomness, on ``mu``'s device; None for PyTorch's global one.
+        repeats: how many draws of each vector, side by side.
 
     Returns:
-        ``(..., N, P)`` in ``mu``'s dtype; exactly 0, with a gradient of 0, where masked, whatever ``mu``
+        ``(..., N * repeats, P)`` in ``mu``'s dtype; exactly 0, with a gradient of 0, where masked, whatever ``mu``
         and ``logvar`` are there.
 
     Source: Kingma & Welling (ICLR 2014).
@@ -119,5 +124,6 @@ def gaussian_sample(
     if mask is not None:
         masked = ~mask.unsqueeze(-1)  # (..., N, 1)
         mu, logvar = mu.masked_fill(masked, 0.0), logvar.masked_fill(masked, -math.inf)
-    epsilon = noise(torch.randn, mu, generator)
-    return (mu + torch.exp(0.5 * logvar) * epsilon).to(mu.dtype)
+    mu, sigma = mu.unsqueeze(-2), torch.exp(0.5 * logvar).unsqueeze(-2)  # (..., N, 1, P)
+    epsilon = noise(torch.randn, mu.expand(*mu.shape[:-2], repeats, -1), generator)
+    return (mu + sigma * epsilon).to(mu.dtype).flatten(-3, -2)

@@ -220,9 +220,8 @@ class Nvib(nn.Module):
             posterior = posterior._replace(keep=posterior.keep | spared)
         repeated = posterior.repeated(self.kappa)
         log_pi = log_dirichlet_sample(repeated.log_alpha, repeated.keep, generator)
-        mu, logvar, mask = (x.unsqueeze(2) for x in (posterior.mu, posterior.logvar, posterior.mask))
-        z = gaussian_sample(mu.expand(-1, -1, self.kappa, -1), logvar, mask, generator)  # (B, Ns + 1, kappa, P)
-        return z.flatten(1, 2), log_pi, repeated
+        z = gaussian_sample(posterior.mu, posterior.logvar, posterior.mask, generator, repeats=self.kappa)
+        return z, log_pi, repeated
 
     def mean_log_pi(self, posterior: Posterior) -> Tensor:
         """Log of the posterior's expected weights ``alpha / sum(alpha)`` over the kept components, ``(B, Nl)``."""

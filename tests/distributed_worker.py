@@ -38,7 +38,7 @@ def fix_draws(rows: slice = slice(None)) -> None:
         scores = log_alpha + log_gamma[:, : log_alpha.shape[1]]
         return scores.masked_fill(~mask, -float("inf")).log_softmax(-1)
 
-    def gaussian(mu, logvar, mask=None, generator=None):
+    def gaussian(mu, logvar, mask=None, generator=None, repeats=1):
         z = mu + (0.5 * logvar).exp() * epsilon[:, : mu.shape[1]]
         return z.masked_fill(~mask[..., None], 0)
 

@@ -58,6 +58,14 @@ def test_log_dirichlet_has_the_moments_of_a_dirichlet():
     assert_mean(pi[:, 1] * pi[:, 3], alpha[1] * alpha[3] / (alpha.sum() * (alpha.sum() + 1)))
 
 
+def test_repeated_gaussians_stand_side_by_side():
+    mu, logvar, mask = torch.randn(2, 5, 3), torch.randn(2, 5, 3), torch.rand(2, 5) > 0.3
+    repeated = [x.repeat_interleave(4, dim=1) for x in (mu, logvar, mask)]
+    draws = gaussian_sample(mu, logvar, mask, torch.Generator().manual_seed(1), repeats=4)
+    expected = gaussian_sample(*repeated, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(draws, expected, rtol=0, atol=0)
+
+
 def test_gaussian_has_the_moments_of_a_gaussian():
     mu, logvar = torch.tensor([[1.0, -2.0]]), torch.tensor([[-1.0, 2.0]])
     z = gaussian_sample(mu.expand(DRAWS, 1, 2), logvar.expand(DRAWS, 1, 2)).squeeze(1)

@@ -79,7 +79,8 @@ def fixed_draws(monkeypatch):
         noisy = log_alpha + 0.5 * torch.cos(3.0 * places)
         return noisy.masked_fill(~mask, -math.inf).log_softmax(-1)
 
-    def gaussian(mu, logvar, mask, generator=None):
+    def gaussian(mu, logvar, mask, generator=None, repeats=1):
+        mu, logvar, mask = (x.repeat_interleave(repeats, dim=1) for x in (mu, logvar, mask))
         places = torch.arange(mu.shape[1])[:, None] + 7 * torch.arange(mu.shape[2])
         return (mu + torch.exp(0.5 * logvar) * torch.sin(places.float())).masked_fill(~mask[..., None], 0)
 
