@@ -26,6 +26,7 @@ from transformers import BartConfig, BartForConditionalGeneration
 from transformers.utils import logging
 
 from nvib_hf import NvibForConditionalGeneration
+from nvib_hf.versions import CACHE
 
 SHAPES = {
     "base": {"d_model": 768, "layers": 6, "heads": 12, "ffn": 3072, "vocab": 50265},
@@ -179,9 +180,9 @@ class Bench:
 
         start = inputs["input_ids"][:, :1]
         packed = nvib._packed_encoder_outputs(nvib.encode(**inputs))
-        kept = nvib(encoder_outputs=packed, decoder_input_ids=start, use_cache=True).past_key_values
+        kept = nvib(encoder_outputs=packed, decoder_input_ids=start, use_cache=True)[CACHE]
         states = plain.get_encoder()(**inputs)
-        full = plain(encoder_outputs=states, decoder_input_ids=start, use_cache=True).past_key_values
+        full = plain(encoder_outputs=states, decoder_input_ids=start, use_cache=True)[CACHE]
         nvib_bytes = keys_and_values(kept) + packed[0].nbytes
         # The plain model holds a copy for every beam; an NVIB model's beams share their source's.
         plain_bytes = beams * (keys_and_values(full) + states[0].nbytes)

@@ -44,9 +44,9 @@ _TRANSFORMERS = [
 if find_spec("transformers") is not None:
     from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
+    from .architectures import CrossAttention, register_cross_attention
     from .collapse import CollapseCallback, CollapseWarning
     from .configuration_nvib import NvibConfig
-    from .cross_attention import CrossAttention, register_cross_attention
     from .evaluation import evaluate
     from .evaluation_report import add_to_model_card, evaluation_section
     from .latent import NvibLatents, concatenate_latents
@@ -66,6 +66,6 @@ else:
         if name in _TRANSFORMERS:
             raise ImportError(
                 f"nvib_hf.{name} needs the package transformers, which is not installed. Install it with "
-                "`pip install 'transformers>=5.23,<6' accelerate`."
+                "`pip install 'transformers>=5.23,<5.25' accelerate`."
             )
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -26,6 +26,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
+from .versions import CACHE, installed_and_tested
+
 # Their decoder is a causal model of its own, which is called directly: the projection between the two must see the
 # encoder's states, not the latent.
 JOINED = (EncoderDecoderModel, SpeechEncoderDecoderModel, VisionEncoderDecoderModel)
@@ -62,6 +64,21 @@ def base_class(config: PreTrainedConfig, architecture: str | None = None) -> typ
         "cross-attention for NVIB. Pass one (BART, T5, Marian, ...), or join an encoder and a decoder with "
         "NvibForConditionalGeneration.from_encoder_decoder_pretrained(encoder, decoder)."
     )
+
+
+def check_decoder_call(base: PreTrainedModel, cached: bool) -> None:
+    """Raise ValueError unless the base takes by name what :func:`run_decoder` hands it."""
+    if isinstance(base, JOINED):
+        called, needed = base.decoder, {"input_ids", "encoder_hidden_states"}
+    else:
+        called, needed = base, {"decoder_input_ids", "encoder_outputs"}
+    if cached:
+        needed.add(CACHE)
+    if missing := needed - argument_names(called.forward):
+        raise ValueError(
+            f"{type(called).__name__}.forward takes no argument {' or '.join(map(repr, sorted(missing)))}, by which "
+            f"NVIB hands it the latent and the cache. {installed_and_tested()}. Install a tested version."
+        )
 
 
 @contextmanager
@@ -186,7 +203,7 @@ def source_padding(encoder: nn.Module, attention_mask: Tensor | None, length: in
 def run_decoder(base: PreTrainedModel, packed: Tensor, encoder_outputs: BaseModelOutput, inputs: dict):
     """Logits of the base's decoder over a packed latent, as the base's output.
 
-    ``inputs`` are named as in an encoder-decoder's ``forward`` (``decoder_input_ids``, ``past_key_values``, ...).
+    ``inputs`` are named as in an encoder-decoder's ``forward`` (``decoder_input_ids``, ``use_cache``, ...).
     No attention mask is passed: masked vectors carry a bias of ``-inf``.
     """
     inputs = {name: value for name, value in inputs.items() if value is not None}
@@ -195,7 +212,7 @@ def run_decoder(base: PreTrainedModel, packed: Tensor, encoder_outputs: BaseMode
         outputs = base.decoder(encoder_hidden_states=packed, **inputs, return_dict=True)
         return Seq2SeqLMOutput(
             logits=outputs.logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             decoder_hidden_states=outputs.hidden_states,
             decoder_attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,

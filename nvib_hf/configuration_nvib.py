@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .validation import check_prior, check_settings, check_taus
+from .versions import CACHE
 
 CONFIG_VERSION = 1
 NUMBERS = (
@@ -113,7 +114,7 @@ class NvibConfig(PreTrainedConfig):
     model_type = "nvib"
     sub_configs_defaults = {"base_config": SubConfigSpec(config_class=AutoConfig, model_type="bart")}
     keys_to_ignore_at_inference = [
-        "past_key_values",
+        CACHE,
         "decoder_hidden_states",
         "decoder_attentions",
         "cross_attentions",

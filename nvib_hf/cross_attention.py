@@ -1,189 +1,23 @@
 """Cross-attention of every supported architecture, turned into denoising attention in place.
 
-One row a kind of module says where its projections, widths and scale are; one forward serves all rows. A module
-keeps its parameters, names and hooks: only its class changes, to a subclass of its own.
+A row of the table (``architectures.py``) says where a module's projections, widths and scale are; one forward serves
+all rows. A module keeps its parameters, names and hooks: only its class changes, to a subclass of its own.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import EncoderDecoderCache
-from transformers.pytorch_utils import Conv1D
 
+from .architectures import CrossAttention, cross_attention_scale, row_of
 from .denoising_attention import denoising_attention
 from .latent import unpack
-
-
-@dataclass(frozen=True)
-class CrossAttention:
-    """How to read one kind of cross-attention module. Fields are names of its attributes and arguments.
-
-    Args:
-        place: end of the module's name in the model: it tells cross- from self-attention of the same class.
-        query, key, value, output: the projections; ``output`` is ``None`` where another module applies it.
-        key_value: one projection to keys and values side by side, instead of ``key`` and ``value``.
-        head_dim: attribute with the head's width ``E``.
-        scale: attribute with the scale ``s``; ``None`` for ``E ** -0.5``.
-        dropout: attribute with the dropout of the weights, a number or an ``nn.Dropout``.
-        output_dropout: attribute with a dropout after the output projection.
-        softcap: attribute with the soft cap of the scores.
-        hidden_states, memory, cache: arguments of ``forward``: the decoder's states, the encoder's, the cache.
-        returns: what ``forward`` returns, in order: ``output``, ``weights``, or the name of an argument handed on.
-        time_major: states are ``(N, B, C)``.
-    """
-
-    place: str
-    query: str = "q_proj"
-    key: str | None = "k_proj"
-    value: str | None = "v_proj"
-    key_value: str | None = None
-    output: str | None = "out_proj"
-    head_dim: str = "head_dim"
-    scale: str | None = "scaling"
-    dropout: str = "dropout"
-    output_dropout: str | None = None
-    softcap: str | None = None
-    hidden_states: str = "hidden_states"
-    memory: str = "key_value_states"
-    cache: str = "past_key_values"
-    returns: tuple[str, ...] = ("output", "weights")
-    time_major: bool = False
-
-
-BART = CrossAttention(place="encoder_attn")
-T5 = CrossAttention(
-    place="EncDecAttention",
-    query="q",
-    key="k",
-    value="v",
-    output="o",
-    head_dim="key_value_proj_dim",
-    returns=("output", "position_bias", "weights"),
-)
-BERT = CrossAttention(
-    place="crossattention.self",
-    query="query",
-    key="key",
-    value="value",
-    output=None,
-    head_dim="attention_head_size",
-    memory="encoder_hidden_states",
-)
-GPT2 = CrossAttention(
-    place="crossattention",
-    query="q_attn",
-    key=None,
-    value=None,
-    key_value="c_attn",
-    output="c_proj",
-    dropout="attn_dropout",
-    output_dropout="resid_dropout",
-    memory="encoder_hidden_states",
-)
-
-T5GEMMA = CrossAttention(
-    place="cross_attn",
-    output="o_proj",
-    dropout="attention_dropout",
-    softcap="attn_logit_softcapping",
-    memory="encoder_hidden_states",
-)
-PROPHETNET = CrossAttention(
-    place="cross_attn",
-    query="query_proj",
-    key="key_proj",
-    value="value_proj",
-    scale=None,
-    dropout="attention_dropout",
-    output_dropout="dropout",
-)
-FSMT = CrossAttention(place="encoder_attn", hidden_states="query", memory="key", cache="layer_state", time_major=True)
-
-_REGISTRY: dict[str, CrossAttention] = {}
-
-
-def register_cross_attention(row: CrossAttention, *class_names: str) -> None:
-    """Teach NVIB the cross-attention of another architecture.
-
-    Args:
-        row: how to read the module.
-        class_names: names of the module's classes; with the last part of the Python module's name in front
-            (``"modeling_fsmt.Attention"``) where the name alone could be anybody's.
-
-    Example:
-        >>> register_cross_attention(CrossAttention(place="cross_attn", output="o_proj"), "MyAttention")
-    """
-    for name in class_names:
-        _REGISTRY[name] = row
-
-
-register_cross_attention(
-    BART,
-    "BartAttention",
-    "BigBirdPegasusDecoderAttention",
-    "BlenderbotAttention",
-    "BlenderbotSmallAttention",
-    "M2M100Attention",
-    "MarianAttention",
-    "MBartAttention",
-    "MvpAttention",
-    "PegasusAttention",
-    "PegasusXAttention",
-    "PLBartAttention",
-    "Speech2TextAttention",
-    "TrOCRAttention",
-    "WhisperAttention",
-    "XGLMAttention",
-)
-register_cross_attention(replace(BART, returns=("output", "weights", "past_key_values")), "LEDDecoderAttention")
-register_cross_attention(replace(BART, place="cross_attention"), "NllbMoeAttention")
-register_cross_attention(replace(BART, output="o_proj", dropout="attention_dropout"), "MoonshineAttention")
-register_cross_attention(
-    T5,
-    "LongT5Attention",
-    "MT5Attention",
-    "Pop2PianoAttention",
-    "SwitchTransformersAttention",
-    "T5Attention",
-)
-register_cross_attention(
-    replace(T5, memory="encoder_hidden_states", returns=("output", "weights")),
-    "UMT5Attention",
-)
-register_cross_attention(T5GEMMA, "T5GemmaCrossAttention")
-register_cross_attention(
-    BERT,
-    "BertCrossAttention",
-    "BertGenerationCrossAttention",
-    "CamembertCrossAttention",
-    "ElectraCrossAttention",
-    "RobertaCrossAttention",
-    "XLMRobertaCrossAttention",
-)
-register_cross_attention(GPT2, "GPT2Attention")
-register_cross_attention(PROPHETNET, "ProphetNetAttention")
-register_cross_attention(FSMT, "modeling_fsmt.Attention")
-
-# Attention that no row can describe, by class and place.
-_IMPOSSIBLE = {
-    ("T5Gemma2MergedAttention", "self_attn"): "it attends to the source and to the decoder's own tokens in one "
-    "softmax, where a latent's weights mean nothing by themselves. Take T5Gemma",
-    ("GPTBigCodeAttention", "crossattention"): "in Transformers itself it raises an error. Take a GPT-2 decoder",
-}
-# Parts of the names that cross-attention has in models that are not in the table.
-_HINTS = ("cross", "encoder_attn", "encdec", "encoder_decoder", "enc_dec", "multihead_attn")
-
-
-def _row(module_class: type) -> CrossAttention | None:
-    name = module_class.__name__
-    qualified = f"{module_class.__module__.rsplit('.', 1)[-1]}.{name}"
-    return _REGISTRY.get(qualified, _REGISTRY.get(name))
+from .versions import CACHE, installed_and_tested
 
 
 class DenoisingCrossAttention(nn.Module):
@@ -317,60 +151,6 @@ def projection_matrix(projection: nn.Module, like: Tensor) -> tuple[Tensor, bool
     return (projection(eye) - projection(torch.zeros_like(eye[:, :1]))).squeeze(0).transpose(0, 1), True
 
 
-def _row_of(module: nn.Module) -> CrossAttention:
-    """The row of a cross-attention module, converted or not."""
-    return module.nvib_row if isinstance(module, DenoisingCrossAttention) else _row(type(module))
-
-
-def cross_attention_scale(module: nn.Module) -> float:
-    """The scale ``s`` of a cross-attention module."""
-    row = _row_of(module)
-    return getattr(module, row.head_dim) ** -0.5 if row.scale is None else getattr(module, row.scale)
-
-
-def memory_width(module: nn.Module) -> int:
-    """Width ``P`` of the vectors that a cross-attention module reads, before its projections."""
-    row = _row_of(module)
-    projection = getattr(module, row.key or row.key_value)
-    return projection.nx if isinstance(projection, Conv1D) else projection.in_features
-
-
-def find_cross_attention(model: nn.Module) -> list[nn.Module]:
-    """The model's cross-attention modules that the table knows.
-
-    Raises:
-        ValueError: there are none, or none that can be converted; the message says what was found instead.
-    """
-    found, unknown = [], set()
-    for name, module in model.named_modules():
-        row, class_name, place = _row(type(module)), type(module).__name__, name.rsplit(".", 1)[-1]
-        if (reason := _IMPOSSIBLE.get((class_name, place))) is not None:
-            raise ValueError(f"{class_name} cannot become denoising attention: {reason}.")
-        if row is not None and f".{name}".endswith(f".{row.place}"):
-            found.append(module)
-        elif "Attention" in class_name and any(hint in name.lower() for hint in _HINTS):
-            unknown.add(f"{class_name} ({name})")
-    if found:
-        if getattr(model.config, "use_prompt", False):
-            raise ValueError(
-                f"{type(model).__name__} with use_prompt=True attends to trained keys beside those of the source, "
-                "which are no part of a latent. Load it with use_prompt=False."
-            )
-        return found
-    if unknown:
-        raise ValueError(
-            f"{type(model).__name__} has cross-attention of a kind that is not in the table: "
-            f"{', '.join(sorted(unknown))}. Add a row that names its projections: nvib_hf.register_cross_attention("
-            "CrossAttention(place=..., query=..., key=..., value=..., output=..., ...), class_name)."
-        )
-    raise ValueError(
-        f"{type(model).__name__} has no cross-attention, which NVIB turns into denoising attention. Pass an "
-        "encoder-decoder model (BART, T5, ...), or join an encoder and a decoder with "
-        "NvibForConditionalGeneration.from_encoder_decoder_pretrained. If it has one under a name that was not "
-        "recognised, add a row with nvib_hf.register_cross_attention(CrossAttention(place=..., ...), class_name)."
-    )
-
-
 @functools.cache
 def _denoising_class(base: type[nn.Module], row: CrossAttention) -> type[nn.Module]:
     names = tuple(inspect.signature(base.forward).parameters)[1:]
@@ -388,7 +168,7 @@ def _set_class(module: nn.Module, module_class: type[nn.Module]) -> None:
 def convert_cross_attention(modules: list[nn.Module], width: int, exact: bool = False) -> None:
     """Turn cross-attention modules into denoising attention for latents ``width`` wide, in place."""
     for module in modules:
-        _set_class(module, _denoising_class(type(module), _row(type(module))))
+        _set_class(module, _denoising_class(type(module), row_of(module)))
         module.nvib_width, module.nvib_exact = width, exact
 
 
@@ -398,3 +178,16 @@ def restore_cross_attention(model: nn.Module) -> None:
         if isinstance(module, DenoisingCrossAttention):
             _set_class(module, type(module).__mro__[2])
             del module.nvib_width, module.nvib_exact
+
+
+def check_cache_was_found(cache: object, layers: tuple[int, ...]) -> None:
+    """Raise RuntimeError if a decoder was given a cache that its cross-attention in ``layers`` did not see.
+
+    It would decode on, from keys and values of every step anew.
+    """
+    if isinstance(cache, EncoderDecoderCache) and not all(cache.is_updated.get(layer) for layer in layers):
+        missed = [layer for layer in layers if not cache.is_updated.get(layer)]
+        raise RuntimeError(
+            f"The cache did not reach the cross-attention of layers {missed}: the decoder hands it on under a name "
+            f"that is not {CACHE!r}. {installed_and_tested()}. Install a tested version, or pass use_cache=False."
+        )

@@ -69,7 +69,7 @@ class NvibGenerationMixin(GenerationMixin):
         )
         return input_ids, {**model_kwargs, "encoder_outputs": packed}
 
-    def _reorder_cache(self, past_key_values, beam_idx):
+    def _reorder_cache(self, cache, beam_idx):
         """Beams change places among those of their source, whose keys and values they share."""
-        past_key_values.self_attention_cache.reorder_cache(beam_idx)
-        return past_key_values
+        cache.self_attention_cache.reorder_cache(beam_idx)
+        return cache

@@ -8,15 +8,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.utils import can_return_tuple
 
+from .architectures import check_names, cross_attention_scale, find_cross_attention, memory_width, row_of
 from .base_model import (
     JOINED,
     argument_names,
     base_class,
+    check_decoder_call,
     damage_explained,
     decoder_positions,
     freeze_unused,
@@ -25,12 +27,7 @@ from .base_model import (
     shift_right,
 )
 from .configuration_nvib import NvibConfig
-from .cross_attention import (
-    convert_cross_attention,
-    cross_attention_scale,
-    find_cross_attention,
-    memory_width,
-)
+from .cross_attention import check_cache_was_found, convert_cross_attention
 from .encoding import NvibBottleneck, NvibEncodingMixin
 from .generation import NvibGenerationMixin
 from .initialisation import prior_buffers
@@ -38,6 +35,7 @@ from .latent import NvibLatents
 from .loss import nvib_loss, regulariser
 from .model_card import NvibModelCardMixin
 from .validation import check_prior
+from .versions import CACHE, given_cache, warn_if_untested
 from .word_dropout import drop_words
 from .wrapping import NvibWrappingMixin, check_base
 
@@ -51,7 +49,7 @@ FOLLOWS_THE_BASE = (
     "_can_compile_fullgraph",
 )
 # Some encoders share a class with their decoder, and its arguments.
-OF_THE_DECODER = {"use_cache", "past_key_values", "encoder_hidden_states", "encoder_attention_mask"}
+OF_THE_DECODER = {"use_cache", CACHE, "encoder_hidden_states", "encoder_attention_mask"}
 
 
 @dataclass
@@ -116,6 +114,7 @@ class NvibForConditionalGeneration(
     _keep_in_fp32_modules_strict = [r"nvib.alpha_\w+", r"nvib.prior_\w+", "nvib.threshold_share", "kl_beta"]
 
     def __init__(self, config: NvibConfig, base: PreTrainedModel | None = None) -> None:
+        warn_if_untested()
         if base is None:
             architecture = base_class(config.base_config, config.base_architecture)
         else:
@@ -134,6 +133,11 @@ class NvibForConditionalGeneration(
         self.main_input_name = base.main_input_name
 
         cross_attention = find_cross_attention(base)
+        for module in cross_attention:
+            check_names(module)
+        # Their places in the cache.
+        self._cached_layers = tuple(module.layer_idx for module in cross_attention if row_of(module).cache)
+        check_decoder_call(base, cached=bool(self._cached_layers))
         width = memory_width(cross_attention[0])
         check_prior(config.prior_mu, config.prior_var, config.prior_alpha, width)
         scales = {cross_attention_scale(module) for module in cross_attention}
@@ -227,7 +231,7 @@ class NvibForConditionalGeneration(
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
         encoder_outputs: NvibLatents | BaseModelOutput | None = None,
-        past_key_values=None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
@@ -239,6 +243,7 @@ class NvibForConditionalGeneration(
         output_hidden_states: bool | None = None,
         num_items_in_batch: int | Tensor | None = None,
         generator: torch.Generator | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> NvibSeq2SeqLMOutput:
         """Logits and, with ``labels``, the loss.
@@ -246,13 +251,14 @@ class NvibForConditionalGeneration(
         Args:
             input_ids, attention_mask, inputs_embeds, input_features, input_values, pixel_values: the encoder's
                 inputs, as the base takes them.
-            decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds, past_key_values, use_cache: as in
-                the base; made from ``labels`` if neither ids nor embeddings are given.
+            decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds, cache, use_cache: as in the base; made
+                from ``labels`` if neither ids nor embeddings are given.
             encoder_outputs: latents (``encode``, ``sample_latents``, ``interpolate_latents``) in place of inputs.
             labels: ``(B, Nt)``; -100 is ignored.
             num_items_in_batch: target tokens of the whole optimisation step, over all micro-batches: the loss is
                 the sum divided by it.
             generator: for the draws of training.
+            past_key_values: the name of ``cache`` before Transformers 5.24.
             kwargs: further inputs of the base's encoder and decoder, by name.
 
         Raises:
@@ -265,7 +271,8 @@ class NvibForConditionalGeneration(
                 "label_smoothing_factor to 0 in TrainingArguments and use NvibConfig(label_smoothing=...) instead; "
                 "in place of a compute_loss_func, override Trainer.compute_loss."
             )
-        self._check_targets(labels, decoder_input_ids, decoder_inputs_embeds, past_key_values)
+        cache = given_cache(cache, past_key_values)
+        self._check_targets(labels, decoder_input_ids, decoder_inputs_embeds, cache)
         if labels is not None:
             use_cache = False
             if decoder_input_ids is None and decoder_inputs_embeds is None:
@@ -303,12 +310,14 @@ class NvibForConditionalGeneration(
                 "decoder_input_ids": decoder_input_ids,
                 "decoder_attention_mask": decoder_attention_mask,
                 "decoder_inputs_embeds": decoder_inputs_embeds,
-                "past_key_values": past_key_values,
+                CACHE: cache,
                 "use_cache": use_cache,
                 **recorded,
                 **self._decoder_arguments(kwargs),
             },
         )
+        cache = outputs.get(CACHE)
+        check_cache_was_found(cache, self._cached_layers)
         measured = {name: None if latents is None else getattr(latents, name) for name in MEASURED}
         loss = cross_entropy = None
         if labels is not None:
@@ -319,7 +328,7 @@ class NvibForConditionalGeneration(
         return NvibSeq2SeqLMOutput(
             loss=loss,
             logits=outputs.logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: cache},
             decoder_hidden_states=outputs.get("decoder_hidden_states"),
             decoder_attentions=outputs.get("decoder_attentions"),
             cross_attentions=outputs.get("cross_attentions"),
@@ -348,7 +357,7 @@ class NvibForConditionalGeneration(
             raise ValueError("word_dropout needs a token in place of words: set word_dropout_token_id.")
         return drop_words(decoder_input_ids, self.config.word_dropout, token_id, generator)
 
-    def _check_targets(self, labels, decoder_input_ids, decoder_inputs_embeds, past_key_values) -> None:
+    def _check_targets(self, labels, decoder_input_ids, decoder_inputs_embeds, cache) -> None:
         if labels is None and decoder_input_ids is None and decoder_inputs_embeds is None:
             raise ValueError(
                 "The decoder has nothing to read. Pass labels, decoder_input_ids or decoder_inputs_embeds; to write "
@@ -356,7 +365,7 @@ class NvibForConditionalGeneration(
             )
         name, tokens = ("decoder_input_ids", decoder_input_ids) if labels is None else ("labels", labels)
         positions = self._decoder_positions
-        if tokens is None or positions is None or past_key_values is not None:
+        if tokens is None or positions is None or cache is not None:
             return
         if tokens.shape[-1] > positions:
             raise ValueError(

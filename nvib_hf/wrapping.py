@@ -8,9 +8,10 @@ from typing import Self
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .architectures import find_cross_attention
 from .base_model import join_encoder_decoder, load_base
 from .configuration_nvib import NvibConfig, refuse_misspelt_settings, setting_names
-from .cross_attention import DenoisingCrossAttention, find_cross_attention, restore_cross_attention
+from .cross_attention import DenoisingCrossAttention, restore_cross_attention
 from .encoding import refuse_unknown
 
 

@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import GenerationMixin
 
-from nvib_hf import NvibForConditionalGeneration, NvibLatents, cross_attention, naive_denoising_attention
+from nvib_hf import NvibForConditionalGeneration, NvibLatents, architectures, naive_denoising_attention
+from nvib_hf.architectures import find_cross_attention
 from nvib_hf.base_model import base_class
-from nvib_hf.cross_attention import DenoisingCrossAttention, find_cross_attention
+from nvib_hf.cross_attention import DenoisingCrossAttention
 from nvib_hf.denoising_attention import mixture_memory, sampled_memory
 from nvib_hf.latent import pack
 
@@ -499,5 +500,5 @@ def test_the_class_of_the_base_follows_from_its_configuration(family):
 def test_the_families_are_all_in_the_table_of_cross_attention():
     """A row that no family uses would be untested."""
     used = {type(module).__name__ for family in FAMILIES for module in find_cross_attention(tiny_base(family))}
-    rows = {name.rsplit(".", 1)[-1] for name in cross_attention._REGISTRY}
+    rows = {name.rsplit(".", 1)[-1] for name in architectures._REGISTRY}
     assert rows <= used

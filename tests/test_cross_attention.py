@@ -1,10 +1,12 @@
 """The table of cross-attention: an architecture of one's own, what is refused, and what conversion leaves alone."""
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from tiny_models import (
     BERT_ENCODER,
     BERT_LIKE,
@@ -39,28 +41,27 @@ from transformers import (
     T5Gemma2ForConditionalGeneration,
 )
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.models.bart.modeling_bart import BartAttention
 from transformers.pytorch_utils import Conv1D
 
-from nvib_hf import CrossAttention, NvibForConditionalGeneration, cross_attention, register_cross_attention
+from nvib_hf import CrossAttention, NvibForConditionalGeneration, architectures, register_cross_attention
+from nvib_hf.architectures import BERT, cross_attention_scale, find_cross_attention, memory_width
 from nvib_hf.cross_attention import (
-    BERT,
     DenoisingCrossAttention,
     convert_cross_attention,
-    cross_attention_scale,
-    find_cross_attention,
-    memory_width,
     projection_matrix,
     restore_cross_attention,
 )
 from nvib_hf.denoising_attention import mixture_memory
 from nvib_hf.latent import pack
+from nvib_hf.versions import CACHE, TESTED_TRANSFORMERS
 
 
 @pytest.fixture
 def registry(monkeypatch):
     """The table, restored after the test."""
-    monkeypatch.setattr(cross_attention, "_REGISTRY", dict(cross_attention._REGISTRY))
-    return cross_attention._REGISTRY
+    monkeypatch.setattr(architectures, "_REGISTRY", dict(architectures._REGISTRY))
+    return architectures._REGISTRY
 
 
 # ------------------------------------------------------------------------------------ an architecture of one's own
@@ -181,6 +182,7 @@ def test_an_architecture_of_ones_own(registry, tmp_path):
             dropout="drop",
             hidden_states="x",
             memory="source",
+            cache=None,
         ),
         "PaperSourceAttention",
     )
@@ -288,6 +290,78 @@ def test_states_that_are_no_latent_are_refused():
         model.base.model.decoder.layers[0].encoder_attn(states)
 
 
+# ------------------------------------------------------------------------------------ names that have moved
+@pytest.mark.parametrize(
+    ("field", "name", "message"),
+    [
+        ("hidden_states", "hidden_state", "forward takes no argument 'hidden_state' "),
+        ("memory", "key_value_state", "forward takes no argument 'key_value_state' "),
+        ("cache", "kv_cache", "forward takes no argument 'kv_cache' "),
+        ("returns", ("output", "weights", "position_bias"), "forward takes no argument 'position_bias' "),
+        ("query", "query_proj", "no attribute 'query_proj'"),
+        ("key", "key_proj", "no attribute 'key_proj'"),
+        ("value", "value_proj", "no attribute 'value_proj'"),
+        ("output", "o_proj", "no attribute 'o_proj'"),
+        ("head_dim", "head_width", "no attribute 'head_width'"),
+        ("scale", "scale", "no attribute 'scale'"),
+        ("dropout", "dropout_p", "no attribute 'dropout_p'"),
+        ("output_dropout", "resid", "no attribute 'resid'"),
+        ("softcap", "cap", "no attribute 'cap'"),
+    ],
+)
+def test_a_row_whose_names_are_not_there_is_refused(registry, field, name, message):
+    base, inputs, labels = tiny_base("bart"), tiny_inputs("bart"), tiny_labels("bart")
+    expected = base(**inputs, labels=labels).logits
+    register_cross_attention(replace(architectures.BART, **{field: name}), "BartAttention")
+    with pytest.raises(ValueError, match=message) as error:
+        NvibForConditionalGeneration.from_base_pretrained(base)
+    assert "BartAttention" in str(error.value)
+    assert transformers.__version__ in str(error.value)
+    assert TESTED_TRANSFORMERS in str(error.value)
+    assert torch.equal(base(**inputs, labels=labels).logits, expected)  # nothing was changed
+
+
+class RenamedAttention(BartAttention):
+    """What a release of Transformers may do: another name for the cache, and the old one swallowed."""
+
+    def forward(self, hidden_states, key_value_states=None, attention_mask=None, remembered=None, **kwargs):
+        return super().forward(hidden_states, key_value_states, attention_mask=attention_mask, **{CACHE: remembered})
+
+
+def renamed_model():
+    base = tiny_base("bart")
+    for layer in base.model.decoder.layers:
+        layer.encoder_attn.__class__ = RenamedAttention
+    return base
+
+
+def test_a_forward_that_was_renamed_is_refused(registry):
+    register_cross_attention(architectures.BART, "RenamedAttention")
+    with pytest.raises(ValueError, match=f"RenamedAttention.* takes no argument '{CACHE}' .*register_cross_attention"):
+        NvibForConditionalGeneration.from_base_pretrained(renamed_model())
+
+
+def test_a_decoder_that_hands_the_cache_on_under_another_name_is_refused(registry):
+    """The attention takes what its row says, but its caller says something else: nothing else would notice."""
+    register_cross_attention(replace(architectures.BART, cache="remembered"), "RenamedAttention")
+    model, inputs = NvibForConditionalGeneration.from_base_pretrained(renamed_model()), tiny_inputs("bart")
+    with pytest.raises(RuntimeError, match=r"cache did not reach the cross-attention of layers \[0, 1\]"):
+        model.generate(**inputs, max_new_tokens=3)
+    model.generate(**inputs, max_new_tokens=3, use_cache=False)
+
+
+def test_a_model_that_takes_no_cache_under_its_name_is_refused(registry):
+    base = tiny_base("bart")
+    forward = type(base).forward
+
+    def renamed(self, decoder_input_ids=None, encoder_outputs=None, remembered=None):
+        return forward(self, decoder_input_ids=decoder_input_ids, encoder_outputs=encoder_outputs)
+
+    base.__class__ = type("RenamedBart", (type(base),), {"forward": renamed})
+    with pytest.raises(ValueError, match=f"RenamedBart.forward takes no argument '{CACHE}'"):
+        NvibForConditionalGeneration.from_base_pretrained(base)
+
+
 # ------------------------------------------------------------------------------------ what conversion leaves alone
 def test_conversion_keeps_names_classes_and_self_attention():
     base = tiny_base("bart")
@@ -369,7 +443,7 @@ def test_matrices_are_computed_once_a_source():
     together = module(hidden_states, packed)[0]
     calls.clear()
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-    steps = [module(hidden_states[:, step : step + 1], packed, past_key_values=cache)[0] for step in range(3)]
+    steps = [module(hidden_states[:, step : step + 1], packed, **{CACHE: cache})[0] for step in range(3)]
     assert len(calls) == 3  # the keys; the identity and zero
     torch.testing.assert_close(torch.cat(steps, dim=1), together)
 
@@ -381,12 +455,12 @@ def test_a_cache_that_is_used_again_does_not_keep_old_matrices():
     mu, logvar = torch.randn(2, 1, 4, 32)
     packed, hidden_states = pack(mixture_memory(mu, logvar, torch.zeros(1, 4), 8**-0.5)), torch.randn(1, 1, 32)
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-    module(hidden_states, encoder_hidden_states=packed, past_key_values=cache)
+    module(hidden_states, encoder_hidden_states=packed, **{CACHE: cache})
     module.c_attn.weight.mul_(0.5)
     cache.is_updated.clear()
     layer = cache.cross_attention_cache.layers[0]
     layer.keys, layer.values = layer.keys[:, :, :0], layer.values[:, :, :0]
-    again = module(hidden_states, encoder_hidden_states=packed, past_key_values=cache)[0]
+    again = module(hidden_states, encoder_hidden_states=packed, **{CACHE: cache})[0]
     torch.testing.assert_close(again, module(hidden_states, encoder_hidden_states=packed)[0])
 
 

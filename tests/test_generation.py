@@ -9,6 +9,7 @@ from tiny_nvib import tiny_nvib
 from transformers import GenerationConfig
 
 from nvib_hf import NvibLatents, concatenate_latents
+from nvib_hf.versions import CACHE
 
 FAMILIES = ["bart", "t5", "bert2gpt2"]
 LENGTH = {"min_new_tokens": 6, "max_new_tokens": 6}
@@ -151,7 +152,7 @@ def test_vectors_that_a_threshold_drops_are_not_cached():
     kept = int((latents.log_pi > -float("inf")).sum(-1).max())
     assert kept < latents.z.shape[1]
     outputs = model.generate(**inputs, **LENGTH, return_dict_in_generate=True)
-    assert outputs.past_key_values.cross_attention_cache.layers[0].keys.shape[2] == kept
+    assert outputs[CACHE].cross_attention_cache.layers[0].keys.shape[2] == kept
     with torch.no_grad():  # against all vectors, by forward
         scores = model(**inputs, decoder_input_ids=outputs.sequences[:, :-1]).logits
     assert torch.equal(scores.argmax(-1)[:, 0], outputs.sequences[:, 1])

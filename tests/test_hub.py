@@ -25,6 +25,7 @@ from nvib_hf import Nvib, NvibConfig, NvibForConditionalGeneration
 CODE = {
     "base_model.py",
     "configuration_nvib.py",
+    "architectures.py",
     "cross_attention.py",
     "cross_entropy.py",
     "denoising_attention.py",
@@ -42,6 +43,7 @@ CODE = {
     "nvib_layer.py",
     "posterior.py",
     "validation.py",
+    "versions.py",
     "word_dropout.py",
     "wrapping.py",
 }

@@ -1,0 +1,45 @@
+"""What differs between the versions of Transformers that this package runs with, and which those are."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import transformers
+from packaging.version import Version
+from transformers.modeling_outputs import Seq2SeqLMOutput
+
+# The suite runs on the first and the last of them; setup.cfg asks for the same.
+TESTED_TRANSFORMERS = ">=5.23,<5.25"
+
+# The cache: as an argument of models, layers and attention, in their outputs and in what generate() hands on.
+# `past_key_values` until 5.23, `cache` since.
+CACHE = "cache" if "cache" in Seq2SeqLMOutput.__dataclass_fields__ else "past_key_values"
+
+
+def given_cache(cache: object, past_key_values: object) -> object:
+    """The cache under whichever of its two names it was given.
+
+    Raises:
+        ValueError: under both.
+    """
+    if cache is not None and past_key_values is not None:
+        raise ValueError("The cache was given twice, as cache and as past_key_values. Pass one of them.")
+    return past_key_values if cache is None else cache
+
+
+def installed_and_tested() -> str:
+    """For a message: which version is installed and which ones are tested."""
+    return f"Installed is transformers {transformers.__version__}, tested are {TESTED_TRANSFORMERS}"
+
+
+@functools.cache
+def warn_if_untested() -> None:
+    """Warn, once, that the installed Transformers is not one that the tests run on."""
+    lowest, beyond = (Version(bound.lstrip("><=")) for bound in TESTED_TRANSFORMERS.split(","))
+    if not lowest <= Version(transformers.__version__) < beyond:
+        warnings.warn(
+            f"nvib_hf is not tested with this version of Transformers. {installed_and_tested()}. What a model "
+            "computes may differ: compare a fresh wrap with its base, or install a tested version.",
+            stacklevel=3,
+        )

@@ -1,0 +1,58 @@
+"""The range of versions: stated once, and a version outside of it is said."""
+
+import configparser
+import warnings
+from pathlib import Path
+
+import pytest
+import transformers
+from tiny_models import tiny_base
+from transformers import DynamicCache
+
+from nvib_hf import NvibForConditionalGeneration, versions
+from nvib_hf.versions import TESTED_TRANSFORMERS, given_cache, warn_if_untested
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def unwarned():
+    warn_if_untested.cache_clear()
+    yield
+    warn_if_untested.cache_clear()
+
+
+def test_setup_cfg_and_the_readme_state_the_tested_range():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    assert f"transformers{TESTED_TRANSFORMERS}" in setup["options"]["install_requires"].split()
+    assert f"`transformers{TESTED_TRANSFORMERS}`" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("version", ["5.22.3", "5.25.0", "6.0.0"])
+def test_a_version_that_is_not_tested_is_warned_of_once(unwarned, monkeypatch, tmp_path, version):
+    monkeypatch.setattr(transformers, "__version__", version)
+    with pytest.warns(UserWarning, match=f"not tested with this version.*transformers {version}"):
+        model = NvibForConditionalGeneration.from_base_pretrained(tiny_base("bart"))
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        NvibForConditionalGeneration.from_pretrained(tmp_path)
+    warn_if_untested.cache_clear()
+    with pytest.warns(UserWarning, match="not tested"):
+        NvibForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_the_installed_version_is_not_warned_of(unwarned):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_untested()
+
+
+def test_a_cache_has_two_names():
+    cache = DynamicCache()
+    assert given_cache(cache, None) is given_cache(None, cache) is cache
+    assert given_cache(None, None) is None
+    with pytest.raises(ValueError, match=r"given twice.*past_key_values"):
+        given_cache(cache, cache)
+    assert versions.CACHE in ("cache", "past_key_values")
