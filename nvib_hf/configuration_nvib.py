@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .validation import check_prior, check_settings, check_taus
+from .validation import EVALUATIONS, KL_WEIGHTS, check_choice, check_prior, check_settings, check_taus
 from .versions import CACHE
 
 CONFIG_VERSION = 1
@@ -98,7 +98,13 @@ class NvibConfig(PreTrainedConfig):
             for what it cannot read.
         word_dropout_token_id: by what; the base's padding token by default.
         label_smoothing: smoothing of the cross-entropy's targets, in [0, 1).
-        exact_attention: keep the query-norm term of the evaluation score, as exact Bayes has it. The published
+        evaluation: what is decoded in evaluation. ``"means"``: the posterior's means as points, with the expected
+            weights, which is what training with ``kappa = 1`` fits. ``"mixture"``: the posterior itself, as published;
+            it is what ``tau_sigma > 0`` without training needs, where the variance is the regulariser.
+        kl_weights: how KL_G weighs the components. ``"drawn"``: each as one, since training draws ``kappa`` vectors
+            of every component; what a threshold drops costs nothing. ``"pseudo_counts"``: by their pseudo-counts, as
+            published, which lets vectors of small pseudo-count carry information that is not paid for.
+        exact_attention: keep the query-norm term of the mixture's score, as exact Bayes has it. The published
             score leaves it out.
 
     Raises:
@@ -151,6 +157,8 @@ class NvibConfig(PreTrainedConfig):
     word_dropout: float = 0.0
     word_dropout_token_id: int | None = None
     label_smoothing: float = 0.0
+    evaluation: str = "means"
+    kl_weights: str = "drawn"
     exact_attention: bool = False
     is_encoder_decoder: bool = True
     config_version: int = CONFIG_VERSION
@@ -184,6 +192,13 @@ class NvibConfig(PreTrainedConfig):
         check_settings(self.delta, self.kappa, self.alpha_activation, self.alpha_threshold, self.threshold_share)
         self.kappa = int(self.kappa)
         check_taus(self.tau_alpha, self.tau_sigma, self.tau_mu)
+        check_choice("evaluation", self.evaluation, EVALUATIONS)
+        check_choice("kl_weights", self.kl_weights, KL_WEIGHTS)
+        if self.exact_attention and self.evaluation != "mixture":
+            raise ValueError(
+                f"exact_attention is a term of the mixture's score, but evaluation is {self.evaluation!r}. Set "
+                "evaluation='mixture' too."
+            )
         if self.alpha_activation == "relu" and self.tau_alpha <= 0:
             raise ValueError(
                 f"tau_alpha must be above 0 with alpha_activation='relu', but got {self.tau_alpha}: pseudo-counts "

@@ -3,7 +3,7 @@ r"""Denoising attention: attention to a mixture of Gaussians instead of a set of
 A query, projected into the latent space (:math:`u = W_k^\top q`), is taken for a noisy observation with
 variance ``1 / s`` of a vector drawn from the mixture; attention returns the posterior mean of that vector.
 
-* :func:`sampled_memory` and :func:`mixture_memory` turn a latent into what attention reads of it: vectors to
+* :func:`point_memory` and :func:`mixture_memory` turn a latent into what attention reads of it: vectors to
   project to keys and values, a bias for each of them, and (for the mixture) how far each channel is shrunk;
 * :func:`denoising_attention` is the one attention core, on projected queries, keys and values;
 * :func:`naive_denoising_attention` is the definition, slow and obvious, that the tests hold the core to.
@@ -41,24 +41,25 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def sampled_memory(z: Tensor, log_pi: Tensor, scale: float) -> DenoisingMemory:
-    r"""Training: sampled vectors with sampled weights.
+def point_memory(z: Tensor, log_pi: Tensor, scale: float) -> DenoisingMemory:
+    r"""Points with weights: sampled vectors in training; the posterior's means in evaluation by the means.
 
     .. math:: b_j = \log \pi_j - \tfrac{s}{2} \lVert z_j \rVert^2
 
     Args:
-        z: sampled vectors before any projection, ``(B, Nl, P)``.
+        z: vectors before any projection, ``(B, Nl, P)``.
         log_pi: log mixture weights, ``(B, Nl)``; ``-inf`` where a vector is masked.
         scale: the attention's scale ``s``; ``1 / s`` is the variance of the query noise.
 
-    Source: Henderson & Fehr (ICLR 2023), training-time denoising attention.
+    Source: Henderson & Fehr (ICLR 2023), training-time denoising attention. At the means with the expected weights
+    it is what a sample of one vector per component is on average, and what such training fits.
     """
     squared_norm = at_least_float32(z).square().sum(-1)
     return DenoisingMemory(z, at_least_float32(log_pi) - 0.5 * scale * squared_norm)
 
 
 def mixture_memory(mu: Tensor, logvar: Tensor, log_pi: Tensor, scale: float) -> DenoisingMemory:
-    r"""Evaluation: the posterior itself, a mixture of Gaussians.
+    r"""Evaluation by the mixture: the posterior itself, a mixture of Gaussians.
 
     .. math:: r_j = \frac{s \sigma_j^2}{1 + s \sigma_j^2}, \qquad
         b_j = \log \pi_j - \tfrac{s}{2} \sum (1 - r_j) \mu_j^2 - \tfrac12 \sum \log(1 + s \sigma_j^2)

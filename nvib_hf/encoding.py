@@ -192,7 +192,7 @@ class NvibEncodingMixin:
             )
 
     def _pack(self, latents: NvibLatents) -> Tensor:
-        return pack(latents.memory(self.scale))
+        return pack(latents.memory(self.scale, self.config.evaluation))
 
     @torch.no_grad()
     def fit_prior(self, batches: Iterable[dict[str, Tensor]]) -> EmpiricalPrior:

@@ -3,7 +3,7 @@ r"""The latent of a text (image, sound): first-class, and packed for its way thr
 The only tensor that reaches every cross-attention of every architecture is ``encoder_hidden_states``. What
 attention reads of a latent therefore travels as its last axis:
 
-    [ vectors (P) | bias (3, padded to 8) ]                       a sample: points
+    [ vectors (P) | bias (3, padded to 8) ]                       points: a sample, or the means
     [ vectors (P) | shrinkage (P) | bias (3, padded to 8) ]       a mixture of Gaussians
 
 The bias is split in three summands that a cast to half precision does not round, so the packed tensor can have
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
-from .denoising_attention import DenoisingMemory, mixture_memory, sampled_memory, split_bias
+from .denoising_attention import DenoisingMemory, mixture_memory, point_memory, split_bias
 from .dropping import kept_first
 
 BIAS_WIDTH = 8  # three channels, padded so that the packed rows stay aligned
@@ -60,7 +60,7 @@ class NvibLatents(ModelOutput):
     Indexed along the batch (``latents[0]``, ``latents[2:4]``, ``latents[[0, 2]]``, a mask); by field with a string.
 
     Args:
-        z: vectors attended to, ``(B, Nl, P)``: a sample, or the means where ``logvar`` is given.
+        z: vectors ``(B, Nl, P)``: a sample, or the means where ``logvar`` is given.
         log_pi: log mixture weights ``(B, Nl)``, ``-inf`` where a vector is padding or dropped.
         logvar: log-variances ``(B, Nl, P)`` of the mixture; ``None`` for a sample.
         attention_mask: ``(B, Nl)``, True = a vector (dropped ones included), False = padding.
@@ -133,10 +133,15 @@ class NvibLatents(ModelOutput):
 
         return type(self)(**{name: value if value.dim() == 1 else gather(value) for name, value in self.items()})
 
-    def memory(self, scale: float) -> DenoisingMemory:
-        """What denoising attention with this ``scale`` reads of the latents."""
-        if self.logvar is None:
-            return sampled_memory(self.z, self.log_pi, scale)
+    def memory(self, scale: float, evaluation: str) -> DenoisingMemory:
+        """What denoising attention with this ``scale`` reads of the latents: points, or a mixture of Gaussians.
+
+        Args:
+            scale: the attention's scale ``s``.
+            evaluation: ``"means"`` reads a posterior's means, ``"mixture"`` the posterior; a sample is points to both.
+        """
+        if self.logvar is None or evaluation == "means":
+            return point_memory(self.z, self.log_pi, scale)
         return mixture_memory(self.z, self.logvar, self.log_pi, scale)
 
 

@@ -6,25 +6,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .denoising_attention import additive_mask, denoising_attention, mixture_memory, sampled_memory
+from .denoising_attention import additive_mask, denoising_attention, mixture_memory, point_memory
 from .memory import NvibMemory, as_memory
+from .validation import EVALUATIONS, check_choice
 
 
 class DenoisingMultiheadAttention(nn.MultiheadAttention):
     """``nn.MultiheadAttention`` whose keys and values are a distribution over vectors.
 
     In ``train()`` it attends to the sample ``z`` with weights ``pi``, in ``eval()`` to the mixture of Gaussians
-    ``mu``, ``logvar``, ``pi``. Parameters, names and initialisation are those of ``nn.MultiheadAttention``, so
+    ``mu``, ``logvar``, ``pi``, or to its means alone. Parameters, names and initialisation are those of ``nn.MultiheadAttention``, so
     state dicts are interchangeable.
 
     Args:
         embed_dim, num_heads, dropout, bias, kdim, vdim, batch_first, device, dtype: as in
             ``nn.MultiheadAttention``; ``kdim`` (= ``vdim``) is the width ``P`` of the latent vectors.
-        exact: keep the query-norm term of the evaluation score (see
+        evaluation: what ``eval()`` attends to: ``"mixture"``, as published, or ``"means"``, the points ``mu`` with
+            weights ``pi``, which is what training with one vector per component fits.
+        exact: of the mixture, keep the query-norm term of the evaluation score (see
             :func:`~nvib_hf.denoising_attention.denoising_attention`).
 
     Raises:
-        ValueError: ``add_bias_kv``, ``add_zero_attn``, or ``kdim`` and ``vdim`` that differ.
+        ValueError: ``add_bias_kv``, ``add_zero_attn``, ``kdim`` and ``vdim`` that differ, or an ``evaluation`` that
+            is neither of the two.
 
     Example:
         >>> layer = nn.TransformerDecoderLayer(16, nhead=4)
@@ -47,8 +51,10 @@ class DenoisingMultiheadAttention(nn.MultiheadAttention):
         batch_first: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        evaluation: str = "mixture",
         exact: bool = False,
     ) -> None:
+        check_choice("evaluation", evaluation, EVALUATIONS)
         for name, value in (("add_bias_kv", add_bias_kv), ("add_zero_attn", add_zero_attn)):
             if value:
                 raise ValueError(
@@ -61,7 +67,7 @@ class DenoisingMultiheadAttention(nn.MultiheadAttention):
                 "of the same latent vectors. Pass the same number, the width of the latent."
             )
         super().__init__(embed_dim, num_heads, dropout, bias, False, False, kdim, vdim, batch_first, device, dtype)
-        self.exact = exact
+        self.evaluation, self.exact = evaluation, exact
 
     def forward(
         self,
@@ -106,7 +112,9 @@ class DenoisingMultiheadAttention(nn.MultiheadAttention):
 
         heads, width, scale = self.num_heads, self.head_dim, self.head_dim**-0.5
         if self.training or memory.points:
-            attended = sampled_memory(z, log_pi, scale)
+            attended = point_memory(z, log_pi, scale)
+        elif self.evaluation == "means":
+            attended = point_memory(mu, log_pi, scale)
         else:
             attended = mixture_memory(mu, logvar, log_pi, scale)
         (query_weight, key_weight, value_weight), (query_bias, key_bias, value_bias) = self._projections()

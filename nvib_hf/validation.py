@@ -8,6 +8,14 @@ import torch
 from torch import Tensor
 
 ALPHA_ACTIVATIONS = ("exp", "relu")
+EVALUATIONS = ("means", "mixture")
+KL_WEIGHTS = ("drawn", "pseudo_counts")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise ValueError for a value that is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, but got {value!r}.")
 
 
 def check_prior(
@@ -50,10 +58,7 @@ def check_settings(
         )
     if not (kappa >= 1 and kappa % 1 == 0):
         raise ValueError(f"kappa must be a whole number of at least 1, but got {kappa}.")
-    if alpha_activation not in ALPHA_ACTIVATIONS:
-        raise ValueError(
-            f"alpha_activation must be one of {', '.join(map(repr, ALPHA_ACTIVATIONS))}, but got {alpha_activation!r}."
-        )
+    check_choice("alpha_activation", alpha_activation, ALPHA_ACTIVATIONS)
     if not 0 <= alpha_threshold < float("inf"):
         raise ValueError(f"alpha_threshold must be 0 (drop nothing) or positive, but got {alpha_threshold}.")
     if not 0 <= threshold_share <= 1:

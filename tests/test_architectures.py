@@ -16,7 +16,7 @@ from nvib_hf import NvibForConditionalGeneration, NvibLatents, architectures, na
 from nvib_hf.architectures import find_cross_attention
 from nvib_hf.base_model import base_class
 from nvib_hf.cross_attention import DenoisingCrossAttention
-from nvib_hf.denoising_attention import mixture_memory, sampled_memory
+from nvib_hf.denoising_attention import mixture_memory, point_memory
 from nvib_hf.latent import pack
 
 # What a base model of Transformers 5.23 gets wrong by itself. Nothing else may be skipped for the base's sake.
@@ -152,7 +152,7 @@ def test_each_layer_is_denoising_attention_by_definition(family, form):
     log_pi = torch.randn(batch, num_vectors).double().log_softmax(-1)
     log_pi[1, 3:] = float("-inf")
     if form == "training":
-        memory = sampled_memory(mu, log_pi, model.scale)
+        memory = point_memory(mu, log_pi, model.scale)
         logvar = torch.full_like(logvar, float("-inf"))
     else:
         memory = mixture_memory(mu, logvar, log_pi, model.scale)

@@ -14,7 +14,7 @@ from nvib_hf.denoising_attention import (
     denoising_attention,
     mixture_memory,
     naive_denoising_attention,
-    sampled_memory,
+    point_memory,
     split_bias,
 )
 
@@ -54,7 +54,7 @@ def random_problem(heads=4, key_heads=4, logvar=None, batch=3, targets=4, length
 def attend(problem: Problem, scale: float, sampled: bool = False, **kwargs):
     """What a cross-attention module does: project the memory's vectors, then the core."""
     if sampled:
-        memory = sampled_memory(problem.mu, problem.log_pi, scale)
+        memory = point_memory(problem.mu, problem.log_pi, scale)
     else:
         memory = mixture_memory(problem.mu, problem.logvar, problem.log_pi, scale)
     key, value = (
@@ -182,7 +182,7 @@ def test_attention_mask_is_a_weight_of_zero_for_one_query(boolean, sampled):
 def test_weights_are_the_attention_paid():
     """With one-hot values the output is the weights."""
     p = random_problem(logvar=NO_VARIANCE)
-    memory = sampled_memory(p.mu, p.log_pi, 0.5)
+    memory = point_memory(p.mu, p.log_pi, 0.5)
     key = torch.einsum("bjp,hep->bhje", memory.vectors, p.key_weight)
     value = torch.eye(6, dtype=torch.float64).expand(3, 4, 6, 6)
     query, key = F.pad(p.query, (0, 1)), F.pad(key, (0, 1))  # the kernels want equal widths
