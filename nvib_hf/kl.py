@@ -44,7 +44,7 @@ def kl_gaussian(
     Args:
         mu: means, ``(Nl, B, P)``, or ``(B, Nl, P)`` if ``batch_first``.
         logvar: log variances, shaped as ``mu``.
-        alpha: pseudo-counts, ``(Nl, B)``, or ``(B, Nl)`` if ``batch_first``; a dimension of 1 may follow.
+        alpha: pseudo-counts, ``(Nl, B, 1)``, or ``(B, Nl, 1)`` if ``batch_first``; the last dimension is optional.
             One that is 0 gets a gradient of 0, as ``relu`` has there.
         log_alpha: their logarithm, shaped as ``alpha``; the one used if both are given.
         memory_key_padding_mask: True where a vector is padding, always ``(B, Nl)``; None if none is. The
@@ -112,7 +112,7 @@ def kl_dirichlet(
     a prior at that distance takes its place.
 
     Args:
-        alpha: pseudo-counts, ``(Nl, B)``, or ``(B, Nl)`` if ``batch_first``; a dimension of 1 may follow.
+        alpha: pseudo-counts, ``(Nl, B, 1)``, or ``(B, Nl, 1)`` if ``batch_first``; the last dimension is optional.
             One that is 0 gets a gradient of 0, as ``relu`` has there.
         log_alpha: their logarithm, shaped as ``alpha``; the one used if both are given.
         memory_key_padding_mask: True where a vector is padding, always ``(B, Nl)``; None if none is. The
@@ -187,8 +187,13 @@ def _unpadded_log_alpha(
     counts = alpha if log_alpha is None else log_alpha
     if counts is None:
         raise ValueError("alpha and log_alpha are both None. Pass the latent's log_alpha, or its alpha.")
-    if counts.dim() == 3:
-        counts = counts.squeeze(-1)
+    given = tuple(counts.shape)
+    counts = counts.squeeze(-1) if counts.dim() == 3 and given[-1] == 1 else counts
+    if counts.dim() != 2:
+        raise ValueError(
+            f"{'alpha' if log_alpha is None else 'log_alpha'} has shape {given}. Pass one number for each vector, "
+            "(Nl, B, 1), or (B, Nl, 1) if batch_first; the last dimension is optional."
+        )
     if not batch_first:
         counts = counts.transpose(0, 1)  # (B, Nl)
 

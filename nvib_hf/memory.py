@@ -20,10 +20,13 @@ class _Fields(NamedTuple):
 class NvibMemory(_Fields):
     """``(z, pi, mu, logvar)`` with ``log_pi`` beside them, so that nothing goes through ``log(pi)``.
 
-    ``z``, ``mu``, ``logvar`` ``(Nl, B, P)`` and ``pi``, ``log_pi`` ``(Nl, B)``, or ``(B, Nl, ...)`` from a layer
-    that is ``batch_first``. Training attends to ``z`` with weights ``pi``, evaluation to the mixture of Gaussians
-    ``mu``, ``logvar``, ``pi``. ``pi = 0`` (``log_pi = -inf``) masks a vector. ``points`` says that every variance is
-    0, so that evaluation attends to ``z`` as well.
+    ``z``, ``mu``, ``logvar`` ``(Nl, B, P)`` and ``pi``, ``log_pi`` ``(Nl, B, 1)``, or ``(B, Nl, ...)`` from a layer
+    that is ``batch_first``; weights may be given without the last dimension. Training attends to ``z`` with weights
+    ``pi``, evaluation to the mixture of Gaussians ``mu``, ``logvar``, ``pi``. ``pi = 0`` (``log_pi = -inf``) masks a
+    vector. ``points`` says that every variance is 0, so that evaluation attends to ``z`` as well.
+
+    Raises:
+        ValueError: ``pi`` or ``log_pi`` is not one weight for each vector of ``z``.
     """
 
     log_pi: Tensor
@@ -38,11 +41,12 @@ class NvibMemory(_Fields):
         log_pi: Tensor | None = None,
         points: bool = False,
     ) -> NvibMemory:
-        memory = super().__new__(cls, z, pi, mu, logvar)
+        pi = _column("pi", pi, z)
         if log_pi is None:
             masked = pi <= 0
             log_pi = at_least_float32(pi).masked_fill(masked, 1).log().masked_fill(masked, float("-inf"))
-        memory.log_pi, memory.points = log_pi, points
+        memory = super().__new__(cls, z, pi, mu, logvar)
+        memory.log_pi, memory.points = _column("log_pi", log_pi, z), points
         return memory
 
     def _replace(self, **fields: Tensor) -> NvibMemory:
@@ -56,19 +60,27 @@ class NvibMemory(_Fields):
         return type(self), (*self, self.log_pi, self.points)
 
 
+def _column(name: str, weights: Tensor, z: Tensor) -> Tensor:
+    """Weights with the trailing dimension of 1. Whether they have it their number of dimensions says, never a size."""
+    column = weights[..., None] if weights.dim() == z.dim() - 1 else weights
+    if column.shape != (*z.shape[:-1], 1):
+        raise ValueError(
+            f"{name} has shape {tuple(weights.shape)}, but z has {tuple(z.shape)}: pass one weight for each vector, "
+            f"{(*z.shape[:-1], 1)}, the last dimension optional."
+        )
+    return column
+
+
 def as_memory(memory: object) -> NvibMemory:
     """``memory`` itself, or an :class:`NvibMemory` of a plain tuple ``(z, pi, mu, logvar)``.
 
-    A trailing dimension of 1 of ``pi`` is dropped.
-
     Raises:
-        TypeError: for anything else.
+        TypeError: for anything else. ValueError: ``pi`` does not fit ``z``.
     """
     if isinstance(memory, NvibMemory):
         return memory
     if isinstance(memory, tuple) and len(memory) == 4 and all(isinstance(x, torch.Tensor) for x in memory):
-        z, pi, mu, logvar = memory
-        return NvibMemory(z, pi.squeeze(-1) if pi.dim() == z.dim() else pi, mu, logvar)
+        return NvibMemory(*memory)
     raise TypeError(
         f"Denoising attention needs a memory (z, pi, mu, logvar), but got {type(memory).__name__}. Pass the "
         "'z' entry of an Nvib layer's output, or Nvib.sample(...)."

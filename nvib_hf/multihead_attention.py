@@ -103,7 +103,7 @@ class DenoisingMultiheadAttention(nn.MultiheadAttention):
         memory = as_memory(key)
         if query.dim() != 3:
             raise ValueError(f"query must have 3 dimensions, but has shape {tuple(query.shape)}.")
-        z, mu, logvar, log_pi = memory.z, memory.mu, memory.logvar, memory.log_pi
+        z, mu, logvar, log_pi = memory.z, memory.mu, memory.logvar, memory.log_pi.squeeze(-1)
         if not self.batch_first:
             query, z, mu, logvar, log_pi = (x.transpose(0, 1) for x in (query, z, mu, logvar, log_pi))
         if key_padding_mask is not None:

@@ -250,7 +250,7 @@ class Nvib(nn.Module):
 
         Returns:
             A dict with ``z``: the :class:`~nvib_hf.memory.NvibMemory` a decoder takes as memory; ``pi``,
-            ``alpha``, ``log_alpha`` ``(Nl, B)``; ``mu``, ``logvar`` ``(Nl, B, P)`` (``(B, Nl, ...)`` if
+            ``alpha``, ``log_alpha`` ``(Nl, B, 1)``; ``mu``, ``logvar`` ``(Nl, B, P)`` (``(B, Nl, ...)`` if
             ``batch_first``); ``memory_key_padding_mask`` ``(B, Nl)``, True = padding; ``batch_first``; and, over
             the batch, ``avg_num_vec`` (kept vectors, the prior's excluded), ``avg_prop_vec`` (their share of the
             source length), ``avg_effective_num_vec`` (``exp(entropy(pi))``) and ``avg_alpha0``. In training
@@ -270,14 +270,15 @@ class Nvib(nn.Module):
         order = (lambda x: x) if self.batch_first else (lambda x: x.transpose(0, 1))
         mu, logvar, log_alpha = (order(x) for x in (posterior.mu, posterior.logvar, posterior.log_alpha))
         memory = NvibMemory(order(z), order(log_pi.exp()), mu, logvar, log_pi=order(log_pi))
+        log_alpha, padding = log_alpha[..., None], order(~posterior.mask)[..., None]
         alpha = log_alpha.clamp(max=LOG_ALPHA_REPORTED_MAX).exp()
         return {
             "z": memory,
             "pi": memory.pi,
             "mu": mu,
             "logvar": logvar,
-            "alpha": alpha.masked_fill(order(~posterior.mask) | (log_alpha <= self._log_zero), 0),
-            "log_alpha": log_alpha.masked_fill(order(~posterior.mask), float("-inf")),
+            "alpha": alpha.masked_fill(padding | (log_alpha <= self._log_zero), 0),
+            "log_alpha": log_alpha.masked_fill(padding, float("-inf")),
             "memory_key_padding_mask": ~posterior.mask,
             "batch_first": self.batch_first,
         }
@@ -335,8 +336,8 @@ class Nvib(nn.Module):
             generator: for the draws, on the layer's device.
 
         Returns:
-            ``z``, ``mu`` ``(Ns, B, P)``, the same tensor, ``logvar`` of ``-inf``, ``pi`` ``(Ns, B)``; ``(B, Ns, ...)``
-            if ``batch_first``.
+            ``z``, ``mu`` ``(Ns, B, P)``, the same tensor, ``logvar`` of ``-inf``, ``pi`` ``(Ns, B, 1)``;
+            ``(B, Ns, ...)`` if ``batch_first``.
 
         Raises:
             ValueError: a mask that has not ``number_samples`` rows, or a row without any vector.

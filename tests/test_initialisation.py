@@ -116,7 +116,7 @@ def test_the_posterior_at_the_start_is_tau_between_input_and_prior(tau_alpha, ta
     latent = layer(x)
     assert_close(latent["mu"][:, 1:], tau_mu * x + (1 - tau_mu) * prior_mu)
     assert_close(latent["logvar"][:, 1:], (prior_var * tau_sigma**2).log().expand_as(x))
-    assert_close(latent["log_alpha"][:, 1:], 0.25 * x.square().sum(-1) + tau_alpha)
+    assert_close(latent["log_alpha"][:, 1:, 0], 0.25 * x.square().sum(-1) + tau_alpha)
 
 
 def test_relu_hands_vectors_on_with_equal_counts():
@@ -125,7 +125,7 @@ def test_relu_hands_vectors_on_with_equal_counts():
     x = vectors_of_norm(3, 16)
     latent = layer(x)
     assert_close(latent["mu"][:, 1:], x)
-    assert_close(latent["alpha"][:, 1:], torch.full((BATCH, LENGTH), 4.0))
+    assert_close(latent["alpha"][:, 1:], torch.full((BATCH, LENGTH, 1), 4.0))
 
 
 def test_a_layer_that_changes_the_width_has_no_identity():

@@ -20,7 +20,7 @@ def fields(length=3, batch=2, width=4):
 @pytest.fixture
 def memory():
     """With log-weights that no pi can hold."""
-    log_pi = torch.tensor([[0.0, -1e-9], [-1e6, -3e20], [float("-inf"), -200.0]])
+    log_pi = torch.tensor([[0.0, -1e-9], [-1e6, -3e20], [float("-inf"), -200.0]])[..., None]
     z, _, mu, logvar = fields()
     return NvibMemory(z, log_pi.exp(), mu, logvar, log_pi=log_pi)
 
@@ -32,7 +32,7 @@ def test_it_is_the_tuple_of_the_published_interface(memory):
     assert pi is memory.pi is memory[1]
     assert mu is memory.mu is memory[2]
     assert logvar is memory.logvar is memory[3]
-    assert (pi[1] == 0).all() and memory.log_pi[1].tolist() == [-1e6, torch.tensor(-3e20).item()]
+    assert (pi[1] == 0).all() and memory.log_pi[1, :, 0].tolist() == [-1e6, torch.tensor(-3e20).item()]
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,7 @@ def test_log_weights_survive(memory, way):
 
 def test_replaced_weights_bring_their_own_logarithm(memory):
     uniform = memory._replace(pi=torch.full((3, 2), 1 / 3))
+    assert uniform.pi.shape == (3, 2, 1)
     assert_close(uniform.log_pi.exp(), uniform.pi)
     assert_close(memory._replace(log_pi=uniform.log_pi).log_pi, uniform.log_pi)
 
@@ -64,8 +65,8 @@ def test_a_plain_tuple_is_accepted(trailing):
     z, pi, mu, logvar = fields()
     memory = as_memory((z, pi[..., None] if trailing else pi, mu, logvar))
     assert memory.z is z and memory.mu is mu and memory.logvar is logvar
-    assert_close(memory.pi, pi)
-    assert_close(memory.log_pi, pi.double().log().float())
+    assert_close(memory.pi, pi[..., None])
+    assert_close(memory.log_pi, pi[..., None].double().log().float())
 
 
 def test_a_weight_of_zero_in_a_plain_tuple_has_no_gradient():
@@ -83,7 +84,7 @@ def test_a_weight_of_zero_in_a_plain_tuple_has_no_gradient():
 def test_weights_in_half_precision_have_logarithms_in_fp32():
     z, pi, mu, logvar = fields()
     memory = as_memory((z, pi.bfloat16(), mu, logvar))
-    assert_close(memory.log_pi, pi.bfloat16().float().log())
+    assert_close(memory.log_pi, pi.bfloat16().float().log()[..., None])
 
 
 @pytest.mark.parametrize(
@@ -94,6 +95,16 @@ def test_weights_in_half_precision_have_logarithms_in_fp32():
 def test_anything_else_is_refused(other):
     with pytest.raises(TypeError, match=rf"\(z, pi, mu, logvar\), but got {type(other).__name__}.*'z' entry"):
         as_memory(other)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (3, 2, 4), (3, 1, 1), (3, 2, 1, 1)], ids=str)
+def test_weights_of_another_shape_are_refused(shape):
+    z, _, mu, logvar = fields()
+    message = rf"pi has shape \({shape[0]},.* but z has \(3, 2, 4\): pass one weight for each vector, \(3, 2, 1\)"
+    with pytest.raises(ValueError, match="^" + message):
+        as_memory((z, torch.ones(shape), mu, logvar))
+    with pytest.raises(ValueError, match="^log_" + message):
+        NvibMemory(z, torch.ones(3, 2), mu, logvar, log_pi=torch.ones(shape))
 
 
 def test_it_goes_through_a_transformer_decoder_untouched(memory):
@@ -117,7 +128,7 @@ def test_the_layer_hands_on_log_weights_that_pi_cannot_hold():
         layer.alpha_bias.fill_(1000.0)
     memory = layer(torch.randn(3, 2, 4))["z"]
     assert (memory.pi[0] == 0).all()
-    assert_close(memory.log_pi[0], torch.full((2,), -1000.0), rtol=0.01, atol=0)
+    assert_close(memory.log_pi[0], torch.full((2, 1), -1000.0), rtol=0.01, atol=0)
 
 
 def test_points_stand_for_variances_of_zero_until_a_gaussian_is_replaced():

@@ -169,7 +169,7 @@ def by_definition(module: DenoisingMultiheadAttention, query: Tensor, mu, logvar
         by_head,
         mu.transpose(0, 1),
         logvar.transpose(0, 1),
-        log_pi.T,
+        log_pi[..., 0].T,
         key_weight,
         value_weight,
         (WIDTH // heads) ** -0.5,
@@ -210,7 +210,7 @@ def test_a_plain_tuple_is_a_memory():
     expected = module(query, memory)[0]
     assert_close(module(query, tuple(memory))[0], expected)
     z, pi, mu, logvar = memory
-    assert_close(module(query, (z, pi[..., None], mu, logvar))[0], expected)
+    assert_close(module(query, (z, pi[..., 0], mu, logvar))[0], expected)
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
@@ -266,7 +266,9 @@ def test_gradients_do_not_depend_on_the_kernel(mask):
 def test_bfloat16_is_close_to_float32(autocast, training):
     _, module = (m.train(training) for m in pair(dtype=torch.float32))
     query, memory = queries(dtype=torch.float32), random_memory(dtype=torch.float32)
-    memory = NvibMemory(*(x.bfloat16().float() for x in memory), log_pi=memory.log_pi - 50 * torch.rand(LENGTH, BATCH))
+    memory = NvibMemory(
+        *(x.bfloat16().float() for x in memory), log_pi=memory.log_pi - 50 * torch.rand(LENGTH, BATCH, 1)
+    )
     expected = module(query, memory)[0]
     if autocast:
         with torch.autocast("cpu", dtype=torch.bfloat16):

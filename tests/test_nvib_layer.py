@@ -73,14 +73,15 @@ def test_shapes_and_keys(training, kappa, batch_first):
     assert set(latent) == KEYS
     assert latent["batch_first"] is batch_first
     for name in ("pi", "alpha", "log_alpha"):
-        assert latent[name].shape == by_vector
+        assert latent[name].shape == (*by_vector, 1)
+    assert latent["z"].log_pi.shape == (*by_vector, 1)
     for tensor in (latent["z"].z, latent["mu"], latent["logvar"]):
         assert tensor.shape == (*by_vector, WIDTH)
     assert latent["memory_key_padding_mask"].shape == (3, length)
     assert all(latent[name].dim() == 0 for name in KEYS if name.startswith("avg_"))
     memory = latent["z"]
     assert memory.pi is latent["pi"] and memory.mu is latent["mu"] and memory.logvar is latent["logvar"]
-    assert_close(latent["pi"].sum(1 if batch_first else 0), torch.ones(3))
+    assert_close(latent["pi"].sum(1 if batch_first else 0), torch.ones(3, 1))
 
 
 def test_sequence_first_is_the_transpose():
@@ -94,7 +95,7 @@ def test_sequence_first_is_the_transpose():
     for name in ("pi", "mu", "logvar", "alpha", "log_alpha"):
         assert_close(second[name].transpose(0, 1), first[name], rtol=0, atol=0)
     assert_close(second["z"].z.transpose(0, 1), first["z"].z, rtol=0, atol=0)
-    assert_close(second["z"].log_pi.T, first["z"].log_pi, rtol=0, atol=0)
+    assert_close(second["z"].log_pi.transpose(0, 1), first["z"].log_pi, rtol=0, atol=0)
     assert_close(second["memory_key_padding_mask"], first["memory_key_padding_mask"])
 
 
@@ -115,17 +116,17 @@ def test_the_posterior_is_the_papers(activation):
     real = ~padding
     assert_close(latent["mu"][:, 1:][real], (x @ weight[:4].T + bias[:4])[real])
     assert_close(latent["logvar"][:, 1:][real], (x @ weight[4:].T + bias[4:])[real])
-    assert_close(latent["alpha"][:, 1:][real], alpha[real])
+    assert_close(latent["alpha"][:, 1:, 0][real], alpha[real])
     assert_close(latent["log_alpha"].exp(), latent["alpha"])
     # The prior's component: first, in every row, also where nothing else is.
     assert not latent["memory_key_padding_mask"][:, 0].any()
     assert_close(latent["mu"][:, 0], prior_mu.expand(3, 4))
     assert_close(latent["logvar"][:, 0], prior_var.log().expand(3, 4), rtol=1e-6, atol=1e-6)  # log taken in fp32
-    assert_close(latent["alpha"][:, 0], torch.full((3,), 0.7, dtype=torch.float64), rtol=1e-6, atol=0)
+    assert_close(latent["alpha"][:, 0, 0], torch.full((3,), 0.7, dtype=torch.float64), rtol=1e-6, atol=0)
     # Evaluation: the posterior's means, and its expected weights.
     alpha = torch.cat([alpha.new_full((3, 1), 0.7), alpha.masked_fill(padding, 0)], dim=1)
     assert latent["z"].z is latent["mu"] or torch.equal(latent["z"].z, latent["mu"])
-    assert_close(latent["pi"], alpha / alpha.sum(1, keepdim=True), rtol=1e-6, atol=1e-8)
+    assert_close(latent["pi"][..., 0], alpha / alpha.sum(1, keepdim=True), rtol=1e-6, atol=1e-8)
     assert_close(latent["z"].log_pi, latent["pi"].log())
 
 
@@ -182,7 +183,7 @@ def test_an_empty_source_has_the_prior_alone():
     for training in (True, False):
         latent = random_layer(prior_mu=2.0).train(training)(torch.randn(3, 0, WIDTH))
         assert_close(latent["mu"], torch.full((3, 1, WIDTH), 2.0))
-        assert_close(latent["pi"], torch.ones(3, 1))
+        assert_close(latent["pi"], torch.ones(3, 1, 1))
         assert latent["avg_num_vec"] == latent["avg_prop_vec"] == 0
 
 
@@ -198,7 +199,7 @@ def test_weights_of_a_components_vectors_sum_to_a_dirichlet(kappa):
     x = torch.zeros(1, 3, WIDTH)
     x[0, :, 0] = alpha[1:].log()
     latent = layer(x.expand(draws, -1, -1))
-    assert_close(latent["alpha"][0], (alpha / kappa).repeat_interleave(kappa))
+    assert_close(latent["alpha"][0, :, 0], (alpha / kappa).repeat_interleave(kappa))
     pi = latent["pi"].detach().view(draws, 4, kappa)
     dirichlet = torch.distributions.Dirichlet(alpha)
     sums = pi.sum(-1)
@@ -344,7 +345,7 @@ def test_priors_are_saved_with_the_module(tensors):
         assert torch.equal(first[name], second[name])
     assert_close(second["mu"][0, 0], torch.as_tensor(prior_mu).expand(WIDTH))
     assert_close(second["logvar"][0, 0].exp(), torch.as_tensor(prior_var).expand(WIDTH))
-    assert_close(second["alpha"][:, 0], torch.full((3,), 0.3))
+    assert_close(second["alpha"][:, 0], torch.full((3, 1), 0.3))
     for method in ("kl_gaussian", "kl_dirichlet"):
         assert torch.equal(getattr(layer, method)(**first), getattr(restored, method)(**second))
     assert not any(name.startswith("prior") for name, _ in layer.named_parameters())
@@ -357,11 +358,11 @@ def test_samples_have_exactly_the_masks_vectors(batch_first):
     memory = layer.sample(3, padding)
     order = (lambda t: t) if batch_first else (lambda t: t.transpose(0, 1))
     assert type(memory) is NvibMemory
-    assert order(memory.z).shape == (3, 3, WIDTH) and order(memory.pi).shape == (3, 3)
-    assert torch.equal(order(memory.pi) == 0, padding)
-    assert torch.equal(order(memory.log_pi) == float("-inf"), padding)
+    assert order(memory.z).shape == (3, 3, WIDTH) and order(memory.pi).shape == (3, 3, 1)
+    assert torch.equal(order(memory.pi)[..., 0] == 0, padding)
+    assert torch.equal(order(memory.log_pi)[..., 0] == float("-inf"), padding)
     assert (order(memory.z)[padding] == 0).all() and (order(memory.z)[~padding] != 0).all()
-    assert_close(order(memory.pi).sum(1), torch.ones(3))
+    assert_close(order(memory.pi).sum(1), torch.ones(3, 1))
     assert torch.equal(memory.mu, memory.z)
     assert (memory.logvar.exp() == 0).all()
     assert all(t.device.type == "meta" for t in layer.sample(3, padding, device="meta"))
@@ -375,7 +376,7 @@ def test_samples_are_distributed_as_the_prior(prior_alpha, delta):
     padding[::2, 3] = True  # half of the samples have 3 vectors
     memory = layer.sample(draws, padding)
     for rows, n in ((slice(0, None, 2), 3), (slice(1, None, 2), 4)):
-        pi, z = memory.pi[rows, :n], memory.z[rows, :n]
+        pi, z = memory.pi[rows, :n, 0], memory.z[rows, :n]
         variance = (1 / n) * (1 - 1 / n) / (prior_alpha + delta * (n - 1) + 1)
         assert_close(pi.mean(0), torch.full((n,), 1 / n), rtol=0, atol=5 * (variance / (draws / 2)) ** 0.5)
         assert_close(pi.var(0), torch.full((n,), variance), rtol=0.05, atol=0)
@@ -409,7 +410,7 @@ def test_a_threshold_drops_in_training_as_in_evaluation(kappa, training, activat
     layer = layer_of_given_counts(alpha_threshold=0.1001, **kwargs).train(training)
     latent = layer(x, padding)
     step = kappa if training else 1
-    kept = (latent["pi"][:, ::step] > 0) | (latent["z"].log_pi[:, ::step] > float("-inf"))
+    kept = ((latent["pi"] > 0) | (latent["z"].log_pi > float("-inf")))[:, ::step, 0]
     assert kept.int().tolist() == [[1, 1, 0, 0, 1, 0], [1, 0, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0]]
     assert (latent["pi"][:, ::step][~kept] == 0).all()
     assert_close(latent["avg_num_vec"].item(), (2 + 1 + 0) / 3)
@@ -418,7 +419,7 @@ def test_a_threshold_drops_in_training_as_in_evaluation(kappa, training, activat
     assert_close(latent["memory_key_padding_mask"][:, ::step][:, 1:], padding)
     total = 0.05 + alpha.masked_fill(padding, 0).sum(1)
     assert_close(latent["avg_alpha0"], total.mean())
-    assert_close(latent["alpha"].sum(1), total)
+    assert_close(latent["alpha"].sum((1, 2)), total)
     all_kept = layer_of_given_counts(**kwargs).train(training)
     all_kept.load_state_dict(layer.state_dict())
     for kl in ("kl_gaussian", "kl_dirichlet"):
@@ -438,7 +439,7 @@ def test_a_pseudo_count_at_the_threshold_is_dropped_and_the_prior_never_is():
     layer = layer_of_given_counts(alpha_activation="relu", alpha_threshold=0.5, prior_alpha=1e-3).eval()
     x = torch.zeros(1, 2, WIDTH)
     x[0, :, 0] = torch.tensor([0.5, 0.5001])
-    assert (layer(x)["pi"] > 0).tolist() == [[True, False, True]]
+    assert (layer(x)["pi"] > 0).tolist() == [[[True], [False], [True]]]
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -448,7 +449,7 @@ def test_without_a_threshold_only_relu_drops(training):
     exp, relu = (layer_of_given_counts(alpha_activation=name).train(training)(x, padding) for name in ("exp", "relu"))
     assert exp["avg_prop_vec"].item() == pytest.approx((1 + 1 + 0) / 3)
     assert relu["avg_num_vec"].item() == pytest.approx((2 + 1 + 0) / 3)
-    assert (relu["alpha"][0] == torch.tensor([1.0, 0, 1, 0, 2, 0])).all()
+    assert (relu["alpha"][0, :, 0] == torch.tensor([1.0, 0, 1, 0, 2, 0])).all()
     assert (relu["z"].log_pi[0, [1, 3, 5]] == float("-inf")).all()
     assert (exp["z"].log_pi[0] > float("-inf")).all()
 
@@ -611,7 +612,7 @@ def test_arguments_outside_their_range_are_refused(kwargs, message):
 
 
 def test_a_whole_number_of_another_type_is_a_kappa():
-    assert Nvib(WIDTH, WIDTH, kappa=2.0)(torch.randn(3, 1, WIDTH))["pi"].shape == (8, 1)
+    assert Nvib(WIDTH, WIDTH, kappa=2.0)(torch.randn(3, 1, WIDTH))["pi"].shape == (8, 1, 1)
 
 
 def test_inputs_that_do_not_fit_are_refused():
