@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from .validation import KL_WEIGHTS, check_choice
+
 # Log pseudo-counts below this count as this: a row whose total is 0 (log 0 = -inf) stays finite.
 MIN_LOG_ALPHA = -1e4
 # Above exp of this the remainder of lgamma comes from Stirling's series: the first term left out is
@@ -30,14 +32,21 @@ def kl_gaussian(
     prior_var: float | Tensor = 1.0,
     kappa: int = 1,
     batch_first: bool = False,
+    weights: str = "pseudo_counts",
+    keep: Tensor | None = None,
     **_,
 ) -> Tensor:
-    r"""KL divergence of the components' Gaussians from the prior's, weighted by pseudo-count.
+    r"""KL divergence of the components' Gaussians from the prior's, as a weighted mean over the components.
 
     .. math::
-        KL_G = \frac{k_0}{n'} \sum_i \frac{\alpha_i}{\alpha_0} \, \tfrac12 \,
+        KL_G = \frac{k_0}{n'} \sum_i w_i \, \tfrac12 \,
                \mathrm{mean}_P\!\left( v_i + \frac{(\mu_i - \mu_p)^2}{\sigma_p^2} - 1 - \log v_i \right),
         \qquad v_i = \frac{\sigma_i^2}{\sigma_p^2}
+
+    with :math:`w_i = \alpha_i / \alpha_0` (``"pseudo_counts"``, as published: the divergence of a Dirichlet process,
+    whose draws come from a component as often as its pseudo-count says) or, of every component that is kept,
+    :math:`w_i = 1 / n'` (``"drawn"``: training draws ``kappa`` vectors of every component, whatever its pseudo-count,
+    and :math:`n' P \, KL_G` is their divergence in nats).
 
     Computed in float32 (float64 if ``mu`` is float64) whatever the model's dtype.
 
@@ -53,15 +62,19 @@ def kl_gaussian(
         prior_var: variance of the prior's component, one number or ``(P,)``.
         kappa: number of vectors drawn per component, ``k0 / n'``; 1 in evaluation.
         batch_first: layout of ``mu``, ``logvar``, ``alpha`` and ``log_alpha``.
+        weights: ``"pseudo_counts"`` or ``"drawn"``.
+        keep: True where a vector is neither padding nor dropped, always ``(B, Nl)``, for ``"drawn"``; None if nothing
+            is dropped.
 
     Returns:
         ``(B,)``, zero at the prior and never negative.
 
-    Source: Henderson & Fehr (ICLR 2023), KL divergence of the Gaussian components.
+    Source: Henderson & Fehr (ICLR 2023), KL divergence of the Gaussian components; ``"drawn"`` is this project's own.
     """
     _check("kappa", kappa, kappa >= 1, "Pass the number of vectors per component, 1 or more.")
     if not isinstance(prior_var, Tensor):
         _check("prior_var", prior_var, prior_var > 0, "Pass a variance above 0.")
+    check_choice("weights", weights, KL_WEIGHTS)
 
     log_alpha, padding = _unpadded_log_alpha(alpha, log_alpha, memory_key_padding_mask, batch_first)
     dtype = torch.promote_types(mu.dtype, torch.float32)
@@ -74,7 +87,12 @@ def kl_gaussian(
 
     log_v = logvar - prior_var.log()
     divergence = 0.5 * (torch.expm1(log_v) - log_v + (mu - prior_mu).square() / prior_var).mean(-1)  # (B, Nl)
-    return kappa * (log_alpha.softmax(-1) * divergence).sum(-1)
+    if weights == "pseudo_counts":
+        w = log_alpha.softmax(-1)
+    else:
+        counted = ~padding if keep is None else keep & ~padding
+        w = counted / (~padding).sum(-1, keepdim=True)
+    return kappa * (w * divergence).sum(-1)
 
 
 def kl_dirichlet(

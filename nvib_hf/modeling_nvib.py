@@ -158,6 +158,7 @@ class NvibForConditionalGeneration(
                 alpha_activation=config.alpha_activation,
                 alpha_threshold=config.alpha_threshold,
                 threshold_share=config.threshold_share,
+                kl_weights=config.kl_weights,
                 scale=self.scale,
                 batch_first=True,
             )

@@ -15,8 +15,8 @@ class DenoisingMultiheadAttention(nn.MultiheadAttention):
     """``nn.MultiheadAttention`` whose keys and values are a distribution over vectors.
 
     In ``train()`` it attends to the sample ``z`` with weights ``pi``, in ``eval()`` to the mixture of Gaussians
-    ``mu``, ``logvar``, ``pi``, or to its means alone. Parameters, names and initialisation are those of ``nn.MultiheadAttention``, so
-    state dicts are interchangeable.
+    ``mu``, ``logvar``, ``pi``, or to its means alone. Parameters, names and initialisation are those of
+    ``nn.MultiheadAttention``, so state dicts are interchangeable.
 
     Args:
         embed_dim, num_heads, dropout, bias, kdim, vdim, batch_first, device, dtype: as in

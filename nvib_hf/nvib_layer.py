@@ -18,7 +18,7 @@ from .initialisation import identity_parameters, prior_buffers
 from .kl import kl_dirichlet, kl_gaussian
 from .memory import NvibMemory
 from .posterior import Posterior
-from .validation import check_prior, check_settings
+from .validation import KL_WEIGHTS, check_choice, check_prior, check_settings
 
 # exp of more overflows fp32; only the `alpha` that is reported is clamped, everything computes with log_alpha.
 LOG_ALPHA_REPORTED_MAX = 85.0
@@ -50,6 +50,8 @@ class Nvib(nn.Module):
             evaluation; never the prior's. 0 drops none under ``"exp"``.
         threshold_share: share of the training examples in which the threshold drops, so that a dropped vector can
             come back through the others; 0 turns it off, in evaluation too. Kept in a buffer, for a schedule to set.
+        kl_weights: how :meth:`kl_gaussian` weighs the components: ``"pseudo_counts"`` as published, or ``"drawn"``
+            (see :func:`~nvib_hf.kl.kl_gaussian`).
         scale: the scale ``s`` of the attention that reads the latent, for the identity initialisation; ``None`` is
             that of one head as wide as the latent, ``size_out ** -0.5``.
         batch_first: ``(B, Ns, H)`` instead of ``(Ns, B, H)``, inputs and outputs.
@@ -81,6 +83,7 @@ class Nvib(nn.Module):
         alpha_activation: str = "exp",
         alpha_threshold: float = 0.0,
         threshold_share: float = 1.0,
+        kl_weights: str = "pseudo_counts",
         scale: float | None = None,
         batch_first: bool = False,
     ) -> None:
@@ -90,6 +93,8 @@ class Nvib(nn.Module):
         self.size_in, self.size_out = size_in, size_out
         self.delta, self.kappa = delta, int(kappa)
         self.alpha_activation, self.alpha_threshold = alpha_activation, alpha_threshold
+        check_choice("kl_weights", kl_weights, KL_WEIGHTS)
+        self.kl_weights = kl_weights
         self.scale = size_out**-0.5 if scale is None else scale
         self.batch_first = batch_first
         self._log_zero = LOG_ZERO if alpha_activation == "relu" else -math.inf
@@ -251,7 +256,8 @@ class Nvib(nn.Module):
         Returns:
             A dict with ``z``: the :class:`~nvib_hf.memory.NvibMemory` a decoder takes as memory; ``pi``,
             ``alpha``, ``log_alpha`` ``(Nl, B, 1)``; ``mu``, ``logvar`` ``(Nl, B, P)`` (``(B, Nl, ...)`` if
-            ``batch_first``); ``memory_key_padding_mask`` ``(B, Nl)``, True = padding; ``batch_first``; and, over
+            ``batch_first``); ``memory_key_padding_mask`` ``(B, Nl)``, True = padding; ``keep`` ``(B, Nl)``, True = neither
+            padding nor dropped; ``batch_first``; and, over
             the batch, ``avg_num_vec`` (kept vectors, the prior's excluded), ``avg_prop_vec`` (their share of the
             source length), ``avg_effective_num_vec`` (``exp(entropy(pi))``) and ``avg_alpha0``. In training
             ``Nl = kappa * (Ns + 1)`` and ``alpha`` is each vector's ``alpha_i / kappa``, else ``Nl = Ns + 1``.
@@ -280,6 +286,7 @@ class Nvib(nn.Module):
             "alpha": alpha.masked_fill(padding | (log_alpha <= self._log_zero), 0),
             "log_alpha": log_alpha.masked_fill(padding, float("-inf")),
             "memory_key_padding_mask": ~posterior.mask,
+            "keep": posterior.keep,
             "batch_first": self.batch_first,
         }
 
@@ -365,16 +372,20 @@ class Nvib(nn.Module):
         def counts(of: Posterior) -> dict[str, object]:
             return {"log_alpha": of.log_alpha, "memory_key_padding_mask": ~of.mask, "batch_first": True}
 
-        gaussian = self.kl_gaussian(kappa=kappa, mu=posterior.mu, logvar=posterior.logvar, **counts(posterior))
+        keep = drawn.keep[:, ::kappa]  # in training the threshold may have spared some
+        gaussian = self.kl_gaussian(
+            kappa=kappa, mu=posterior.mu, logvar=posterior.logvar, keep=keep, **counts(posterior)
+        )
         return gaussian, self.kl_dirichlet(kappa=kappa, **counts(drawn))
 
     def kl_gaussian(self, kappa: int | None = None, **latent: object) -> Tensor:
-        """:func:`~nvib_hf.kl.kl_gaussian` ``(B,)`` with the layer's prior.
+        """:func:`~nvib_hf.kl.kl_gaussian` ``(B,)`` with the layer's prior and weights.
 
         ``kappa``, the vectors of a component, is by default the layer's in training and 1 in evaluation.
         """
         kappa = self._repeats() if kappa is None else kappa
-        return kl_gaussian(**latent, prior_mu=self.prior_mu, prior_var=self.prior_logvar.exp(), kappa=kappa)
+        prior = {"prior_mu": self.prior_mu, "prior_var": self.prior_logvar.exp()}
+        return kl_gaussian(**{"weights": self.kl_weights, **latent}, **prior, kappa=kappa)
 
     def kl_dirichlet(self, kappa: int | None = None, **latent: object) -> Tensor:
         """:func:`~nvib_hf.kl.kl_dirichlet` ``(B,)`` with the layer's prior; ``kappa`` as in :meth:`kl_gaussian`."""
