@@ -98,8 +98,8 @@ class NvibConfig(PreTrainedConfig):
             for what it cannot read.
         word_dropout_token_id: by what; the base's padding token by default.
         label_smoothing: smoothing of the cross-entropy's targets, in [0, 1).
-        evaluation: what is decoded in evaluation. ``"means"``: the posterior's means as points, with the expected
-            weights, which is what training with ``kappa = 1`` fits. ``"mixture"``: the posterior itself, as published;
+        evaluation: what is decoded in evaluation. ``"means"``: the posterior's means, scored as their samples are on
+            average, which is what training with ``kappa = 1`` fits. ``"mixture"``: the posterior itself, as published;
             it is what ``tau_sigma > 0`` without training needs, where the variance is the regulariser.
         kl_weights: how KL_G weighs the components. ``"drawn"``: each as one, since training draws ``kappa`` vectors
             of every component; what a threshold drops costs nothing. ``"pseudo_counts"``: by their pseudo-counts, as

@@ -3,8 +3,8 @@ r"""Denoising attention: attention to a mixture of Gaussians instead of a set of
 A query, projected into the latent space (:math:`u = W_k^\top q`), is taken for a noisy observation with
 variance ``1 / s`` of a vector drawn from the mixture; attention returns the posterior mean of that vector.
 
-* :func:`point_memory` and :func:`mixture_memory` turn a latent into what attention reads of it: vectors to
-  project to keys and values, a bias for each of them, and (for the mixture) how far each channel is shrunk;
+* :func:`point_memory`, :func:`mean_memory` and :func:`mixture_memory` turn a latent into what attention reads of it:
+  vectors to project to keys and values, a bias for each of them, and (for the mixture) how far each channel is shrunk;
 * :func:`denoising_attention` is the one attention core, on projected queries, keys and values;
 * :func:`naive_denoising_attention` is the definition, slow and obvious, that the tests hold the core to.
 
@@ -42,7 +42,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def point_memory(z: Tensor, log_pi: Tensor, scale: float) -> DenoisingMemory:
-    r"""Points with weights: sampled vectors in training; the posterior's means in evaluation by the means.
+    r"""Training: points with weights, for instance sampled vectors with sampled weights.
 
     .. math:: b_j = \log \pi_j - \tfrac{s}{2} \lVert z_j \rVert^2
 
@@ -51,11 +51,30 @@ def point_memory(z: Tensor, log_pi: Tensor, scale: float) -> DenoisingMemory:
         log_pi: log mixture weights, ``(B, Nl)``; ``-inf`` where a vector is masked.
         scale: the attention's scale ``s``; ``1 / s`` is the variance of the query noise.
 
-    Source: Henderson & Fehr (ICLR 2023), training-time denoising attention. At the means with the expected weights
-    it is what a sample of one vector per component is on average, and what such training fits.
+    Source: Henderson & Fehr (ICLR 2023), training-time denoising attention.
     """
     squared_norm = at_least_float32(z).square().sum(-1)
     return DenoisingMemory(z, at_least_float32(log_pi) - 0.5 * scale * squared_norm)
+
+
+def mean_memory(mu: Tensor, logvar: Tensor, log_pi: Tensor, scale: float) -> DenoisingMemory:
+    r"""Evaluation by the means: the training form at the means, with the score that a sample has on average.
+
+    .. math::
+        b_j = \log \pi_j - \tfrac{s}{2} \Bigl(\lVert \mu_j \rVert^2 + \sum \sigma_j^2\Bigr)
+            = \log \pi_j - \tfrac{s}{2} \, \mathbb{E} \lVert z_j \rVert^2
+
+    Without the variance the prior's component, a point of norm 0, would be preferred to what training showed of it.
+
+    Args:
+        mu, logvar: means and log-variances, ``(B, Nl, P)``; ``-inf`` is a variance of 0.
+        log_pi: log mixture weights, the expected ones, ``(B, Nl)``; ``-inf`` where a vector is masked.
+        scale: the attention's scale ``s``.
+
+    Source: this project; what training with one vector per component fits.
+    """
+    variance = at_least_float32(logvar).exp().sum(-1)
+    return point_memory(mu, log_pi - 0.5 * scale * variance, scale)
 
 
 def mixture_memory(mu: Tensor, logvar: Tensor, log_pi: Tensor, scale: float) -> DenoisingMemory:

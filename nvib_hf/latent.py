@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
-from .denoising_attention import DenoisingMemory, mixture_memory, point_memory, split_bias
+from .denoising_attention import DenoisingMemory, mean_memory, mixture_memory, point_memory, split_bias
 from .dropping import kept_first
 
 BIAS_WIDTH = 8  # three channels, padded so that the packed rows stay aligned
@@ -140,9 +140,10 @@ class NvibLatents(ModelOutput):
             scale: the attention's scale ``s``.
             evaluation: ``"means"`` reads a posterior's means, ``"mixture"`` the posterior; a sample is points to both.
         """
-        if self.logvar is None or evaluation == "means":
+        if self.logvar is None:
             return point_memory(self.z, self.log_pi, scale)
-        return mixture_memory(self.z, self.logvar, self.log_pi, scale)
+        of_posterior = mean_memory if evaluation == "means" else mixture_memory
+        return of_posterior(self.z, self.logvar, self.log_pi, scale)
 
 
 def concatenate_latents(latents: list[NvibLatents]) -> NvibLatents:

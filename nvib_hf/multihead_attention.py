@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .denoising_attention import additive_mask, denoising_attention, mixture_memory, point_memory
+from .denoising_attention import additive_mask, denoising_attention, mean_memory, mixture_memory, point_memory
 from .memory import NvibMemory, as_memory
 from .validation import EVALUATIONS, check_choice
 
@@ -21,8 +21,8 @@ class DenoisingMultiheadAttention(nn.MultiheadAttention):
     Args:
         embed_dim, num_heads, dropout, bias, kdim, vdim, batch_first, device, dtype: as in
             ``nn.MultiheadAttention``; ``kdim`` (= ``vdim``) is the width ``P`` of the latent vectors.
-        evaluation: what ``eval()`` attends to: ``"mixture"``, as published, or ``"means"``, the points ``mu`` with
-            weights ``pi``, which is what training with one vector per component fits.
+        evaluation: what ``eval()`` attends to: ``"mixture"``, as published, or ``"means"``, the points ``mu``,
+            scored as their samples are on average, which is what training with one vector per component fits.
         exact: of the mixture, keep the query-norm term of the evaluation score (see
             :func:`~nvib_hf.denoising_attention.denoising_attention`).
 
@@ -113,10 +113,9 @@ class DenoisingMultiheadAttention(nn.MultiheadAttention):
         heads, width, scale = self.num_heads, self.head_dim, self.head_dim**-0.5
         if self.training or memory.points:
             attended = point_memory(z, log_pi, scale)
-        elif self.evaluation == "means":
-            attended = point_memory(mu, log_pi, scale)
         else:
-            attended = mixture_memory(mu, logvar, log_pi, scale)
+            of_posterior = mean_memory if self.evaluation == "means" else mixture_memory
+            attended = of_posterior(mu, logvar, log_pi, scale)
         (query_weight, key_weight, value_weight), (query_bias, key_bias, value_bias) = self._projections()
 
         def by_head(x: Tensor) -> Tensor:  # (B, N, H * E) -> (B, H, N, E)

@@ -30,6 +30,7 @@ FIXED_LENGTH = "its images and sounds have a fixed length: there is no padding"
 TIME_NORM = "it normalises over time, padding included"
 # A bottleneck at work: variances, weights and the prior's component all matter.
 NONTRIVIAL = {"tau_alpha": 1.0, "tau_sigma": 0.5, "lambda_gaussian": 0.1, "lambda_dirichlet": 0.1}
+EVALUATIONS = pytest.mark.parametrize("evaluation", ["means", "mixture"])
 
 over_families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -84,11 +85,12 @@ def test_cross_attention_matters(family):
 
 # ------------------------------------------------------------------------------------ 1. the same function
 @pytest.mark.capability("same as the base")
+@EVALUATIONS
 @over_families
 @torch.no_grad()
-def test_a_fresh_wrap_computes_the_base(family):
+def test_a_fresh_wrap_computes_the_base(family, evaluation):
     base, inputs, tokens = tiny_base(family), tiny_inputs(family), decoder_inputs()
-    model = NvibForConditionalGeneration.from_base_pretrained(copy.deepcopy(base))
+    model = NvibForConditionalGeneration.from_base_pretrained(copy.deepcopy(base), evaluation=evaluation)
     expected = base(**inputs, decoder_input_ids=tokens).logits
     torch.testing.assert_close(model(**inputs, decoder_input_ids=tokens).logits, expected, atol=1e-3, rtol=0)
     for settings in ({}, {"num_beams": 3, "num_return_sequences": 2}):
@@ -143,7 +145,7 @@ def projections(module: DenoisingCrossAttention) -> dict:
 @over_families
 @torch.no_grad()
 def test_each_layer_is_denoising_attention_by_definition(family, form):
-    model = wrap(family, exact_attention=form == "exact").double()
+    model = wrap(family, evaluation="mixture", exact_attention=form == "exact").double()
     modules = [module for module in model.modules() if isinstance(module, DenoisingCrossAttention)]
     assert len(modules) == 2
     batch, length, num_vectors, width = 2, 3, 5, modules[0].nvib_width

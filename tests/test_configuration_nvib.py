@@ -38,6 +38,8 @@ SETTINGS = {
     "lambda_gaussian": 0.01,
     "lambda_dirichlet": 0.02,
     "label_smoothing": 0.1,
+    "evaluation": "mixture",
+    "kl_weights": "pseudo_counts",
     "exact_attention": True,
 }
 GPT2_DECODER = GPT2Config(**GPT2_LIKE, **DECODER)

@@ -99,6 +99,7 @@ def test_settings_are_those_of_the_configuration():
         "word_dropout": 0.1875,
         "word_dropout_token_id": 3,
         "label_smoothing": 0.375,
+        "evaluation": "mixture",
         "exact_attention": True,
     }
     found = rows(read(model_card(wrap(**settings), "model"))[1])
