@@ -258,8 +258,9 @@ class Nvib(nn.Module):
             ``alpha``, ``log_alpha`` ``(Nl, B, 1)``; ``mu``, ``logvar`` ``(Nl, B, P)`` (``(B, Nl, ...)`` if
             ``batch_first``); ``memory_key_padding_mask`` ``(B, Nl)``, True = padding; ``keep`` ``(B, Nl)``, True =
             neither padding nor dropped; ``batch_first``; and, over the batch, ``avg_num_vec`` (kept vectors, the
-            prior's excluded), ``avg_prop_vec`` (their share of the source length), ``avg_effective_num_vec`` (``exp(entropy(pi))``) and ``avg_alpha0``. In training
-            ``Nl = kappa * (Ns + 1)`` and ``alpha`` is each vector's ``alpha_i / kappa``, else ``Nl = Ns + 1``.
+            prior's excluded), ``avg_prop_vec`` (their share of the source length), ``avg_effective_num_vec``
+            (``exp(entropy(pi))``) and ``avg_alpha0``. In training ``Nl = kappa * (Ns + 1)`` and ``alpha`` is each
+            vector's ``alpha_i / kappa``, else ``Nl = Ns + 1``.
         """
         hidden_states = encoder_output if self.batch_first else encoder_output.transpose(0, 1)
         posterior = self.posterior(hidden_states, src_key_padding_mask)

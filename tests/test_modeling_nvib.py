@@ -36,9 +36,10 @@ def assert_close(actual, expected, **tolerance):
 
 # ------------------------------------------------------------------------------------------------- latents of texts
 @pytest.mark.parametrize("family", FAMILIES)
-def test_evaluation_latents_follow_the_definition(family):
+def test_evaluation_latents_follow_the_definition(family, kl_weights):
     """Against the formulas, from the encoder's own output."""
-    model, inputs = tiny_nvib(family, prior_mu=0.1, prior_var=0.7, prior_alpha=2.0), tiny_inputs(family)
+    prior = {"prior_mu": 0.1, "prior_var": 0.7, "prior_alpha": 2.0}
+    model, inputs = tiny_nvib(family, kl_weights=kl_weights, **prior), tiny_inputs(family)
     with torch.no_grad():
         latents = model.encode(**inputs)
         x = model.get_encoder()(**inputs).last_hidden_state
@@ -63,7 +64,8 @@ def test_evaluation_latents_follow_the_definition(family):
         means = torch.cat([torch.full((1, width), 0.1), mu[row, :length]])
         variances = torch.cat([torch.full((1, width), 0.7), logvar[row, :length].exp()])
         terms = variances / 0.7 + (means - 0.1).square() / 0.7 - 1 - (variances / 0.7).log()
-        assert_close(latents.kl_gaussian[row], 0.5 * (pi * terms.mean(-1)).sum())
+        weights = pi if kl_weights == "pseudo_counts" else torch.full_like(pi, 1 / (length + 1))
+        assert_close(latents.kl_gaussian[row], 0.5 * (weights * terms.mean(-1)).sum())
         assert_close(latents.num_vectors[row], torch.tensor(float(length)))
         assert_close(latents.effective_vectors[row], torch.exp(-(pi * pi.log()).sum()))
     assert (latents.prop_vectors == 1).all()
