@@ -202,8 +202,13 @@ class NvibForConditionalGeneration(
         Raises:
             OSError: files that are missing or cut short, or weights that are missing, unless they are given
                 (``state_dict``), looked at (``output_loading_info``) or not expected (``ignore_mismatched_sizes``).
-            ValueError: another kind of model, or one saved by a newer version.
+            ValueError: another kind of model, or one saved by a newer version; no name at all.
         """
+        if pretrained_model_name_or_path is None and kwargs.get("state_dict") is None:
+            raise ValueError(
+                "There is no name to load an NVIB model by. If this is an adapter's base, it had not been saved when the "
+                "adapter was put on: wrap the base again and pass the two to PeftModel.from_pretrained(model, adapter)."
+            )
         with damage_explained(pretrained_model_name_or_path):
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,10 @@ from .training_control import MeasuringCallback
 
 SCHEDULES = ("constant", "linear", "cosine", "cyclic")
 TERMS = ("gaussian", "dirichlet", "vectors")
+NAMELESS = (
+    "The NVIB model under this adapter has never been saved, so the adapter will not say what it belongs to. Call "
+    "save_pretrained on the model before get_peft_model, or wrap the base again for PeftModel.from_pretrained."
+)
 NOT_RESULTS = {"runtime", "samples_per_second", "steps_per_second", "epoch", "step", "learning_rate", "grad_norm"}
 
 
@@ -111,6 +116,8 @@ class NvibTrainerMixin:
                 f"label_smoothing_factor={self.args.label_smoothing_factor} in TrainingArguments replaces the model's "
                 "loss and drops its KL terms. Set it to 0 and NvibConfig(label_smoothing=...) instead."
             )
+        if hasattr(self.model, "peft_config") and not find_nvib_model(self.model).name_or_path:
+            warnings.warn(NAMELESS, stacklevel=2)
         if not any(isinstance(callback, CollapseCallback) for callback in self.callback_handler.callbacks):
             self.add_callback(CollapseCallback())
         self._nvib_recorders = {training: Recorder() for training in (True, False)}

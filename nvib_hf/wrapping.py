@@ -60,7 +60,8 @@ class NvibWrappingMixin:
     def _wrap(cls, base: PreTrainedModel, settings: dict) -> Self:
         config = NvibConfig(base_config=base.config, base_architecture=type(base).__name__, **settings)
         model = cls(config, base=base)
-        model.name_or_path = config.name_or_path = base.name_or_path
+        # Not the base's name: whoever loads by it (an adapter does) would get the bare base.
+        model.name_or_path = config.name_or_path = ""
         model.nvib.to(base.device)
         model.kl_beta = model.kl_beta.to(base.device)
         if base.dtype != torch.float32:
