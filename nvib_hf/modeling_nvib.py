@@ -37,6 +37,7 @@ from .initialisation import prior_buffers
 from .latent import NvibLatents
 from .loss import nvib_loss, regulariser
 from .model_card import NvibModelCardMixin
+from .precision import SinglePrecisionMixin
 from .validation import check_prior
 from .word_dropout import drop_words
 from .wrapping import NvibWrappingMixin, check_base
@@ -80,7 +81,12 @@ class NvibSeq2SeqLMOutput(Seq2SeqLMOutput):
 
 
 class NvibForConditionalGeneration(
-    NvibModelCardMixin, PreTrainedModel, NvibWrappingMixin, NvibEncodingMixin, NvibGenerationMixin
+    NvibModelCardMixin,
+    SinglePrecisionMixin,
+    PreTrainedModel,
+    NvibWrappingMixin,
+    NvibEncodingMixin,
+    NvibGenerationMixin,
 ):
     r"""An encoder-decoder model whose decoder reads a distribution instead of the encoder's vectors.
 
@@ -116,7 +122,8 @@ class NvibForConditionalGeneration(
     _supports_flash_attn = True
     _supports_flex_attn = True
     _can_compile_fullgraph = True
-    # s / 2 * ||x||^2 in the pseudo-counts must cancel to the last bit against the attention's bias
+    # s / 2 * ||x||^2 in the pseudo-counts must cancel to the last bit against the attention's bias. When loading;
+    # afterwards see SinglePrecisionMixin.
     _keep_in_fp32_modules_strict = [r"nvib.alpha_\w+", r"nvib.prior_\w+", "nvib.threshold_share", "kl_beta"]
 
     def __init__(self, config: NvibConfig, base: PreTrainedModel | None = None) -> None:

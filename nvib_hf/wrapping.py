@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import Self
 
-import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .base_model import join_encoder_decoder, load_base
@@ -62,10 +61,8 @@ class NvibWrappingMixin:
         model = cls(config, base=base)
         # Not the base's name: whoever loads by it (an adapter does) would get the bare base.
         model.name_or_path = config.name_or_path = ""
-        model.nvib.to(base.device)
+        model.nvib.to(base.device, base.dtype)
         model.kl_beta = model.kl_beta.to(base.device)
-        if base.dtype != torch.float32:
-            model.nvib.mu_logvar.to(base.dtype)
         carry_quantisation(base, model)
         return model.train(base.training)
 

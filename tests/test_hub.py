@@ -41,6 +41,7 @@ CODE = {
     "modeling_nvib.py",
     "nvib_layer.py",
     "posterior.py",
+    "precision.py",
     "validation.py",
     "word_dropout.py",
     "wrapping.py",
