@@ -243,9 +243,9 @@ class NvibConfig(PreTrainedConfig):
         return config, kwargs
 
     def to_dict(self) -> dict:
-        """As in the base class. Folders from which parts of the base were loaded are not named."""
+        """As in the base class. Folders from which the model or parts of it were loaded are not named."""
         config = super().to_dict()
-        parts = [config["base_config"]] if isinstance(config.get("base_config"), dict) else []
+        parts = [config]
         for part in parts:
             parts += [value for value in part.values() if isinstance(value, dict)]
             if not is_hub_id(part.get("_name_or_path")):

@@ -171,10 +171,15 @@ def _summary(values: Tensor) -> str:
 
 
 class NvibModelCardMixin:
-    """Before ``PreTrainedModel``: writes the card wherever a model is saved or pushed that has none yet."""
+    """Before ``PreTrainedModel``: writes the card wherever a model is saved or pushed that has none yet.
+
+    ``model.name_or_path`` is from then on where it was saved or pushed to: what an adapter takes for its base.
+    """
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, *args, **kwargs):
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if not self._holds_an_adapter():
+            self.name_or_path = str(save_directory)
         folder = Path(save_directory)
         is_first = folder.is_dir() and not (folder / "README.md").exists()
         if is_first and self.should_save_on_this_rank(is_main_process):
@@ -186,8 +191,15 @@ class NvibModelCardMixin:
         if "README.md" not in files_timestamps and not file_exists(repo_id, "README.md", token=kwargs.get("token")):
             tags = ModelCard.load(path).data.tags if path.exists() else None
             self._save_model_card(path.parent, repo_id, tags=tags)
-        return super()._upload_modified_files(working_dir, repo_id, files_timestamps, *args, **kwargs)
+        commit = super()._upload_modified_files(working_dir, repo_id, files_timestamps, *args, **kwargs)
+        if not self._holds_an_adapter():
+            self.name_or_path = repo_id  # in place of a temporary folder
+        return commit
+
+    def _holds_an_adapter(self) -> bool:
+        """Whether Transformers would save an adapter in place of the model."""
+        return getattr(self, "_hf_peft_config_loaded", False)
 
     def _save_model_card(self, folder: Path, name: str, **metadata) -> None:
-        if not getattr(self, "_hf_peft_config_loaded", False):  # then the folder has an adapter, not the model
+        if not self._holds_an_adapter():
             model_card(self, name, **metadata).save(folder / "README.md")

@@ -34,6 +34,7 @@ from .initialisation import prior_buffers
 from .latent import NvibLatents
 from .loss import nvib_loss, regulariser
 from .model_card import NvibModelCardMixin
+from .precision import SinglePrecisionMixin
 from .validation import check_prior
 from .versions import CACHE, given_cache, warn_if_untested
 from .word_dropout import drop_words
@@ -41,6 +42,10 @@ from .wrapping import NvibWrappingMixin, check_base
 
 RECORDED = {"output_attentions", "output_hidden_states"}
 MEASURED = ("kl_gaussian", "kl_dirichlet", "num_vectors", "prop_vectors", "effective_vectors")
+NOTHING_TO_READ = (
+    "The decoder has nothing to read. Pass labels, decoder_input_ids or decoder_inputs_embeds; to write text call "
+    "generate()."
+)
 FOLLOWS_THE_BASE = (
     "_supports_sdpa",
     "_supports_flash_attn",
@@ -74,7 +79,12 @@ class NvibSeq2SeqLMOutput(Seq2SeqLMOutput):
 
 
 class NvibForConditionalGeneration(
-    NvibModelCardMixin, PreTrainedModel, NvibWrappingMixin, NvibEncodingMixin, NvibGenerationMixin
+    NvibModelCardMixin,
+    SinglePrecisionMixin,
+    PreTrainedModel,
+    NvibWrappingMixin,
+    NvibEncodingMixin,
+    NvibGenerationMixin,
 ):
     r"""An encoder-decoder model whose decoder reads a distribution instead of the encoder's vectors.
 
@@ -110,7 +120,8 @@ class NvibForConditionalGeneration(
     _supports_flash_attn = True
     _supports_flex_attn = True
     _can_compile_fullgraph = True
-    # s / 2 * ||x||^2 in the pseudo-counts must cancel to the last bit against the attention's bias
+    # s / 2 * ||x||^2 in the pseudo-counts must cancel to the last bit against the attention's bias. When loading;
+    # afterwards see SinglePrecisionMixin.
     _keep_in_fp32_modules_strict = [r"nvib.alpha_\w+", r"nvib.prior_\w+", "nvib.threshold_share", "kl_beta"]
 
     def __init__(self, config: NvibConfig, base: PreTrainedModel | None = None) -> None:
@@ -207,8 +218,13 @@ class NvibForConditionalGeneration(
         Raises:
             OSError: files that are missing or cut short, or weights that are missing, unless they are given
                 (``state_dict``), looked at (``output_loading_info``) or not expected (``ignore_mismatched_sizes``).
-            ValueError: another kind of model, or one saved by a newer version.
+            ValueError: another kind of model, or one saved by a newer version; no name at all.
         """
+        if pretrained_model_name_or_path is None and kwargs.get("state_dict") is None:
+            raise ValueError(
+                "There is no name to load an NVIB model by. If this is for an adapter, the model had not been saved "
+                "when that was put on it: wrap the base again and call PeftModel.from_pretrained(model, adapter)."
+            )
         with damage_explained(pretrained_model_name_or_path):
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
@@ -252,8 +268,9 @@ class NvibForConditionalGeneration(
         Args:
             input_ids, attention_mask, inputs_embeds, input_features, input_values, pixel_values: the encoder's
                 inputs, as the base takes them.
-            decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds, cache, use_cache: as in the base; made
-                from ``labels`` if neither ids nor embeddings are given.
+            decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds, cache, use_cache: as in
+                the base; if neither ids nor embeddings are given made from ``labels``, or from ``input_ids`` where
+                the base does that (BART).
             encoder_outputs: latents (``encode``, ``sample_latents``, ``interpolate_latents``) in place of inputs.
             labels: ``(B, Nt)``; -100 is ignored.
             num_items_in_batch: target tokens of the whole optimisation step, over all micro-batches: the loss is
@@ -263,8 +280,8 @@ class NvibForConditionalGeneration(
             kwargs: further inputs of the base's encoder and decoder, by name.
 
         Raises:
-            ValueError: latents of another model; labels longer than the decoder's positions, or taken away by the
-                Trainer's own label smoothing.
+            ValueError: nothing for the decoder to read; latents of another model; labels longer than the decoder's
+                positions, or taken away by the Trainer's own label smoothing.
         """
         if labels is None and num_items_in_batch is not None:
             raise ValueError(
@@ -273,7 +290,10 @@ class NvibForConditionalGeneration(
                 "in place of a compute_loss_func, override Trainer.compute_loss."
             )
         cache = given_cache(cache, past_key_values)
-        self._check_targets(labels, decoder_input_ids, decoder_inputs_embeds, cache)
+        repeats_source = labels is None and decoder_input_ids is None and decoder_inputs_embeds is None
+        if repeats_source and (input_ids is None or isinstance(self.base, JOINED)):
+            raise ValueError(NOTHING_TO_READ)
+        self._check_targets(labels, input_ids if repeats_source else decoder_input_ids, cache)
         if labels is not None:
             use_cache = False
             if decoder_input_ids is None and decoder_inputs_embeds is None:
@@ -301,22 +321,22 @@ class NvibForConditionalGeneration(
         else:
             packed = encoder_outputs[0]
         if latents is not None or labels is not None:  # only while decoding do the beams of a source share its latent
-            self._check_batch(packed, decoder_inputs_embeds if decoder_input_ids is None else decoder_input_ids)
+            read = (x for x in (decoder_input_ids, decoder_inputs_embeds, input_ids) if x is not None)
+            self._check_batch(packed, next(read))
 
-        outputs = run_decoder(
-            self.base,
-            packed,
-            states,
-            {
-                "decoder_input_ids": decoder_input_ids,
-                "decoder_attention_mask": decoder_attention_mask,
-                "decoder_inputs_embeds": decoder_inputs_embeds,
-                CACHE: cache,
-                "use_cache": use_cache,
-                **recorded,
-                **self._decoder_arguments(kwargs),
-            },
-        )
+        decoder_inputs = {
+            "decoder_input_ids": decoder_input_ids,
+            "decoder_attention_mask": decoder_attention_mask,
+            "decoder_inputs_embeds": decoder_inputs_embeds,
+            CACHE: cache,
+            "use_cache": use_cache,
+            **recorded,
+            **self._decoder_arguments(kwargs),
+        }
+        if repeats_source:
+            outputs = self._decode_source(packed, states, {**decoder_inputs, "input_ids": input_ids})
+        else:
+            outputs = run_decoder(self.base, packed, states, decoder_inputs)
         cache = outputs.get(CACHE)
         check_cache_was_found(cache, self._cached_layers)
         measured = {name: None if latents is None else getattr(latents, name) for name in MEASURED}
@@ -358,12 +378,14 @@ class NvibForConditionalGeneration(
             raise ValueError("word_dropout needs a token in place of words: set word_dropout_token_id.")
         return drop_words(decoder_input_ids, self.config.word_dropout, token_id, generator)
 
-    def _check_targets(self, labels, decoder_input_ids, decoder_inputs_embeds, cache) -> None:
-        if labels is None and decoder_input_ids is None and decoder_inputs_embeds is None:
-            raise ValueError(
-                "The decoder has nothing to read. Pass labels, decoder_input_ids or decoder_inputs_embeds; to write "
-                "text call generate()."
-            )
+    def _decode_source(self, packed: Tensor, states: BaseModelOutput, inputs: dict):
+        """The decoder over what the base makes of ``input_ids`` by its own rule; many have none, and raise."""
+        try:
+            return run_decoder(self.base, packed, states, inputs)
+        except (TypeError, ValueError) as error:
+            raise ValueError(NOTHING_TO_READ) from error
+
+    def _check_targets(self, labels, decoder_input_ids, cache) -> None:
         name, tokens = ("decoder_input_ids", decoder_input_ids) if labels is None else ("labels", labels)
         positions = self._decoder_positions
         if tokens is None or positions is None or cache is not None:

@@ -18,13 +18,14 @@ from .initialisation import identity_parameters, prior_buffers
 from .kl import kl_dirichlet, kl_gaussian
 from .memory import NvibMemory
 from .posterior import Posterior
+from .precision import SinglePrecisionMixin
 from .validation import KL_WEIGHTS, check_choice, check_prior, check_settings
 
 # exp of more overflows fp32; only the `alpha` that is reported is clamped, everything computes with log_alpha.
 LOG_ALPHA_REPORTED_MAX = 85.0
 
 
-class Nvib(nn.Module):
+class Nvib(SinglePrecisionMixin, nn.Module):
     r"""Nonparametric variational information bottleneck.
 
     For every source vector :math:`x`
@@ -36,6 +37,8 @@ class Nvib(nn.Module):
     and the prior's component ``(prior_mu, prior_var, prior_alpha)`` is put in front. Training draws ``kappa``
     vectors a component, :math:`\pi \sim \mathrm{Dirichlet}(\alpha_i / \kappa)`,
     :math:`z \sim \mathcal N(\mu, \sigma^2)`; evaluation returns the posterior: one vector a component.
+
+    Cast to half precision, the layer keeps the pseudo-counts' parameters and the prior in fp32.
 
     Args:
         size_in: width ``H`` of the encoder's output.

@@ -5,27 +5,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-PER_TOKEN = ("cross_entropy", "kl_gaussian", "kl_dirichlet")
-PER_EXAMPLE = ("num_vectors", "prop_vectors", "effective_vectors")
+# Means, by what they are counted over.
+COUNTED = {
+    "tokens": ("cross_entropy", "kl_gaussian", "kl_dirichlet"),
+    "examples": ("num_vectors", "prop_vectors", "effective_vectors"),
+    "tokens_of_loss": ("loss",),
+}
+
+
+def nvib_model_in(model: nn.Module) -> nn.Module | None:
+    """The NVIB model inside whatever wraps it (PEFT, DDP, ``torch.compile``), its code from here or from a hub."""
+    return next((module for module in model.modules() if "kl_beta" in module._buffers), None)
 
 
 def find_nvib_model(model: nn.Module) -> nn.Module:
-    """The NVIB model inside whatever wraps it (PEFT, DDP, ``torch.compile``), its code from here or from a hub."""
-    for module in model.modules():
-        if "kl_beta" in module._buffers:
-            return module
+    """:func:`nvib_model_in`, or a ValueError."""
+    found = nvib_model_in(model)
+    if found is not None:
+        return found
     raise ValueError(f"{type(model).__name__} contains no NvibForConditionalGeneration. Wrap a base model first.")
 
 
 class Recorder:
-    """Means of the terms of the loss and of the vectors kept, since they were last read.
+    """Means of the loss, of its terms and of the vectors kept, since they were last read.
 
-    ``cross_entropy``, ``kl_gaussian``, ``kl_dirichlet`` in nats are means over target tokens; ``num_vectors``,
-    ``prop_vectors`` and ``effective_vectors`` over examples.
+    ``cross_entropy``, ``kl_gaussian``, ``kl_dirichlet`` in nats, and the ``loss`` where it is added, are means over
+    target tokens; ``num_vectors``, ``prop_vectors`` and ``effective_vectors`` over examples.
     """
 
     def __init__(self) -> None:
-        self._sums: Tensor | None = None
+        self._sums: dict[str, Tensor] = {}
 
     def hook(self, model, args: tuple, inputs: dict, outputs) -> None:
         """Add a forward pass: a forward hook (``with_kwargs=True``)."""
@@ -34,19 +43,29 @@ class Recorder:
         if labels is None or latents is None or latents.kl_gaussian is None:
             return
         tokens = (labels != -100).sum(-1)  # (B,)
-        terms = [
-            outputs.cross_entropy.mean() * tokens.sum(),  # one value, or one a device
-            (tokens * latents.kl_gaussian).sum(),
-            (tokens * latents.kl_dirichlet).sum(),
-            latents.num_vectors.sum(),
-            latents.prop_vectors.sum(),
-            latents.effective_vectors.sum(),
-        ]
-        sums = torch.stack([x.detach().float() for x in (*terms, tokens.sum(), torch.ones_like(tokens).sum())])
-        self._sums = sums if self._sums is None else self._sums + sums.to(self._sums.device)
+        self._add(
+            cross_entropy=outputs.cross_entropy.mean() * tokens.sum(),  # one value, or one a device
+            kl_gaussian=(tokens * latents.kl_gaussian).sum(),
+            kl_dirichlet=(tokens * latents.kl_dirichlet).sum(),
+            num_vectors=latents.num_vectors.sum(),
+            prop_vectors=latents.prop_vectors.sum(),
+            effective_vectors=latents.effective_vectors.sum(),
+            tokens=tokens.sum(),
+            examples=torch.ones_like(tokens).sum(),
+        )
+
+    def add_loss(self, loss: Tensor, labels: Tensor) -> None:
+        """Add the loss of a batch, a mean over its target tokens, by itself: of any model."""
+        tokens = (labels != -100).sum()
+        self._add(loss=loss * tokens, tokens_of_loss=tokens)
+
+    def _add(self, **terms: Tensor) -> None:
+        for name, value in terms.items():
+            value, before = value.detach().float(), self._sums.get(name)
+            self._sums[name] = value if before is None else before + value.to(before.device)
 
     def clear(self) -> None:
-        self._sums = None
+        self._sums = {}
 
     def read(self, device: torch.device | str) -> dict[str, float]:
         """The means over all processes, each of which has to read, and none of them from here on.
@@ -59,12 +78,9 @@ class Recorder:
         """
         from accelerate.utils import reduce
 
-        nothing = torch.zeros(len(PER_TOKEN) + len(PER_EXAMPLE) + 2, device=device)
-        *terms, tokens, examples = reduce(nothing if self._sums is None else self._sums, "sum").tolist()
+        names = [name for count, means in COUNTED.items() for name in (*means, count)]
+        nothing = torch.zeros((), device=device)
+        sums = reduce(torch.stack([self._sums.get(name, nothing) for name in names]), "sum").tolist()
         self.clear()
-        if not tokens:
-            return {}
-        counts = [tokens] * len(PER_TOKEN) + [examples] * len(PER_EXAMPLE)
-        return {
-            name: term / count for name, term, count in zip((*PER_TOKEN, *PER_EXAMPLE), terms, counts, strict=True)
-        }
+        of = dict(zip(names, sums, strict=True))
+        return {name: of[name] / of[count] for count, means in COUNTED.items() for name in means if of[count]}

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Seq2SeqTrainer, TrainerCallback, TrainerState
+from transformers import Seq2SeqTrainer, TrainerCallback, TrainerState
 from transformers.modelcard import TrainingSummary, make_markdown_table
 
 from .collapse import CollapseCallback
 from .model_card import base_ids, model_card
-from .recording import Recorder, find_nvib_model
+from .recording import Recorder, find_nvib_model, nvib_model_in
 from .training_control import MeasuringCallback
 
 SCHEDULES = ("constant", "linear", "cosine", "cyclic")
 TERMS = ("gaussian", "dirichlet", "vectors")
+NAMELESS = (
+    "The NVIB model under this adapter has never been saved, so the adapter will not say what it belongs to. Call "
+    "save_pretrained on the model before get_peft_model, or wrap the base again for PeftModel.from_pretrained."
+)
 NOT_RESULTS = {"runtime", "samples_per_second", "steps_per_second", "epoch", "step", "learning_rate", "grad_norm"}
 
 
@@ -99,6 +104,8 @@ class NvibTrainerMixin:
 
     ``cross_entropy``, ``kl_gaussian`` and ``kl_dirichlet`` (nats, means over target tokens), ``num_vectors``,
     ``prop_vectors`` and ``effective_vectors`` (means over examples): since the last log, over all processes.
+    ``eval_loss``, of plain models too, is a mean over target tokens as well, where other Trainers take that of the
+    batches' means, which depends on the batch size.
 
     Example:
         >>> class MyTrainer(NvibTrainerMixin, Seq2SeqTrainer): ...
@@ -111,7 +118,11 @@ class NvibTrainerMixin:
                 f"label_smoothing_factor={self.args.label_smoothing_factor} in TrainingArguments replaces the model's "
                 "loss and drops its KL terms. Set it to 0 and NvibConfig(label_smoothing=...) instead."
             )
-        if not any(isinstance(callback, CollapseCallback) for callback in self.callback_handler.callbacks):
+        model = nvib_model_in(self.model)  # None for a plain one, trained beside it
+        if model is not None and hasattr(self.model, "peft_config") and not model.name_or_path:
+            warnings.warn(NAMELESS, stacklevel=2)
+        callbacks = self.callback_handler.callbacks
+        if model is not None and not any(isinstance(callback, CollapseCallback) for callback in callbacks):
             self.add_callback(CollapseCallback())
         self._nvib_recorders = {training: Recorder() for training in (True, False)}
 
@@ -119,9 +130,12 @@ class NvibTrainerMixin:
         with self._recording(model, training=True):
             return super().training_step(model, *args, **kwargs)
 
-    def prediction_step(self, model, *args, **kwargs):
+    def prediction_step(self, model, inputs, *args, **kwargs):
         with self._recording(model, training=False):
-            return super().prediction_step(model, *args, **kwargs)
+            loss, *predicted = super().prediction_step(model, inputs, *args, **kwargs)
+        if loss is not None and "labels" in inputs:
+            self._nvib_recorders[False].add_loss(loss, inputs["labels"])
+        return loss, *predicted
 
     @contextmanager
     def _recording(self, model: nn.Module, training: bool) -> Iterator[None]:
@@ -156,7 +170,7 @@ class NvibTrainerMixin:
 
     def create_model_card(self, **kwargs) -> None:
         """The model's own card, with what the Trainer knows of its training. Arguments as in ``Trainer``."""
-        if not isinstance(self.model, PreTrainedModel):  # an adapter has a card of its own
+        if nvib_model_in(self.model) is not self.model:  # adapters and plain models have cards of their own
             return super().create_model_card(**kwargs)
         if self.is_world_process_zero():
             bases = base_ids(self.model.config)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import Self
 
-import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .architectures import find_cross_attention
@@ -61,11 +60,10 @@ class NvibWrappingMixin:
     def _wrap(cls, base: PreTrainedModel, settings: dict) -> Self:
         config = NvibConfig(base_config=base.config, base_architecture=type(base).__name__, **settings)
         model = cls(config, base=base)
-        model.name_or_path = config.name_or_path = base.name_or_path
-        model.nvib.to(base.device)
+        # Not the base's name: whoever loads by it (an adapter does) would get the bare base.
+        model.name_or_path = config.name_or_path = ""
+        model.nvib.to(base.device, base.dtype)
         model.kl_beta = model.kl_beta.to(base.device)
-        if base.dtype != torch.float32:
-            model.nvib.mu_logvar.to(base.dtype)
         carry_quantisation(base, model)
         return model.train(base.training)
 

@@ -91,8 +91,11 @@ def ddp(rank: int, world: int, folder: Path) -> dict:
 def trainer(rank: int, world: int, folder: Path) -> dict:
     """The Trainer's own way, logs included."""
     fix_draws(rows_of(rank, world))
-    examples = [{name: value[row] for name, value in batch("bart").items()} for row in range(BATCH)]
-    return {"logs": run_trainer(folder / "trainer", examples, BATCH // world)}
+    return {"logs": run_trainer(folder / "trainer", examples(), BATCH // world)}
+
+
+def examples() -> list[dict]:
+    return [{name: value[row] for name, value in batch("bart").items()} for row in range(BATCH)]
 
 
 def run_trainer(folder: Path, examples: list[dict], per_device: int) -> list[dict]:

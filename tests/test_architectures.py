@@ -102,6 +102,30 @@ def test_a_fresh_wrap_computes_the_base(family, evaluation):
     assert torch.equal(*samples)
 
 
+# These make the decoder's inputs from the encoder's where none are given.
+REPEATING_THE_SOURCE = {"bart", "mbart", "bigbird_pegasus", "plbart", "mvp", "led", "fsmt"}
+
+
+@pytest.mark.capability("same as the base")
+@over_families
+@torch.no_grad()
+def test_without_decoder_inputs_it_does_as_the_base(family):
+    base, inputs = tiny_base(family), tiny_inputs(family)
+    model = NvibForConditionalGeneration.from_base_pretrained(copy.deepcopy(base))
+    if family not in REPEATING_THE_SOURCE:
+        for either, message in ((base, ""), (model, "The decoder has nothing to read")):
+            with pytest.raises((TypeError, ValueError)) as refused:
+                either(**inputs)
+            assert message in str(refused.value)
+        return
+    expected = base(**inputs).logits
+    torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-3, rtol=0)
+    latents = model.encode(**inputs)
+    torch.testing.assert_close(model(**inputs, encoder_outputs=latents).logits, expected, atol=1e-3, rtol=0)
+    with pytest.raises(ValueError, match="The decoder has nothing to read"):
+        model(encoder_outputs=latents)
+
+
 @pytest.mark.capability("same as the base")
 @over_families
 @torch.no_grad()

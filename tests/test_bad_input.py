@@ -180,8 +180,18 @@ def test_relative_positions_have_no_end():
 
 @pytest.mark.parametrize("family", ["bart", "t5", "bert2gpt2"])
 def test_nothing_for_the_decoder_to_read(family):
+    inputs = tiny_inputs(family)
+    if family == "bart":  # it repeats the source, where there is one
+        inputs = {"inputs_embeds": torch.zeros(3, 9, 32)}
     with pytest.raises(ValueError, match=says("Pass labels, decoder_input_ids", "generate()")):
-        tiny_nvib(family)(**tiny_inputs(family))
+        tiny_nvib(family)(**inputs)
+
+
+def test_a_source_that_the_decoder_cannot_repeat():
+    source = torch.full((3, 70), 5)
+    model = tiny_nvib("led")
+    with pytest.raises(ValueError, match="decoder_input_ids are 70 tokens long, but the decoder has 64 positions"):
+        model(input_ids=source)
 
 
 @pytest.mark.parametrize("rows", [1, 2], ids=["broadcast", "mismatch"])

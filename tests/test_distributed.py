@@ -1,6 +1,8 @@
 """Two processes on one machine: DistributedDataParallel, the Trainer and FSDP2, against one process."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,19 +17,21 @@ from nvib_hf import nvib_layer
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
 
 
+HERE = Path(__file__).parent
+
+
+def in_this_environment(command, folder):
+    paths = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, cwd=folder)
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What rank 0 of two found, by case."""
-    here, folder = Path(__file__).parent, tmp_path_factory.mktemp("distributed")
-    paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    folder = tmp_path_factory.mktemp("distributed")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    finished = subprocess.run(
-        [*command, str(here / "distributed_worker.py"), str(folder)],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    finished = in_this_environment([*command, str(HERE / "distributed_worker.py"), str(folder)], folder)
     assert finished.returncode == 0, finished.stderr[-5000:]
     return torch.load(folder / "found.pt", weights_only=False)
 
@@ -45,13 +49,43 @@ def test_ddp_is_one_process_on_the_joined_batch(found, family):
     assert found["ddp"][family]["tokens"].shape == (4, 6)
 
 
-def test_trainer_in_two_processes_logs_what_one_does(found, tmp_path, monkeypatch):
-    logs = found["trainer"]["logs"]
+# As a user's: nothing in it knows of processes, but for the draws.
+SCRIPT = """
+import json, os
+from pathlib import Path
+import distributed_worker as worker
+
+rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+worker.fix_draws(worker.rows_of(rank, world))
+logs = worker.run_trainer(Path("out"), worker.examples(), worker.BATCH // world)
+if rank == 0:
+    Path("logs.json").write_text(json.dumps({"world": world, "logs": logs}))
+"""
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """The logs of a script under the README's command for two processes without a GPU."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    command = re.search(r"without\s+a GPU `(torchrun [^`]+ train\.py)`", readme)[1].split()
+    folder = tmp_path_factory.mktemp("launched")
+    (folder / "train.py").write_text(SCRIPT)
+    finished = in_this_environment([str(Path(sys.executable).parent / command[0]), *command[1:]], folder)
+    assert finished.returncode == 0, finished.stderr[-5000:]
+    logs = json.loads((folder / "logs.json").read_text())
+    assert logs["world"] == 2
+    return {"trainer": logs}
+
+
+@pytest.mark.parametrize("how", ["found", "launched"])
+def test_trainer_in_two_processes_logs_what_one_does(how, request, tmp_path, monkeypatch):
+    logs = (
+        request.getfixturevalue("found")["trainer"]["logs"] if how == "worker" else request.getfixturevalue("launched")
+    )
     for name in ("log_dirichlet_sample", "gaussian_sample"):
         monkeypatch.setattr(nvib_layer, name, getattr(nvib_layer, name))  # put back afterwards
     worker.fix_draws()
-    examples = [{name: value[row] for name, value in worker.batch("bart").items()} for row in range(4)]
-    expected = worker.run_trainer(tmp_path / "one", examples, 4)
+    expected = worker.run_trainer(tmp_path / "one", worker.examples(), worker.BATCH)
     compared = ("loss", "grad_norm", "cross_entropy", "kl_gaussian", "kl_dirichlet", "num_vectors")
     assert len(logs) == len(expected) == 4
     for entry, reference in zip(logs[:3], expected[:3], strict=True):

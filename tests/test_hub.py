@@ -42,6 +42,7 @@ CODE = {
     "modeling_nvib.py",
     "nvib_layer.py",
     "posterior.py",
+    "precision.py",
     "validation.py",
     "versions.py",
     "word_dropout.py",

@@ -357,13 +357,50 @@ def test_logs_are_means_over_tokens_and_examples(trainer_class, predict_with_gen
         assert f"{prefix}_loss" in metrics
 
 
-def test_loss_of_an_evaluation_has_its_kl_terms(tmp_path):
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_loss_of_an_evaluation_is_exact(batch_size, tmp_path):
+    """Of targets of unequal length, however they are batched; with its KL terms."""
     model = tiny_model(tau_sigma=0.5, tau_alpha=1.0)
-    trainer = trainer_of(NvibTrainer, model, tmp_path, per_device_eval_batch_size=5)
+    trainer = trainer_of(NvibTrainer, model, tmp_path, per_device_eval_batch_size=batch_size)
     metrics = trainer.evaluate()
     expected = metrics["eval_cross_entropy"] + 0.2 * metrics["eval_kl_gaussian"] + 0.3 * metrics["eval_kl_dirichlet"]
     assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-5)
     assert metrics["eval_loss"] > metrics["eval_cross_entropy"] + 0.2
+
+
+def test_plain_model_under_the_same_trainer(tmp_path):
+    """It trains, and its loss in evaluation is the mean over all tokens, to be compared with an NVIB model's."""
+    model = tiny_base("bart")
+    trainer = trainer_of(NvibTrainer, model, tmp_path / "plain", max_steps=1, per_device_eval_batch_size=2)
+    trainer.train()
+    loss = trainer.evaluate()["eval_loss"]
+    inputs = tiny_collator(model)(list(trainer.eval_dataset))
+    with torch.no_grad():
+        logits = model.eval()(**inputs).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), inputs["labels"].flatten())
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    others = trainer_of(Seq2SeqTrainer, model, tmp_path / "others", per_device_eval_batch_size=2).evaluate()
+    assert others["eval_loss"] != pytest.approx(loss, rel=1e-2)  # the mean of the batches' means
+
+    wrapped = NvibForConditionalGeneration.from_base_pretrained(model)
+    again = trainer_of(NvibTrainer, wrapped, tmp_path / "wrapped", per_device_eval_batch_size=3).evaluate()
+    assert again["eval_loss"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_loss_of_an_evaluation_is_that_of_the_trainer(tmp_path):
+    """Whoever writes a ``compute_loss`` of their own sees it evaluated."""
+
+    class Doubled(NvibTrainer):
+        def compute_loss(self, *args, return_outputs=False, **kwargs):
+            loss, outputs = super().compute_loss(*args, return_outputs=True, **kwargs)
+            return (2 * loss, outputs) if return_outputs else 2 * loss
+
+    model = tiny_model()
+    expected, doubled = (
+        trainer_of(one, model, tmp_path, per_device_eval_batch_size=2).evaluate()["eval_loss"]
+        for one in (NvibTrainer, Doubled)
+    )
+    assert doubled == pytest.approx(2 * expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("trainer_class", [Seq2SeqTrainer, NvibTrainer])
