@@ -169,7 +169,10 @@ class NvibEncodingMixin:
         return NvibLatents(z=z.to(self.dtype), log_pi=log_pi, attention_mask=~padding)
 
     def interpolate_latents(self, first: NvibLatents, second: NvibLatents, weight: float | Tensor) -> NvibLatents:
-        """Between two batches of latents: ``weight`` 0 is ``first``, 1 is ``second``; a number or ``(B,)``."""
+        """Between two batches of latents: ``weight`` 0 is ``first``, 1 is ``second``; a number or ``(B,)``.
+
+        A batch of one is repeated: ``weight=torch.linspace(0, 1, 5)`` between two latents is a walk of five steps.
+        """
         for latents in (first, second):
             self._check_latents(latents)
         return interpolate(first, second, weight)

@@ -172,33 +172,49 @@ def pad_latents(latents: NvibLatents, length: int, with_logvar: bool) -> NvibLat
     return NvibLatents(**fields)
 
 
+def broadcast_pair(
+    first: NvibLatents, second: NvibLatents, weight: float | Tensor
+) -> tuple[NvibLatents, NvibLatents, Tensor]:
+    """Both ends of an interpolation and its weights ``(B, 1)``: a batch of one is repeated for those of the others.
+
+    Raises:
+        ValueError: weights outside [0, 1]; batch sizes or widths that do not fit.
+    """
+    shapes = f"{tuple(first.z.shape)} and {tuple(second.z.shape)}"
+    if first.z.shape[-1] != second.z.shape[-1] or len({first.batch_size, second.batch_size} - {1}) > 1:
+        raise ValueError(
+            f"Latents of shape {shapes} cannot be interpolated: the width must be the same, and the batch size too "
+            "unless one of them is 1."
+        )
+    given, weight = weight, torch.as_tensor(weight, dtype=first.log_pi.dtype, device=first.z.device)
+    if not ((weight >= 0) & (weight <= 1)).all():
+        raise ValueError(f"weight must be in [0, 1], but got {given}: 0 is the first batch, 1 the second.")
+    sizes = {first.batch_size, second.batch_size, *weight.shape} - {1}
+    if weight.dim() > 1 or len(sizes) > 1:
+        size = second.batch_size if first.batch_size == 1 else first.batch_size
+        raise ValueError(
+            f"weight must be a number or one value for each of the {size} latents, but has shape "
+            f"{tuple(weight.shape)}."
+        )
+    size = sizes.pop() if sizes else 1
+    first, second = (x if x.batch_size == size else x[[0] * size] for x in (first, second))
+    return first, second, weight.expand(size)[:, None]
+
+
 def interpolate(first: NvibLatents, second: NvibLatents, weight: float | Tensor) -> NvibLatents:
     r"""The mixture :math:`(1 - t) F_a + t F_b` of two distributions: their components side by side.
 
     Args:
-        first, second: latents of the same batch size; lengths may differ.
-        weight: ``t`` in [0, 1], a number or ``(B,)``; 0 is ``first``.
+        first, second: latents of the same batch size, or a batch of one; lengths may differ.
+        weight: ``t`` in [0, 1], a number or ``(B,)``; 0 is ``first``. Several for two batches of one walk from the
+            one to the other.
 
     Raises:
-        ValueError: weights outside [0, 1]; batch sizes or widths that differ.
+        ValueError: weights outside [0, 1]; batch sizes or widths that do not fit.
 
     Source: Henderson & Fehr (ICLR 2023), interpolation.
     """
-    if first.z.shape[::2] != second.z.shape[::2]:
-        raise ValueError(
-            f"Latents of shape {tuple(first.z.shape)} and {tuple(second.z.shape)} cannot be interpolated: batch "
-            "size and width must be the same."
-        )
-    given = weight
-    weight = torch.as_tensor(weight, dtype=first.log_pi.dtype, device=first.z.device)
-    if not ((weight >= 0) & (weight <= 1)).all():
-        raise ValueError(f"weight must be in [0, 1], but got {given}: 0 is the first batch, 1 the second.")
-    if weight.dim() > 1 or (weight.dim() == 1 and len(weight) not in (1, first.batch_size)):
-        raise ValueError(
-            f"weight must be a number or one value for each of the {first.batch_size} latents, but has shape "
-            f"{tuple(weight.shape)}."
-        )
-    weight = weight.reshape(-1, 1)
+    first, second, weight = broadcast_pair(first, second, weight)
     mixture = first.logvar is not None or second.logvar is not None
     first, second = (pad_latents(x, x.z.shape[1], with_logvar=mixture) for x in (first, second))
     return NvibLatents(

@@ -212,3 +212,22 @@ def test_interpolation_in_half_precision_keeps_weights_in_full():
     between = interpolate(a, b, 0.3)
     assert between.z.dtype == torch.bfloat16 and between.log_pi.dtype == torch.float32
     torch.testing.assert_close(between.log_pi.exp().sum(-1), torch.ones(4))
+
+
+@pytest.mark.parametrize("weight", [0.25, torch.linspace(0, 1, 5)], ids=["number", "five"])
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 5), (5, 1), (5, 5)], ids=str)
+@pytest.mark.parametrize("first, second", [(mixture, mixture), (mixture, sample)])
+def test_interpolation_repeats_a_batch_of_one(first, second, sizes, weight):
+    a, b = first(batch=sizes[0], seed=3), second(batch=sizes[1], length=3, seed=4)
+    between = interpolate(a, b, weight)
+    size = max(*sizes, *torch.as_tensor(weight).shape)
+    assert between.batch_size == size
+    for row, t in enumerate(torch.as_tensor(weight).expand(size).tolist()):
+        one_by_one = interpolate(a[min(row, sizes[0] - 1)], b[min(row, sizes[1] - 1)], t)
+        assert_same(between[row], one_by_one)
+
+
+@pytest.mark.parametrize("sizes, weights", [((2, 3), 1), ((1, 4), 3), ((4, 1), 3), ((4, 4), 0), ((2, 3), 6)], ids=str)
+def test_interpolation_of_sizes_that_do_not_fit(sizes, weights):
+    with pytest.raises(ValueError, match=r"batch size too unless one of them is 1|for each of the 4 latents"):
+        interpolate(mixture(batch=sizes[0]), mixture(batch=sizes[1]), torch.full((weights,), 0.5))
