@@ -62,7 +62,7 @@ def test_temperature_one_draws_what_training_draws():
         repeated = {name: value.expand(3000, -1) for name, value in inputs.items()}
         theirs = model.encode(**repeated, sample=True, generator=seeded(1))
     for value in (lambda x: x.z, lambda x: x.log_pi.exp()[..., None]):
-        torch.testing.assert_close(value(ours).mean(0), value(theirs).mean(0), rtol=0.05, atol=0.05)
+        torch.testing.assert_close(value(ours).mean(0), value(theirs).mean(0), rtol=0, atol=0.12)
         torch.testing.assert_close(value(ours).std(0), value(theirs).std(0), rtol=0.1, atol=0.01)
 
 
@@ -116,7 +116,7 @@ def test_blends_of_single_gaussians_are_their_weighted_mean():
     assert (weights > 0).all()
     simplex = torch.distributions.Dirichlet(torch.ones(3))
     torch.testing.assert_close(weights.mean(0), simplex.mean, rtol=0, atol=0.02)
-    torch.testing.assert_close(weights.var(0), simplex.variance, rtol=0.1, atol=0)
+    torch.testing.assert_close(weights.var(0).mean(), simplex.variance.mean(), rtol=0.04, atol=0)
 
 
 def test_blends_of_a_model_are_decoded_and_seeded():

@@ -35,6 +35,13 @@ def components(latents: NvibLatents, row: int) -> list[tuple]:
     return list(zip(weights, latents.z[row, seen], (0.5 * logvar[row, seen]).exp(), strict=True))
 
 
+def only_seen(latents: NvibLatents, row: int) -> NvibLatents:
+    """A row alone, as a batch of one without padding."""
+    seen = latents.log_pi[row] > -INF
+    fields = {name: value[row, seen][None] for name, value in latents.items() if name in ("z", "log_pi", "logvar")}
+    return NvibLatents(**fields, attention_mask=seen[seen][None])
+
+
 def costs(a: NvibLatents, b: NvibLatents, row: int) -> Tensor:
     """Squared Wasserstein distances of every two components, by the formula, in a loop."""
     return torch.tensor(
@@ -198,6 +205,12 @@ def test_ends_of_the_path_are_the_ends(first, second):
                 assert all(torch.equal(x, y) for x, y in zip(got, wanted, strict=True))
 
 
+def test_ends_keep_what_has_no_weight_in_float64():
+    a, b = one(torch.randn(3, 4), [0.0, -2000.0, -3000.0]), one(torch.randn(1, 4), [0.0])
+    assert torch.equal(interpolate_by_transport(a, b, 0).log_pi, a.log_pi)
+    assert (interpolate_by_transport(a, b, 0.5).log_pi > -INF).sum() == 1
+
+
 @pytest.mark.parametrize("weight", [1e-6, 1 - 1e-6])
 def test_path_reaches_its_ends_without_a_jump(weight):
     a, b = mixture(length=6, seed=3), mixture(seed=4)
@@ -241,19 +254,20 @@ def test_shorter_rows_are_padded():
 
 @pytest.mark.parametrize("first, second", ENDS)
 def test_padding_and_dropped_vectors_are_left_out(first, second):
+    """Whatever stands there: each row is what it is with nothing but the vectors that are seen."""
     a, b = first(length=6, seed=3), second(seed=4)
-    if a.logvar is not None:
-        a.log_pi[:, 2] = -INF  # dropped by a threshold
-        a.z[:, 2], a.logvar[:, 2] = 1e3, 3.0
+    a.log_pi[1:, [0, 2]] = -INF  # dropped, but for a row that fills the batch's length
     wide = [pad_latents(x, x.z.shape[1] + 3, with_logvar=x.logvar is not None) for x in (a, b)]
-    for x in wide:
-        x.z[x.log_pi == -INF] = float("nan")
-    assert torch.equal(latent_distance(*wide), latent_distance(a, b))
-    without = [x.compact() for x in (a, b)]
-    for weight in (0.0, 0.3, torch.tensor([0.0, 0.4, 1.0, 0.9])):
-        expected = interpolate_by_transport(*without, weight)
-        assert_same(interpolate_by_transport(a, b, weight), expected)
-        assert_same(interpolate_by_transport(*wide, weight), expected)
+    for ends in ((a, b), wide):
+        for x in ends:
+            x.z[x.log_pi == -INF] = float("nan")
+        distance = latent_distance(*ends)
+        between = interpolate_by_transport(*ends, torch.tensor([0.0, 0.4, 1.0, 0.9]))
+        for row, t in enumerate((0.0, 0.4, 1.0, 0.9)):
+            seen = [only_seen(x, row) for x in (a, b)]
+            torch.testing.assert_close(distance[row], latent_distance(*seen)[0])
+            assert_same(only_seen(between, row), only_seen(interpolate_by_transport(*seen, t), 0))
+        assert between.z.isfinite().all()
 
 
 @pytest.mark.parametrize("weight", [0.25, torch.linspace(0, 1, 4)], ids=["number", "four"])
