@@ -38,6 +38,7 @@ _TRANSFORMERS = [
     "concatenate_latents",
     "evaluate",
     "evaluation_section",
+    "latent_distance",
     "register_cross_attention",
 ]
 
@@ -50,6 +51,7 @@ if find_spec("transformers") is not None:
     from .evaluation import evaluate
     from .evaluation_report import add_to_model_card, evaluation_section
     from .latent import NvibLatents, concatenate_latents
+    from .latent_transport import latent_distance
     from .modeling_nvib import NvibForConditionalGeneration
     from .training import KLAnnealingCallback, NvibTrainer, NvibTrainerMixin
     from .training_control import ConstraintCallback, ThresholdCallback

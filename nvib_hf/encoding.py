@@ -13,6 +13,8 @@ from .base_model import run_encoder
 from .dropping import kept_first, relaxed_share
 from .initialisation import EmpiricalPrior, empirical_prior
 from .latent import NvibLatents, interpolate, pack
+from .latent_transport import interpolate_by_transport
+from .latent_variation import blend, vary
 from .nvib_layer import Nvib
 
 
@@ -168,14 +170,52 @@ class NvibEncodingMixin:
         z, log_pi = self.nvib.sample_prior(padding, generator)
         return NvibLatents(z=z.to(self.dtype), log_pi=log_pi, attention_mask=~padding)
 
-    def interpolate_latents(self, first: NvibLatents, second: NvibLatents, weight: float | Tensor) -> NvibLatents:
+    def interpolate_latents(
+        self, first: NvibLatents, second: NvibLatents, weight: float | Tensor, method: str = "transport"
+    ) -> NvibLatents:
         """Between two batches of latents: ``weight`` 0 is ``first``, 1 is ``second``; a number or ``(B,)``.
 
         A batch of one is repeated: ``weight=torch.linspace(0, 1, 5)`` between two latents is a walk of five steps.
+
+        Args:
+            method: ``"transport"`` moves the components of the one to those of the other
+                (:func:`~nvib_hf.latent_transport.interpolate_by_transport`); ``"mixture"`` puts both side by side, as
+                published (:func:`~nvib_hf.latent.interpolate`).
+
+        Raises:
+            ImportError: ``"transport"`` without the package POT.
+            ValueError: another method; weights outside [0, 1]; batch sizes that do not fit; latents of another model.
         """
+        methods = {"transport": interpolate_by_transport, "mixture": interpolate}
+        if method not in methods:
+            raise ValueError(f"method must be one of {', '.join(map(repr, methods))}, but got {method!r}.")
         for latents in (first, second):
             self._check_latents(latents)
-        return interpolate(first, second, weight)
+        return methods[method](first, second, weight)
+
+    @torch.no_grad()
+    def vary_latents(
+        self,
+        latents: NvibLatents,
+        temperature: float = 1.0,
+        redraw_weights: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> NvibLatents:
+        """New text close to old one: a draw around each latent; see :func:`~nvib_hf.latent_variation.vary`."""
+        self._check_latents(latents)
+        return vary(latents, temperature, redraw_weights, generator)
+
+    @torch.no_grad()
+    def blend_latents(
+        self,
+        latents: NvibLatents,
+        num_samples: int,
+        num_parents: int = 2,
+        generator: torch.Generator | None = None,
+    ) -> NvibLatents:
+        """New text between old ones: random latents on the way; see :func:`~nvib_hf.latent_variation.blend`."""
+        self._check_latents(latents)
+        return blend(latents, num_samples, num_parents, generator)
 
     def _check_latents(self, latents: NvibLatents) -> None:
         if latents.z.shape[-1] != self.nvib.size_out:

@@ -133,6 +133,15 @@ class NvibLatents(ModelOutput):
 
         return type(self)(**{name: value if value.dim() == 1 else gather(value) for name, value in self.items()})
 
+    def pooled(self) -> Tensor:
+        r"""The mean of each mixture, :math:`\sum_i \pi_i \mu_i`: ``(B, P)`` whatever the length, in at least fp32.
+
+        For nearest neighbours and clustering; its distances are never above :func:`~nvib_hf.latent_distance`.
+        """
+        z = self.z.to(torch.promote_types(self.z.dtype, torch.float32))
+        hidden = (self.log_pi == float("-inf"))[..., None]
+        return (self.log_pi.to(z.dtype).softmax(-1)[..., None] * z.masked_fill(hidden, 0)).sum(1)
+
     def memory(self, scale: float, evaluation: str) -> DenoisingMemory:
         """What denoising attention with this ``scale`` reads of the latents: points, or a mixture of Gaussians.
 
@@ -181,7 +190,7 @@ def pad_latents(latents: NvibLatents, length: int, with_logvar: bool) -> NvibLat
 def broadcast_pair(
     first: NvibLatents, second: NvibLatents, weight: float | Tensor
 ) -> tuple[NvibLatents, NvibLatents, Tensor]:
-    """Both ends of an interpolation and its weights ``(B, 1)``: a batch of one is repeated for those of the others.
+    """Two latents and weights ``(B, 1)`` between them: a batch of one is repeated for those of the others.
 
     Raises:
         ValueError: weights outside [0, 1]; batch sizes or widths that do not fit.
@@ -189,8 +198,8 @@ def broadcast_pair(
     shapes = f"{tuple(first.z.shape)} and {tuple(second.z.shape)}"
     if first.z.shape[-1] != second.z.shape[-1] or len({first.batch_size, second.batch_size} - {1}) > 1:
         raise ValueError(
-            f"Latents of shape {shapes} cannot be interpolated: the width must be the same, and the batch size too "
-            "unless one of them is 1."
+            f"Latents of shape {shapes} do not fit: the width must be the same, and the batch size too unless one of "
+            "them is 1."
         )
     given, weight = weight, torch.as_tensor(weight, dtype=first.log_pi.dtype, device=first.z.device)
     if not ((weight >= 0) & (weight <= 1)).all():

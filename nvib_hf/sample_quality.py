@@ -105,10 +105,14 @@ def interpolations(
     pairs: Sequence[tuple[str, str]],
     steps: int = 7,
     *,
+    method: str = "transport",
     max_length: int = MAX_LENGTH,
     **generate_kwargs,
 ) -> list[list[str]]:
-    """For each pair of texts what lies between them: ``steps`` texts at even weights, the first 0, the last 1."""
+    """For each pair of texts what lies between them: ``steps`` texts at even weights, the first 0, the last 1.
+
+    ``method`` is that of ``model.interpolate_latents``.
+    """
     if steps < 2:
         raise ValueError(f"steps must be at least 2, the two ends, but got {steps}.")
     firsts, seconds = (check_texts(side, "pairs") for side in zip(*pairs, strict=True))
@@ -121,7 +125,7 @@ def interpolations(
                 model,
                 tokenizer,
                 max_length,
-                encoder_outputs=model.interpolate_latents(first, second, weight),
+                encoder_outputs=model.interpolate_latents(first, second, weight, method),
                 **generate_kwargs,
             )
             for weight in torch.linspace(0, 1, steps).tolist()

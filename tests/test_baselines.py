@@ -152,11 +152,14 @@ def test_interpolation_ends_at_the_texts(name):
     first, second = (model.encode(**inputs((length,), seed=length)) for length in (7, 5))
     options = {"max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True}
     ends = [model.generate(encoder_outputs=latents, **options).logits for latents in (first, second)]
-    for weight, end in ((0.0, ends[0]), (1.0, ends[1])):
+    for weight, end in ((0.0, ends[0]), (1.0, ends[1]), (1e-6, ends[0]), (1 - 1e-6, ends[1])):
         between = model.generate(encoder_outputs=model.interpolate_latents(first, second, weight), **options)
-        torch.testing.assert_close(torch.stack(between.logits), torch.stack(end))
+        tolerance = {} if weight in (0, 1) else {"rtol": 1e-3, "atol": 1e-3}  # a vector in parts is the vector
+        torch.testing.assert_close(torch.stack(between.logits), torch.stack(end), **tolerance)
     middle = model.interpolate_latents(first, second, 0.25).compact()
     if name == "pooled":
         torch.testing.assert_close(middle.z[0, 0], 0.75 * first.z[0, 1] + 0.25 * second.z[0, 1])
     else:
-        assert middle.z.shape[1] == first.num_vectors + second.num_vectors
+        assert middle.z.shape[1] == first.num_vectors + second.num_vectors - 1
+    side_by_side = model.interpolate_latents(first, second, 0.25, method="mixture").compact()
+    assert side_by_side.z.shape[1] == first.num_vectors + second.num_vectors

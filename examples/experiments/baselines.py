@@ -138,14 +138,19 @@ class AutoencoderBottleneck(VariableBottleneck):
 
 
 class BaselineModel(NvibForConditionalGeneration):
-    """A model whose texts of a single vector are interpolated as such: between the vectors, not as a mixture."""
+    """A model whose latents have no weights: transport moves equal ones, and they are read by plain attention."""
 
-    def interpolate_latents(self, first: NvibLatents, second: NvibLatents, weight: float | Tensor) -> NvibLatents:
-        if not isinstance(self.nvib, PooledBottleneck):
-            return super().interpolate_latents(first, second, weight)
-        z = torch.lerp(first.z, second.z, torch.as_tensor(weight, dtype=first.z.dtype).reshape(-1, 1, 1))
-        log_pi = self.nvib.plain_log_pi(z, first.log_pi > float("-inf"))
-        return NvibLatents(z=z, log_pi=log_pi, attention_mask=first.attention_mask)
+    def interpolate_latents(
+        self, first: NvibLatents, second: NvibLatents, weight: float | Tensor, method: str = "transport"
+    ) -> NvibLatents:
+        if method != "transport":
+            return super().interpolate_latents(first, second, weight, method)
+        first, second = (
+            NvibLatents(z=x.z, log_pi=torch.where(x.log_pi > float("-inf"), 0, x.log_pi)) for x in (first, second)
+        )
+        between = super().interpolate_latents(first, second, weight)
+        between.log_pi = between.log_pi + self.nvib.plain_log_pi(between.z, between.attention_mask)
+        return between
 
 
 def with_bottleneck(
