@@ -339,6 +339,8 @@ class NvibForConditionalGeneration(
             outputs = run_decoder(self.base, packed, states, decoder_inputs)
         cache = outputs.get(CACHE)
         check_cache_was_found(cache, self._cached_layers)
+        if latents is None and labels is None:  # a step of decoding, to which the rest has nothing to add
+            return outputs
         measured = {name: None if latents is None else getattr(latents, name) for name in MEASURED}
         loss = cross_entropy = None
         if labels is not None:
