@@ -30,17 +30,14 @@ class Recorder:
     def hook(self, model, args: tuple, inputs: dict, outputs) -> None:
         """Add a forward pass: a forward hook (``with_kwargs=True``)."""
         labels = inputs.get("labels")
-        latents = outputs.get("latents") if hasattr(outputs, "get") else None
-        if labels is None or latents is None or latents.kl_gaussian is None:
+        if labels is None or not hasattr(outputs, "get") or outputs.get("kl_gaussian") is None:
             return
         tokens = (labels != -100).sum(-1)  # (B,)
         terms = [
             outputs.cross_entropy.mean() * tokens.sum(),  # one value, or one a device
-            (tokens * latents.kl_gaussian).sum(),
-            (tokens * latents.kl_dirichlet).sum(),
-            latents.num_vectors.sum(),
-            latents.prop_vectors.sum(),
-            latents.effective_vectors.sum(),
+            (tokens * outputs.kl_gaussian).sum(),
+            (tokens * outputs.kl_dirichlet).sum(),
+            *(outputs[name].sum() for name in PER_EXAMPLE),
         ]
         sums = torch.stack([x.detach().float() for x in (*terms, tokens.sum(), torch.ones_like(tokens).sum())])
         self._sums = sums if self._sums is None else self._sums + sums.to(self._sums.device)
