@@ -170,9 +170,13 @@ def test_saved_and_loaded(make, tmp_path):
 
 def test_views_of_one_tensor_are_saved_with_their_own_values(tmp_path):
     """What safetensors itself refuses: one tensor twice, transposed, expanded, a slice, with a gradient."""
-    both = torch.randn(5, 2, 6, requires_grad=True).transpose(0, 1)
+    same = torch.rand(2)
     latents = NvibLatents(
-        z=both, logvar=both, log_pi=torch.zeros(1, 1).expand(2, 5), attention_mask=torch.ones(4, 5).bool()[2:]
+        z=torch.randn(5, 2, 6, requires_grad=True).transpose(0, 1),
+        log_pi=torch.zeros(1, 1).expand(2, 5),
+        attention_mask=torch.ones(4, 5).bool()[2:],
+        kl_gaussian=same,
+        kl_dirichlet=same,
     )
     latents.save(tmp_path / "latents")
     assert_same(NvibLatents.load(tmp_path / "latents"), latents.detach())
