@@ -66,7 +66,8 @@ class NvibSeq2SeqLMOutput(Seq2SeqLMOutput):
         kl_gaussian, kl_dirichlet: the two KL terms, ``(B,)``, unweighted.
         num_vectors, prop_vectors, effective_vectors: of the latents, ``(B,)``: source vectors kept, their share of
             the source length, and ``exp(entropy(pi))``.
-        latents: the :class:`~nvib_hf.NvibLatents` that were decoded; ``None`` at a step of generation.
+        latents: the :class:`~nvib_hf.NvibLatents` that were decoded; ``None`` at a step of generation, and from
+            ``nn.DataParallel``, which gathers a mapping by what it iterates over.
     """
 
     cross_entropy: Tensor | None = None
@@ -360,7 +361,7 @@ class NvibForConditionalGeneration(
             encoder_attentions=states.attentions,
             cross_entropy=cross_entropy,
             **measured,
-            latents=latents,
+            latents=None if getattr(self, "_is_replica", False) else latents,
         )
 
     def _decoder_arguments(self, inputs: dict) -> dict:
