@@ -52,7 +52,7 @@ def decode(latents):
 latents = model.encode(**inputs)
 print(decode(latents))
 print(decode(model.sample_latents(num_samples=2, num_vectors=8)))  # drawn from the prior
-print(decode(model.interpolate_latents(latents[:1], latents[1:], weight=0.5)))"""
+print(decode(model.interpolate_latents(latents[:1], latents[1:], weight=0.5)))  # needs the package POT"""
 
 CITATION = """\
 @inproceedings{henderson2023vae,
