@@ -105,7 +105,8 @@ def main() -> None:
     texts = read_texts(args.text)
     settings = {"num_samples": args.samples, "seed": args.seed}
     if args.quick:
-        texts, settings = texts[:16], {**settings, "num_samples": 8, "num_pairs": 4, "importance_samples": 2}
+        texts = texts[:16]
+        settings |= {"num_samples": 8, "reverse_steps": 3, "num_pairs": 4, "importance_samples": 2}
     if args.training_text is not None:
         settings["training_texts"] = read_texts(args.training_text)
     if args.language_model is not None:

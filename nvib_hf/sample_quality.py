@@ -133,12 +133,14 @@ def sample_scores(
     *,
     language_model: PreTrainedModel | None = None,
     lm_tokenizer: PreTrainedTokenizerBase | None = None,
+    reverse_steps: int = 150,
     seed: int = 0,
 ) -> dict:
     """Samples by every measure of :mod:`nvib_hf.text_metrics`, and held-out texts by the same, as a yardstick.
 
     Args:
         samples: each kind of samples by its name, for instance a kind for each of ``DECODINGS``.
+        reverse_steps: of training for each reverse perplexity, 0 for none.
 
     Returns:
         By kind, and of as many held-out texts under ``real``: ``fluency`` and ``fluency_ratio``, to that of the
@@ -162,14 +164,15 @@ def sample_scores(
     samples = {kind: check_texts(texts, f"samples[{kind!r}]") for kind, texts in samples.items()}
     real_texts, largest = check_texts(real_texts, "real_texts"), max(map(len, samples.values()))
     real = measured(as_many(real_texts))
-    if training_texts is not None:
-        real["reverse_perplexity"] = reverse_perplexity(as_many(training_texts), real_texts, seed)
+    if training_texts is not None and reverse_steps:
+        real["reverse_perplexity"] = reverse_perplexity(as_many(training_texts), real_texts, seed, steps=reverse_steps)
     results: dict[str, dict] = {}
     for kind, texts in samples.items():
         results[kind] = {"num_samples": len(texts), **measured(texts)}
         if language_model is not None:
             results[kind]["fluency_ratio"] = results[kind]["fluency"] / real["fluency"]
-        results[kind]["reverse_perplexity"] = reverse_perplexity(texts, real_texts, seed)
+        if reverse_steps:
+            results[kind]["reverse_perplexity"] = reverse_perplexity(texts, real_texts, seed, steps=reverse_steps)
         results[kind]["examples"] = texts[:8]
     return {**results, "real": real}
 

@@ -13,7 +13,7 @@ from tiny_nvib import tiny_nvib
 from tiny_text import tiny_tokenizer
 from torch.distributions import Dirichlet, Normal, kl_divergence
 
-from nvib_hf import NvibLatents, add_to_model_card, evaluate, evaluation_section, likelihood, sample_quality
+from nvib_hf import NvibLatents, add_to_model_card, evaluate, evaluation_section, likelihood
 from nvib_hf.evaluation import (
     kept_by_frequency,
     kept_by_length,
@@ -335,11 +335,10 @@ def test_summaries_of_kept_tokens():
 
 
 # -------------------------------------------------------------------------------------------------- all of it
-def test_evaluate_is_for_json_and_follows_its_seed(monkeypatch):
-    quick = functools.partial(sample_quality.reverse_perplexity, steps=3)
-    monkeypatch.setattr(sample_quality, "reverse_perplexity", quick)
+def test_evaluate_is_for_json_and_follows_its_seed():
     model = tiny_nvib(alpha_threshold=THRESHOLD).train()
     options = {"num_samples": 4, "num_pairs": 2, "importance_samples": 2, "max_length": 8, "training_texts": TEXTS[:2]}
+    options["reverse_steps"] = 3
     state = torch.get_rng_state()
     results = evaluate(model, TOKENIZER, TEXTS, **options)
     assert torch.equal(torch.get_rng_state(), state) and model.training
@@ -350,9 +349,11 @@ def test_evaluate_is_for_json_and_follows_its_seed(monkeypatch):
     torch.manual_seed(5)
     assert evaluate(model, TOKENIZER, TEXTS, **options) == results
     assert evaluate(model, TOKENIZER, TEXTS, **options, seed=1)["samples"] != results["samples"]
+    options["reverse_steps"] = 0
     fewer = {"decodings": {"hot": {"do_sample": True, "temperature": 9.0}}, "methods": ["mixture"]}
     chosen = evaluate(model, TOKENIZER, TEXTS, **options, **fewer)
-    assert set(chosen["samples"]) == {"hot", "real"} and chosen["samples"]["hot"] != results["samples"]["nucleus"]
+    assert set(chosen["samples"]) == {"hot", "real"} and "reverse_perplexity" not in chosen["samples"]["real"]
+    assert chosen["samples"]["hot"] != results["samples"]["nucleus"]
     assert chosen["interpolation"] == {"mixture": results["interpolation"]["mixture"]}
     assert set(evaluate(tiny_base("bart"), TOKENIZER, TEXTS, max_length=8)) == {
         "settings",

@@ -57,10 +57,10 @@ def test_samples_of_three_kinds():
 
 def test_scores_of_samples(monkeypatch):
     """Every kind by the measures of texts, and as many real texts beside them."""
-    monkeypatch.setattr(sample_quality, "reverse_perplexity", lambda texts, real, seed: len(texts) + len(real) / 10)
+    monkeypatch.setattr(sample_quality, "reverse_perplexity", lambda texts, real, seed, steps: len(texts) + steps / 10)
     judge = {"language_model": tiny_language_model(), "lm_tokenizer": TOKENIZER}
     samples, real = {"one": TEXTS[:3], "two": ["w5 w6 w7", "w8"]}, [f"w{i} w{i + 1} w9 w{2 * i}" for i in range(5, 15)]
-    scores = sample_scores(samples, real, ["w8", "w7", "w5 w90"], **judge, seed=2)
+    scores = sample_scores(samples, real, ["w8", "w7", "w5 w90"], **judge, reverse_steps=10, seed=2)
     assert set(scores) == {"one", "two", "real"}
     of_threes = [fluency(*judge.values(), list(three)) for three in itertools.combinations(real, 3)]
     assert any(value == pytest.approx(scores["real"]["fluency"], rel=1e-9) for value in of_threes)
@@ -74,8 +74,8 @@ def test_scores_of_samples(monkeypatch):
         assert scores[kind]["reverse_perplexity"] == len(texts) + 1
     assert [scores[kind]["copied"] for kind in ("one", "two", "real")] == [1 / 3, 1 / 2, 0]
     assert scores["real"]["reverse_perplexity"] == 4  # learnt from three training texts
-    alone = sample_scores(samples, real, seed=2)
-    assert set(alone["one"]) == set(scores["one"]) - {"fluency", "fluency_ratio", "copied"}
+    alone = sample_scores(samples, real, reverse_steps=0, seed=2)
+    assert set(alone["one"]) == set(scores["one"]) - {"fluency", "fluency_ratio", "copied", "reverse_perplexity"}
 
 
 def test_latent_lengths_count_what_the_decoder_sees():
