@@ -104,7 +104,8 @@ def rate_distortion(
     :math:`n' P \, KL_G` is the divergence of the vectors that are kept from the prior.
 
     * ``cross_entropy``: nats per target token, of the posterior itself; ``cross_entropy_sampled``: of one draw;
-    * ``rate``: nats a text; ``rate_published``: the same with the published KL_G, where pseudo-counts weigh;
+    * ``rate``: nats a text, with one vector a component; ``rate_published``: the same with the published KL_G, where
+      pseudo-counts weigh;
     * ``kl_gaussian_per_token``, ``kl_gaussian_published_per_token``, ``kl_dirichlet_per_token``: their terms, nats
       per target token; ``kl_gaussian``, ``kl_dirichlet``: as the model reports them and the loss weighs them, means
       over target tokens;
