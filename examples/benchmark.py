@@ -175,7 +175,7 @@ class Bench:
 
         def keys_and_values(cache) -> int:
             layers = cache.cross_attention_cache.layers
-            extra = sum(x.nbytes for layer in layers for x in getattr(layer, "nvib_matrices", None) or ())
+            extra = sum(layer.nvib_beside["bias"].nbytes for layer in layers if hasattr(layer, "nvib_beside"))
             return extra + sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
         start = inputs["input_ids"][:, :1]

@@ -36,26 +36,15 @@ class DenoisingCrossAttention(nn.Module):
             raise ValueError(f"{type(self).__name__} got no {row.memory}: the latent is missing.")
         if row.time_major:
             hidden_states, packed = hidden_states.transpose(0, 1), packed.transpose(0, 1)
-        memory = unpack(packed, self.nvib_width)
         query = self._by_head(getattr(self, row.query)(hidden_states))
-        rows, sources = len(hidden_states), len(packed)
+        rows, sources = hidden_states.shape[0], packed.shape[0]
         if rows != sources:
             query = fold_rows(query, sources)
-        vectors = memory.vectors.to(hidden_states.dtype)
-        key, value, matrices = self._keys_and_values(
-            vectors, inputs.get(row.cache), need_matrices=memory.shrinkage is not None
-        )
-        key_weight, value_weight = matrices
         config = getattr(self, "config", None)
         output, weights = denoising_attention(
             query,
-            key,
-            value,
-            memory.bias,
-            cross_attention_scale(self),
-            shrinkage=None if memory.shrinkage is None else memory.shrinkage.to(query.dtype),
-            key_weight=key_weight,
-            value_weight=value_weight,
+            **self._projected(packed, hidden_states.dtype, inputs.get(row.cache)),
+            scale=cross_attention_scale(self),
             exact=self.nvib_exact,
             softcap=getattr(self, row.softcap) if row.softcap else None,
             dropout_p=self._probability(row.dropout),
@@ -77,43 +66,45 @@ class DenoisingCrossAttention(nn.Module):
         """``(B, N, H * E)`` to ``(B, H, N, E)``."""
         return x.unflatten(-1, (-1, getattr(self, self.nvib_row.head_dim))).transpose(1, 2)
 
-    def _keys_and_values(self, vectors: Tensor, cache, need_matrices: bool):
-        """Keys, values ``(B, H, Nl, E)`` and the matrices of their projections: once a source, then cached."""
-        if isinstance(cache, EncoderDecoderCache) and cache.is_updated.get(self.layer_idx):
+    def _projected(self, packed: Tensor, dtype: torch.dtype, cache) -> dict[str, Tensor]:
+        """What attention reads of a latent in this layer, once a source: later steps find it in the cache.
+
+        ``key``, ``value`` ``(B, H, Nl, E)`` and ``bias``; of a mixture also ``shrinkage`` and the matrices.
+        """
+        has_cache = isinstance(cache, EncoderDecoderCache)
+        if has_cache and cache.is_updated.get(self.layer_idx):
             layer = cache.cross_attention_cache.layers[self.layer_idx]
-            return layer.keys, layer.values, self._matrices(vectors, layer) if need_matrices else (None, None)
-        row, layer = self.nvib_row, None
+            return {"key": layer.keys, "value": layer.values, **layer.nvib_beside}
+        row, memory = self.nvib_row, unpack(packed, self.nvib_width)
+        vectors = memory.vectors.to(dtype)
         if row.key_value is not None:
             key, value = getattr(self, row.key_value)(vectors).chunk(2, dim=-1)
         else:
             key, value = getattr(self, row.key)(vectors), getattr(self, row.value)(vectors)
         key, value = self._by_head(key), self._by_head(value)
-        if isinstance(cache, EncoderDecoderCache):
+        beside = {"bias": memory.bias}
+        if memory.shrinkage is not None:
+            key_weight, value_weight = self._matrices(vectors)
+            beside |= {
+                "shrinkage": memory.shrinkage.to(dtype),
+                "key_weight": key_weight,
+                "value_weight": value_weight,
+            }
+        if has_cache:
             key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
             cache.is_updated[self.layer_idx] = True
-            layer = cache.cross_attention_cache.layers[self.layer_idx]
-            layer.nvib_matrices = None  # a static cache is used again, after the weights may have changed
-        return key, value, self._matrices(vectors, layer) if need_matrices else (None, None)
+            cache.cross_attention_cache.layers[self.layer_idx].nvib_beside = beside
+        return {"key": key, "value": value, **beside}
 
-    def _matrices(self, vectors: Tensor, cache_layer) -> tuple[Tensor, Tensor]:
-        """``W_k`` and ``W_v`` ``(H, E, P)``; where they are computed, they are kept on the cache's layer."""
-        kept = getattr(cache_layer, "nvib_matrices", None)
-        if kept is not None:
-            return kept
+    def _matrices(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """``W_k`` and ``W_v`` ``(H, E, P)``."""
         row = self.nvib_row
         if row.key_value is not None:
-            weights, computed = projection_matrix(getattr(self, row.key_value), vectors)
-            weights = weights.chunk(2)
+            weights = projection_matrix(getattr(self, row.key_value), vectors).chunk(2)
         else:
-            (key_weight, first), (value_weight, second) = (
-                projection_matrix(getattr(self, name), vectors) for name in (row.key, row.value)
-            )
-            weights, computed = (key_weight, value_weight), first or second
+            weights = [projection_matrix(getattr(self, name), vectors) for name in (row.key, row.value)]
         head_dim = getattr(self, row.head_dim)
-        matrices = tuple(weight.unflatten(0, (-1, head_dim)) for weight in weights)
-        if computed and cache_layer is not None:
-            cache_layer.nvib_matrices = matrices
-        return matrices
+        return tuple(weight.unflatten(0, (-1, head_dim)) for weight in weights)
 
     def _probability(self, name: str) -> float:
         if not self.training:
@@ -137,8 +128,8 @@ def unfold_rows(x: Tensor, rows: int) -> Tensor:
     return x.unflatten(2, (rows // len(x), -1)).transpose(1, 2).flatten(0, 1)
 
 
-def projection_matrix(projection: nn.Module, like: Tensor) -> tuple[Tensor, bool]:
-    """The matrix ``(out, P)`` of a linear map, and whether it had to be computed.
+def projection_matrix(projection: nn.Module, like: Tensor) -> Tensor:
+    """The matrix ``(out, P)`` of a linear map.
 
     A plain ``nn.Linear`` is read. Anything else (LoRA, quantised weights, Conv1D, offloaded weights) is applied to
     the identity, so that whatever it does counts.
@@ -146,9 +137,9 @@ def projection_matrix(projection: nn.Module, like: Tensor) -> tuple[Tensor, bool
     plain = type(projection) is nn.Linear and type(projection.weight) is nn.Parameter
     hooked = hasattr(projection, "_hf_hook") or projection._forward_hooks or projection._forward_pre_hooks
     if plain and not hooked and projection.weight.dtype == like.dtype:
-        return projection.weight, False
+        return projection.weight
     eye = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)[None]
-    return (projection(eye) - projection(torch.zeros_like(eye[:, :1]))).squeeze(0).transpose(0, 1), True
+    return (projection(eye) - projection(torch.zeros_like(eye[:, :1]))).squeeze(0).transpose(0, 1)
 
 
 @functools.cache

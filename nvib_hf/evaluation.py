@@ -36,6 +36,7 @@ from .text_batches import (
     write,
 )
 from .text_metrics import sacrebleu, word_edits
+from .transport import pot
 
 
 # ----------------------------------------------------------------------------------------- reconstruction
@@ -346,9 +347,11 @@ def evaluate(
         ``by_position``, ``by_frequency``), ``samples`` (by decoding, and ``real``), ``interpolation`` (by method).
 
     Raises:
-        ImportError: without sacrebleu.
+        ImportError: without sacrebleu; without POT, unless ``num_pairs`` is 0 or ``methods`` have no ``"transport"``.
     """
     texts = check_texts(texts)
+    if num_pairs and "transport" in methods and hasattr(model, "encode"):
+        pot()  # is missed now rather than after everything else
     sizes = {"batch_size": batch_size, "max_length": max_length}
     judge = {"language_model": language_model, "lm_tokenizer": lm_tokenizer}
     references = as_read(tokenizer, texts, max_length)

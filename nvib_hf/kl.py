@@ -86,7 +86,8 @@ def kl_gaussian(
     prior_var = torch.as_tensor(prior_var, dtype=dtype, device=mu.device)
 
     log_v = logvar - prior_var.log()
-    divergence = 0.5 * (torch.expm1(log_v) - log_v + (mu - prior_mu).square() / prior_var).mean(-1)  # (B, Nl)
+    distance = torch.linalg.vector_norm((mu - prior_mu) * prior_var.rsqrt(), dim=-1)  # (B, Nl)
+    divergence = 0.5 * ((torch.expm1(log_v) - log_v).mean(-1) + distance.square() / mu.shape[-1])
     if weights == "pseudo_counts":
         w = log_alpha.softmax(-1)
     else:

@@ -12,10 +12,16 @@ the model's dtype and survives autocast and mixed-precision wrappers.
 
 from __future__ import annotations
 
+import dataclasses
 import operator
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
@@ -53,11 +59,13 @@ def unpack(packed: Tensor, width: int) -> DenoisingMemory:
     return DenoisingMemory(packed[..., :width], bias, shrinkage)
 
 
-@dataclass
+@dataclasses.dataclass
 class NvibLatents(ModelOutput):
     """Latents of a batch, what :meth:`~nvib_hf.NvibForConditionalGeneration.generate` decodes.
 
-    Indexed along the batch (``latents[0]``, ``latents[2:4]``, ``latents[[0, 2]]``, a mask); by field with a string.
+    A sequence over the batch: ``len(latents)``, iteration (batches of one), ``latents[0]``, ``latents[2:4]``,
+    ``latents[[0, 2]]``, a mask. A mapping of the fields that are not ``None``: ``latents["z"]``, ``"z" in latents``,
+    ``keys()``, ``values()``, ``items()``, ``dict(latents)``, ``**latents``.
 
     Args:
         z: vectors ``(B, Nl, P)``: a sample, or the means where ``logvar`` is given.
@@ -97,6 +105,15 @@ class NvibLatents(ModelOutput):
                 raise IndexError(f"index {position} is out of range for {self.batch_size} latents.")
             index = [position]
         return type(self)(**{name: value[index] for name, value in self.items()})
+
+    def __len__(self) -> int:
+        return 0 if self.z is None else self.batch_size
+
+    def __iter__(self) -> Iterator[NvibLatents]:
+        return (self[row] for row in range(len(self)))
+
+    def __reversed__(self) -> Iterator[NvibLatents]:
+        return (self[row] for row in reversed(range(len(self))))
 
     @property
     def batch_size(self) -> int:
@@ -142,6 +159,46 @@ class NvibLatents(ModelOutput):
         hidden = (self.log_pi == float("-inf"))[..., None]
         return (self.log_pi.to(z.dtype).softmax(-1)[..., None] * z.masked_fill(hidden, 0)).sum(1)
 
+    def save(self, path: str | os.PathLike) -> None:
+        """Write one safetensors file of the fields, in their dtypes: whole or not at all."""
+        path = Path(path)
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        fields = {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in self.items()}
+        try:
+            unfinished.write_bytes(serialise(fields, metadata={"format": "pt"}))
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, device: torch.device | str | None = None) -> NvibLatents:
+        """What :meth:`save` wrote, on ``device``, by default the CPU.
+
+        Raises:
+            FileNotFoundError: there is no such file. ValueError: it is something else.
+        """
+        remedy = "Pass a file that NvibLatents.save() wrote; from_pretrained() loads a model."
+        if Path(path).is_dir():
+            raise ValueError(f"{path} is a folder. {remedy}")
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is not a whole safetensors file ({error}). {remedy} torch.load() reads torch.save()'s."
+            ) from error
+        unknown = sorted(tensors.keys() - cls.__dataclass_fields__.keys())
+        if unknown:
+            raise ValueError(
+                f"{path} holds no latents: {unknown[0]!r}, of {len(tensors)}, is no field of theirs. {remedy}"
+            )
+        missing = sorted({"z", "log_pi", "attention_mask"} - tensors.keys())
+        if missing:
+            raise ValueError(f"{path} holds no latents: it lacks {', '.join(map(repr, missing))}. {remedy}")
+        return cls(**tensors) if device is None else cls(**tensors).to(device)
+
+    def __reduce__(self):  # without items to set one by one, which torch.load(..., weights_only=True) refuses
+        return type(self), tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
     def memory(self, scale: float, evaluation: str) -> DenoisingMemory:
         """What denoising attention with this ``scale`` reads of the latents: points, or a mixture of Gaussians.
 
@@ -153,6 +210,9 @@ class NvibLatents(ModelOutput):
             return point_memory(self.z, self.log_pi, scale)
         of_posterior = mean_memory if evaluation == "means" else mixture_memory
         return of_posterior(self.z, self.logvar, self.log_pi, scale)
+
+
+torch.serialization.add_safe_globals([NvibLatents])
 
 
 def concatenate_latents(latents: list[NvibLatents]) -> NvibLatents:
@@ -167,8 +227,8 @@ def concatenate_latents(latents: list[NvibLatents]) -> NvibLatents:
         raise ValueError(f"The latents have widths {widths}: they come from different models and make no batch.")
     length = max(x.z.shape[1] for x in latents)
     mixture = any(x.logvar is not None for x in latents)
-    padded = [pad_latents(x, length, with_logvar=mixture) for x in latents]
-    shared = [name for name in padded[0] if all(x.get(name) is not None for x in padded)]
+    padded = [dict(pad_latents(x, length, with_logvar=mixture)) for x in latents]
+    shared = [name for name in padded[0] if all(name in x for x in padded)]
     return NvibLatents(**{name: torch.cat([x[name] for x in padded]) for name in shared})
 
 

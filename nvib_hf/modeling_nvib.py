@@ -66,7 +66,8 @@ class NvibSeq2SeqLMOutput(Seq2SeqLMOutput):
         kl_gaussian, kl_dirichlet: the two KL terms, ``(B,)``, unweighted.
         num_vectors, prop_vectors, effective_vectors: of the latents, ``(B,)``: source vectors kept, their share of
             the source length, and ``exp(entropy(pi))``.
-        latents: the :class:`~nvib_hf.NvibLatents` that were decoded; ``None`` at a step of generation.
+        latents: the :class:`~nvib_hf.NvibLatents` that were decoded; ``None`` at a step of generation, and from
+            ``nn.DataParallel``, which gathers a mapping by what it iterates over.
     """
 
     cross_entropy: Tensor | None = None
@@ -182,6 +183,7 @@ class NvibForConditionalGeneration(
         self._decoder_positions = decoder_positions(base)
         self.generation_config = copy.deepcopy(base.generation_config)
         self.model_tags = ["nvib"]  # of the model card; pushing adds to the list
+        self.card_metadata: dict = {}  # the model card's license, language, datasets, ...
         self.post_init()
 
     def initialize_weights(self) -> None:
@@ -339,6 +341,8 @@ class NvibForConditionalGeneration(
             outputs = run_decoder(self.base, packed, states, decoder_inputs)
         cache = outputs.get(CACHE)
         check_cache_was_found(cache, self._cached_layers)
+        if latents is None and labels is None:  # a step of decoding, to which the rest has nothing to add
+            return outputs
         measured = {name: None if latents is None else getattr(latents, name) for name in MEASURED}
         loss = cross_entropy = None
         if labels is not None:
@@ -358,7 +362,7 @@ class NvibForConditionalGeneration(
             encoder_attentions=states.attentions,
             cross_entropy=cross_entropy,
             **measured,
-            latents=latents,
+            latents=None if getattr(self, "_is_replica", False) else latents,
         )
 
     def _decoder_arguments(self, inputs: dict) -> dict:

@@ -39,17 +39,16 @@ class Recorder:
     def hook(self, model, args: tuple, inputs: dict, outputs) -> None:
         """Add a forward pass: a forward hook (``with_kwargs=True``)."""
         labels = inputs.get("labels")
-        latents = outputs.get("latents") if hasattr(outputs, "get") else None
-        if labels is None or latents is None or latents.kl_gaussian is None:
+        if labels is None or not hasattr(outputs, "get") or outputs.get("kl_gaussian") is None:
             return
         tokens = (labels != -100).sum(-1)  # (B,)
         self._add(
             cross_entropy=outputs.cross_entropy.mean() * tokens.sum(),  # one value, or one a device
-            kl_gaussian=(tokens * latents.kl_gaussian).sum(),
-            kl_dirichlet=(tokens * latents.kl_dirichlet).sum(),
-            num_vectors=latents.num_vectors.sum(),
-            prop_vectors=latents.prop_vectors.sum(),
-            effective_vectors=latents.effective_vectors.sum(),
+            kl_gaussian=(tokens * outputs.kl_gaussian).sum(),
+            kl_dirichlet=(tokens * outputs.kl_dirichlet).sum(),
+            num_vectors=outputs.num_vectors.sum(),
+            prop_vectors=outputs.prop_vectors.sum(),
+            effective_vectors=outputs.effective_vectors.sum(),
             tokens=tokens.sum(),
             examples=torch.ones_like(tokens).sum(),
         )

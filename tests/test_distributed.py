@@ -79,9 +79,7 @@ def launched(tmp_path_factory):
 
 @pytest.mark.parametrize("how", ["found", "launched"])
 def test_trainer_in_two_processes_logs_what_one_does(how, request, tmp_path, monkeypatch):
-    logs = (
-        request.getfixturevalue("found")["trainer"]["logs"] if how == "worker" else request.getfixturevalue("launched")
-    )
+    logs = request.getfixturevalue(how)["trainer"]["logs"]
     for name in ("log_dirichlet_sample", "gaussian_sample"):
         monkeypatch.setattr(nvib_layer, name, getattr(nvib_layer, name))  # put back afterwards
     worker.fix_draws()

@@ -362,6 +362,18 @@ def test_evaluate_is_for_json_and_follows_its_seed():
     }
 
 
+def test_what_to_install_for_interpolations_is_said_first(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ot", None)
+    quick = {"num_samples": 0, "importance_samples": 0, "max_length": 8}
+    model = tiny_nvib()
+    assert "interpolation" not in evaluate(model, TOKENIZER, TEXTS, num_pairs=0, **quick)
+    side_by_side = evaluate(model, TOKENIZER, TEXTS, num_pairs=1, methods=["mixture"], **quick)
+    assert set(side_by_side["interpolation"]) == {"mixture"}
+    monkeypatch.setattr(model, "generate", None)
+    with pytest.raises(ImportError, match=r"pip install 'nvib-hf\[interpolation\]'"):
+        evaluate(model, TOKENIZER, TEXTS, num_pairs=1, **quick)
+
+
 def test_bad_texts_are_refused():
     for texts in ("w5 w6", []):
         with pytest.raises(ValueError, match="texts must be a list"):

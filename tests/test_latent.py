@@ -46,7 +46,7 @@ def sample(batch: int = 4, length: int = 3, seed: int = 1) -> NvibLatents:
 
 
 def assert_same(a: NvibLatents, b: NvibLatents) -> None:
-    assert list(a) == list(b)
+    assert list(a.keys()) == list(b.keys())
     for name, value in a.items():
         assert value.dtype == b[name].dtype
         torch.testing.assert_close(value, b[name], rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}")
@@ -90,7 +90,7 @@ def test_fields_by_name():
 def test_to_casts_vectors_and_leaves_logarithms_and_masks_in_full_precision():
     latents = mixture()
     half = latents.to("cpu", torch.bfloat16)
-    changed = {name for name in latents if half[name].dtype != latents[name].dtype}
+    changed = {name for name, value in latents.items() if half[name].dtype != value.dtype}
     assert changed == {"z", "logvar"}
     assert half.z.dtype == torch.bfloat16
     assert_same(latents.to("cpu"), mixture())
@@ -115,7 +115,7 @@ def test_copies_pickles_and_trees(make):
     assert_same(pickle.loads(pickle.dumps(latents)), latents)
     assert_same(copy.deepcopy(latents), latents)
     leaves, tree = pytree.tree_flatten(latents)
-    assert len(leaves) == len(latents)
+    assert len(leaves) == len(latents.keys())
     assert_same(pytree.tree_unflatten(leaves, tree), latents)
 
 
@@ -153,7 +153,7 @@ def test_concatenate_pads_shorter_latents():
 def test_concatenate_a_text_with_a_sample():
     text, drawn = mixture(batch=2), sample(batch=2)
     both = concatenate_latents([text, drawn])
-    assert set(both) == {"z", "log_pi", "logvar", "attention_mask"}  # the rest is unknown for the sample
+    assert set(both.keys()) == {"z", "log_pi", "logvar", "attention_mask"}  # the rest is unknown for the sample
     assert (both.logvar[2:, :3] == -INF).all()  # variance 0: attended to as the sample it is
     assert torch.equal(both.log_pi[2:, :3], drawn.log_pi)
 

@@ -5,7 +5,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-import transformers
 from tiny_models import tiny_base
 from transformers import DynamicCache
 
@@ -31,7 +30,7 @@ def test_setup_cfg_and_the_readme_state_the_tested_range():
 
 @pytest.mark.parametrize("version", ["5.22.3", "5.25.0", "6.0.0"])
 def test_a_version_that_is_not_tested_is_warned_of_once(unwarned, monkeypatch, tmp_path, version):
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(versions.transformers, "__version__", version)
     with pytest.warns(UserWarning, match=f"not tested with this version.*transformers {version}"):
         model = NvibForConditionalGeneration.from_base_pretrained(tiny_base("bart"))
     model.save_pretrained(tmp_path)
