@@ -19,7 +19,7 @@ import text_vae as example
 from baselines import AutoencoderBottleneck, PooledBottleneck, StridedBottleneck, VariableBottleneck, with_bottleneck
 from language_model import load_smollm2
 from runner import parser, run_all
-from text_vae_report import report
+from text_vae_report import METHODS, report
 from training import clauses, train
 from transformers import (
     GPT2Config,
@@ -32,20 +32,11 @@ from transformers import (
 
 from nvib_hf import ConstraintCallback, KLAnnealingCallback, NvibForConditionalGeneration
 from nvib_hf.evaluation import rate_distortion, reconstruct, reconstruction_scores
-from nvib_hf.sample_quality import (
-    copied,
-    distinct_n,
-    fluency,
-    interpolation_scores,
-    interpolations,
-    latent_lengths,
-    reverse_perplexity,
-    sample_texts,
-    self_bleu,
-)
+from nvib_hf.sample_quality import DECODINGS, interpolation_scores, interpolations, latent_lengths, sample_texts
 from nvib_hf.text_batches import as_read
+from nvib_hf.text_metrics import copied, distinct_n, fluency, reverse_perplexity, self_bleu
 
-SHOWN = 8  # samples and pairs that a report prints
+SHOWN = 8  # samples and reconstructions that a report prints
 STEPS = 1600
 FULL = {
     "texts": None,
@@ -150,7 +141,7 @@ def causal_language_model(name: str, texts: list[str], cache: Path) -> tuple[Pre
 
 
 def judged(samples: list[str], texts: list[str], held_out: list[str], judge: tuple, settings: dict) -> dict:
-    """Samples by every measure."""
+    """Texts by every measure of samples."""
     seed, steps = settings["seed"], settings["reverse_steps"]
     return {
         "perplexity": fluency(*judge, samples),
@@ -180,21 +171,25 @@ def one(settings: dict, cache: Path) -> dict:
     tokens = sum(len(ids) for ids in tokenizer(held_out).input_ids) / len(held_out)
     results["distortion"] = results["cross_entropy_sampled"] * tokens
     if method == "autoencoder":  # vectors without noise have no finite cost, and no prior to sample from
-        results = {name: x for name, x in results.items() if not name.startswith("kl_") and name != "elbo"}
+        results = {name: x for name, x in results.items() if not name.startswith(("kl_", "elbo", "rate"))}
     else:
-        results["rate"] = (results["kl_gaussian_per_token"] + results["kl_dirichlet_per_token"]) * tokens
-        lengths = latent_lengths(model, tokenizer, held_out)
-        samples = sample_texts(model, tokenizer, settings["samples"], lengths, seed)
-        results |= {**judged(samples, texts, held_out, judge, settings), "shown_samples": samples[:SHOWN]}
+        lengths, shown = latent_lengths(model, tokenizer, held_out), {}
+        for kind, options in DECODINGS.items():
+            samples = sample_texts(model, tokenizer, settings["samples"], lengths, seed, **options)
+            scores = judged(samples, texts, held_out, judge, settings)
+            results |= {f"{kind}_{name}": value for name, value in scores.items()}
+            shown[kind] = samples[:SHOWN]
+        results["shown_samples"] = shown
 
     pairs = list(zip(references[::2], references[1::2], strict=False))[: settings["pairs"]]
-    paths = interpolations(model, tokenizer, pairs)
-    between = interpolation_scores(paths, language_model=judge[0], lm_tokenizer=judge[1])
+    for method in METHODS:
+        paths = interpolations(model, tokenizer, pairs, method=method)
+        between = interpolation_scores(paths, language_model=judge[0], lm_tokenizer=judge[1])
+        results |= {f"{method}_{name}": value for name, value in between.items()}
+        results[f"{method}_shown"] = paths[0]
     return {
         **results,
-        **{f"interpolation_{name}": value for name, value in between.items()},
         "shown_reconstructions": list(zip(references, written, strict=True))[:SHOWN],
-        "shown_interpolations": paths[:2],
         "trace": trace,
     }
 
