@@ -85,6 +85,7 @@ def test_trainer_in_two_processes_logs_what_one_does(how, request, tmp_path, mon
     worker.fix_draws()
     expected = worker.run_trainer(tmp_path / "one", worker.examples(), worker.BATCH)
     compared = ("loss", "grad_norm", "cross_entropy", "kl_gaussian", "kl_dirichlet", "num_vectors")
+    compared = (*compared, "evaluation_cross_entropy")
     assert len(logs) == len(expected) == 4
     for entry, reference in zip(logs[:3], expected[:3], strict=True):
         for name in compared:
