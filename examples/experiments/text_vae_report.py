@@ -61,8 +61,9 @@ def values(group: list[dict], name: str, factor: float = 1) -> list[float]:
 
 
 def label(group: list[dict]) -> str:
-    setting = group[0]["settings"]["setting"]
-    return ", ".join(f"`{name}={value}`" for name, value in setting.items())
+    settings = group[0]["settings"]
+    named = [f"`{name}={value}`" for name, value in settings["setting"].items()]
+    return ", ".join([*named, f"{settings['steps']} steps"])
 
 
 def row(group: list[dict], columns: list[tuple], prefix: str = "", **more: str) -> dict[str, str]:
@@ -234,7 +235,7 @@ def report(args: argparse.Namespace, records: dict[str, dict], real: str) -> Non
         draw_traces(constrained, traces)
     minutes = sum(record["seconds"] for record in records.values()) / 60
     parts = [
-        f"{len(records)} runs of {size['steps']} steps with {size['batch_size']} texts each, "
+        f"{len(records)} runs, {size['batch_size']} texts each step, "
         f"{minutes:.0f} minutes of one core in all. {size['held_out']} held-out texts, {size['samples']} samples, "
         f"judged by the language model `{size['language_model']}`.",
         "## Reconstruction and rate",
