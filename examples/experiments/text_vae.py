@@ -4,8 +4,8 @@
     python examples/experiments/text_vae.py --quick  # everything runs, nothing is learnt
 
 Corpus, split, tokenizer, model, batches and learning rates are the same for all methods; the number of steps is what
-each setting needs until its curves have stopped moving. Seeds change initial weights, batches and noise. The tables and
-the figures go to ``examples/experiments/results``.
+each setting needs until its curves have stopped moving. Seeds change initial weights, batches and noise. The tables
+and the figures go to ``examples/experiments/results``.
 """
 
 import itertools
