@@ -27,6 +27,7 @@ _TRANSFORMERS = [
     "CollapseWarning",
     "ConstraintCallback",
     "CrossAttention",
+    "EvaluationGapWarning",
     "KLAnnealingCallback",
     "NvibConfig",
     "NvibForConditionalGeneration",
@@ -46,7 +47,7 @@ if find_spec("transformers") is not None:
     from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
     from .architectures import CrossAttention, register_cross_attention
-    from .collapse import CollapseCallback, CollapseWarning
+    from .collapse import CollapseCallback, CollapseWarning, EvaluationGapWarning
     from .configuration_nvib import NvibConfig
     from .evaluation import evaluate
     from .evaluation_report import add_to_model_card, evaluation_section

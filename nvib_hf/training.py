@@ -100,7 +100,8 @@ class KLAnnealingCallback(TrainerCallback):
 class NvibTrainerMixin:
     """Adds the terms of the loss to a Trainer's logs, in training and evaluation, and results to the model card.
 
-    Warns of a posterior collapse (:class:`~nvib_hf.CollapseCallback`).
+    Warns of a posterior collapse, and of texts that are decoded in training alone
+    (:class:`~nvib_hf.CollapseCallback`, which adds ``evaluation_cross_entropy``).
 
     ``cross_entropy``, ``kl_gaussian`` and ``kl_dirichlet`` (nats, means over target tokens), ``num_vectors``,
     ``prop_vectors`` and ``effective_vectors`` (means over examples): since the last log, over all processes.

@@ -130,18 +130,24 @@ class ThresholdCallback(MeasuringCallback):
         return {"threshold_share": self.threshold_share if self.started else 0.0}
 
 
+# The share of vectors is extrapolated by four times what it lost against its mean over about 20 measurements, because
+# vectors that are dropped come back slowly, if at all: with less, simulated trainings pass below the target.
+SLOW, LEAD = 0.05, 4.0
+# Above the tolerance by this much, in log, the share's multiplier does not rise any more.
+MARGIN = 0.1
+
+
 class ConstraintCallback(ThresholdCallback):
     r"""Compresses as far as the reconstruction allows that the user accepts, and no further.
 
     .. math::
-        \min \; \lambda_G KL_G + \lambda_D KL_D + \lambda_V \, \mathrm{share}
+        \min \; \beta (\lambda_G KL_G + \lambda_D KL_D) + \beta_V \lambda_V \, \mathrm{share}
         \quad \text{such that} \quad \mathrm{CE} \le \tau
 
-    One multiplier :math:`\beta` (the model's ``kl_beta``) stands before all three terms, so the ``lambda_*`` say what
-    counts how much among them, and :math:`\beta` how much they count against the cross-entropy. It is
-    ``start_beta`` until the constraint is met for the first time; nothing is dropped before. From there it follows
-    the error :math:`e = \log(\tau / \overline{\mathrm{CE}})`, clipped to [-1, 1], by a slow integral and a
-    proportional part:
+    The ``lambda_*`` say what counts how much among the terms, the multipliers (the model's ``kl_beta``) how much they
+    count against the cross-entropy. These are ``start_beta`` until the constraint is met for the first time; nothing
+    is dropped before. From there :math:`\beta` follows the error :math:`e = \log(\tau / \overline{\mathrm{CE}})`,
+    clipped to [-1, 1], by a slow integral and a proportional part:
 
     .. math::
         \log \beta = I + \mathrm{gain} \cdot e, \qquad I \leftarrow I + \mathrm{rate} \cdot e \text{ every step}
@@ -149,24 +155,33 @@ class ConstraintCallback(ThresholdCallback):
     The model's ``alpha_threshold`` drops vectors in ``threshold_share`` of the training examples from the same moment
     on, and in all of evaluation.
 
-    With ``target_prop_vectors`` it compresses until no more than that share of the vectors is really kept, by the
-    threshold: :math:`e` is at most :math:`\log(\overline{\mathrm{kept}} / \mathrm{target})`. A threshold has no
-    gradient; what trains the pseudo-counts towards it is ``lambda_vectors`` with the relaxed share
-    :math:`\alpha / (\alpha + t)` (:func:`~nvib_hf.dropping.relaxed_share`), so set it above 0.
+    Without ``target_prop_vectors``, :math:`\beta_V = \beta`. With it, :math:`\beta_V` follows an error of its own by
+    the same law, and :math:`\beta` goes on compressing the vectors that are kept:
+
+    .. math::
+        s = \log \frac{\overline{\mathrm{kept}} - 4 \max(\overline{\overline{\mathrm{kept}}}
+        - \overline{\mathrm{kept}}, 0)}{\mathrm{target}}, \qquad
+        e_V = \min(s, 0) + \max(s, 0) \min(\max(1 + 10 e, 0), 1) + \min(e, 0)
+
+    with the slower mean :math:`\overline{\overline{\mathrm{kept}}}`, so it holds back while the share still falls. It
+    does not rise while the cross-entropy is a tenth above the tolerance, and falls with :math:`e`: the
+    reconstruction comes first, then the share, then the KLs. The share is that of the vectors really kept, which has
+    no gradient where a threshold decides; what trains the pseudo-counts towards it is ``lambda_vectors`` with the
+    relaxed share (:func:`~nvib_hf.dropping.relaxed_share`), so set it above 0.
 
     Works with any ``Trainer``. Its state is part of the checkpoints, its trace (``constraint_beta``,
-    ``constraint_cross_entropy``, ``constraint_tolerance``, ``constraint_prop_vectors``) of the logs. ``kl_beta``
-    belongs to it: leave out ``KLAnnealingCallback``.
+    ``constraint_beta_vectors``, ``constraint_cross_entropy``, ``constraint_tolerance``, ``constraint_prop_vectors``)
+    of the logs. ``kl_beta`` belongs to it: leave out ``KLAnnealingCallback``.
 
     Args:
         cross_entropy: :math:`\tau`, the accepted cross-entropy of training, nats per target token.
         metric, metric_target: hold this result of the Trainer's evaluations, ``"eval_exact_match"`` or
             ``"eval_bleu"``, at the target by moving :math:`\tau` after each evaluation.
         target_prop_vectors: share of the source vectors to keep, in (0, 1).
-        start_beta: multiplier before the constraint is met, and the smallest.
-        rate: of the integral, a step.
-        gain: of the proportional part.
-        interval: steps between two measurements; the cross-entropy is averaged over about five of them.
+        start_beta: both multipliers before the constraint is met.
+        rate: of the integrals, a step.
+        gain: of the proportional parts.
+        interval: steps between two measurements; the means are over about five of them.
         threshold_share: share of the training examples in which the threshold drops vectors; the others let a dropped
             vector come back.
 
@@ -174,10 +189,19 @@ class ConstraintCallback(ThresholdCallback):
         ValueError: an argument outside its range; a model that cannot drop vectors where a share is asked for; an
             evaluation without the metric.
 
-    Source: Rezende & Viola, *Taming VAEs* (2018), with the multiplier on the other side of the sum.
+    Source: Rezende & Viola, *Taming VAEs* (2018), with the multiplier on the other side of the sum; the second
+    multiplier is this project's own.
     """
 
-    kept_in_checkpoints = (*ThresholdCallback.kept_in_checkpoints, "tolerance", "integral", "error")
+    kept_in_checkpoints = (
+        *ThresholdCallback.kept_in_checkpoints,
+        "tolerance",
+        "integral",
+        "error",
+        "integral_vectors",
+        "error_vectors",
+        "slow_average_kept",
+    )
 
     def __init__(
         self,
@@ -213,16 +237,23 @@ class ConstraintCallback(ThresholdCallback):
             )
         if target_prop_vectors is not None and not 0 < target_prop_vectors < 1:
             raise ValueError(f"target_prop_vectors must be in (0, 1), but got {target_prop_vectors}.")
-        if metric is not None and target_prop_vectors is not None:
-            raise ValueError("metric and target_prop_vectors are two constraints on one multiplier. Give one of them.")
         self.metric, self.metric_target, self.target_prop_vectors = metric, metric_target, target_prop_vectors
         self.start_beta, self.rate, self.gain = start_beta, rate, gain
-        self.integral, self.error = math.log(start_beta), 0.0
+        self.integral = self.integral_vectors = math.log(start_beta)
+        self.error = self.error_vectors = 0.0
+        self.slow_average_kept: float | None = None
 
     @property
     def beta(self) -> float:
-        """The multiplier."""
+        """The multiplier of the KLs."""
         return math.exp(self.integral + self.gain * self.error)
+
+    @property
+    def beta_vectors(self) -> float:
+        """The multiplier of the share of vectors."""
+        if self.target_prop_vectors is None:
+            return self.beta
+        return math.exp(self.integral_vectors + self.gain * self.error_vectors)
 
     def check(self, config: NvibConfig) -> None:
         if self.target_prop_vectors is not None and config.lambda_vectors == 0:
@@ -236,14 +267,21 @@ class ConstraintCallback(ThresholdCallback):
     @torch.no_grad()
     def apply(self) -> None:
         super().apply()
-        self._model.kl_beta.fill_(self.beta)
+        self._model.kl_beta.copy_(torch.tensor([self.beta, self.beta, self.beta_vectors]))
 
     def steer(self) -> None:
-        error = math.log(self.tolerance / max(self.average_cross_entropy, 1e-9))
-        if self.target_prop_vectors is not None:
-            error = min(error, math.log(max(self.average_kept, 1e-9) / self.target_prop_vectors))
-        self.error = min(max(error, -1.0), 1.0)
+        self.error = _clip(math.log(self.tolerance / max(self.average_cross_entropy, 1e-9)))
         self.integral += self.rate * self.interval * self.error
+        if self.target_prop_vectors is not None:
+            self.error_vectors = _clip(self._share_error())
+            self.integral_vectors += self.rate * self.interval * self.error_vectors
+
+    def _share_error(self) -> float:
+        self.slow_average_kept = _average(self.slow_average_kept, self.average_kept, SLOW)
+        kept = self.average_kept - LEAD * max(self.slow_average_kept - self.average_kept, 0.0)
+        share = math.log(max(kept, 1e-9) / self.target_prop_vectors)
+        allowed = min(max(1 + self.error / MARGIN, 0.0), 1.0)
+        return min(share, 0.0) + allowed * max(share, 0.0) + min(self.error, 0.0)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
         if self.metric is None:
@@ -258,13 +296,22 @@ class ConstraintCallback(ThresholdCallback):
             self.tolerance *= math.exp(min(max(5 * error, -0.5), 0.5))
 
     def trace(self) -> dict[str, float]:
-        trace = {**super().trace(), "constraint_beta": self.beta, "constraint_tolerance": self.tolerance}
+        trace = {
+            **super().trace(),
+            "constraint_beta": self.beta,
+            "constraint_beta_vectors": self.beta_vectors,
+            "constraint_tolerance": self.tolerance,
+        }
         if self.average_cross_entropy is not None:
             trace["constraint_cross_entropy"] = self.average_cross_entropy
             trace["constraint_prop_vectors"] = self.average_kept
         return trace
 
 
-def _average(average: float | None, value: float) -> float:
-    """A running mean over about five values."""
-    return value if average is None else 0.8 * average + 0.2 * value
+def _average(average: float | None, value: float, weight: float = 0.2) -> float:
+    """A running mean, over about five values by default."""
+    return value if average is None else average + weight * (value - average)
+
+
+def _clip(error: float) -> float:
+    return min(max(error, -1.0), 1.0)

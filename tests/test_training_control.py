@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from nvib_hf import CollapseCallback, ConstraintCallback, NvibTrainer, Threshold
 DROPPING = {"alpha_threshold": 0.1, "lambda_vectors": 1.0}
 TRACE = {
     "constraint_beta",
+    "constraint_beta_vectors",
     "constraint_cross_entropy",
     "constraint_prop_vectors",
     "constraint_tolerance",
@@ -22,86 +24,168 @@ TRACE = {
 }
 
 
-def simulate(callback, steps, cross_entropy, kept=lambda beta: 1.0, lag=50, noise=0.0, model=None):
-    """A training that answers to a multiplier with a lag: what the callback made of it, one multiplier a step."""
+@dataclass
+class Step:
+    """Of a simulated training: the multipliers after it, and what was measured at it."""
+
+    beta: float
+    beta_vectors: float
+    share: float
+    cross_entropy: float
+
+
+def simulate(callback, steps, cross_entropy, kept=lambda beta: 1.0, lag=50, noise=0.0, model=None) -> list[Step]:
+    """A training that answers to its multipliers with a lag.
+
+    ``cross_entropy(step, beta, share)`` is what the model settles at, ``kept(beta_vectors)`` the share that it falls
+    to. Dropping is a cliff: what was dropped comes back ten times as slowly as it went.
+    """
     model = model or tiny_model(**DROPPING)
     state = SimpleNamespace(global_step=0, stateful_callbacks={}, log_history=[{}])
     args = SimpleNamespace(device="cpu")
     callback.on_train_begin(args, state, None, model=model)
-    generator = torch.Generator().manual_seed(0)
-    settled, betas = math.log(callback.beta), []
-    for step in range(1, steps + 1):
+    noises = torch.randn(steps, 2, generator=torch.Generator().manual_seed(0)) * noise * torch.tensor([1.0, 0.05])
+    settled, settled_vectors, share = math.log(callback.beta), math.log(callback.beta_vectors), 1.0
+    trace = []
+    for step, (factor, factor_of_share) in enumerate(noises.exp().tolist(), start=1):
         settled += (math.log(callback.beta) - settled) / lag
-        factor = math.exp(noise * torch.randn((), generator=generator).item())
-        means = {
-            "cross_entropy": factor * cross_entropy(step, math.exp(settled)),
-            "prop_vectors": kept(math.exp(settled)),
-        }
+        settled_vectors += (math.log(callback.beta_vectors) - settled_vectors) / lag
+        change = kept(math.exp(settled_vectors)) - share
+        share += change / (lag if change < 0 else 10 * lag)
+        measured = factor * cross_entropy(step, math.exp(settled), share)
+        means = {"cross_entropy": measured, "prop_vectors": factor_of_share * share}
         callback.measured = lambda device, means=means: means
         state.global_step = step
         callback.on_step_end(args, state, None, model=model)
-        betas.append(callback.beta)
-        assert model.kl_beta.tolist() == pytest.approx([callback.beta] * 3)
+        trace.append(Step(callback.beta, callback.beta_vectors, share, measured))
+        if step % 100 == 0:
+            assert model.kl_beta.tolist() == pytest.approx([callback.beta] * 2 + [callback.beta_vectors])
     callback.on_train_end(args, state, None, model=model)
-    return betas
+    return trace
 
 
-# -------------------------------------------------------------------------------------------- the controller
+def mean(trace: list[Step], name: str) -> float:
+    return sum(getattr(step, name) for step in trace) / len(trace)
+
+
+# -------------------------------------------------------------------------------------------- the controllers
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 @pytest.mark.parametrize("lag", [1, 50, 200])
 def test_settles_where_the_constraint_is_met(lag, noise):
     """Cross-entropy 0.05 + beta / 10, so 0.15 is met by a multiplier of 1."""
-    betas = simulate(
+    trace = simulate(
         ConstraintCallback(cross_entropy=0.15, start_beta=0.01),
         4000,
-        lambda step, beta: 0.05 + beta / 10,
+        lambda step, beta, share: 0.05 + beta / 10,
         lag=lag,
         noise=noise,
     )
-    assert max(betas) < 2.5  # an overshoot is what makes a VAE collapse
-    last = betas[3000:]
-    assert sum(last) / len(last) == pytest.approx(1.0, abs=0.1)
-    assert max(last) - min(last) < 0.1 + 4 * noise  # no oscillation
+    assert max(step.beta for step in trace) < 2.5  # an overshoot is what makes a VAE collapse
+    assert all(step.beta_vectors == step.beta for step in trace)  # there is no share to hold
+    last = trace[3000:]
+    assert mean(last, "beta") == pytest.approx(1.0, abs=0.1)
+    assert max(step.beta for step in last) - min(step.beta for step in last) < 0.1 + 4 * noise  # no oscillation
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+@pytest.mark.parametrize("lag", [1, 50, 200])
+@pytest.mark.parametrize("target", [0.45, 0.6])
+def test_holds_a_share_and_compresses_what_is_kept(target, lag, noise):
+    """The share falls to 1 / (1 + beta_vectors^2), and what is dropped costs up to 0.05 nats of the 0.3 accepted."""
+    trace = simulate(
+        ConstraintCallback(cross_entropy=0.3, target_prop_vectors=target),
+        6000,
+        lambda step, beta, share: 0.05 + beta / 20 + 0.05 * (1 - share),
+        kept=lambda beta: 1 / (1 + beta**2),
+        lag=lag,
+        noise=noise,
+    )
+    assert min(step.share for step in trace) > target - 0.03
+    last = trace[5000:]
+    assert all(abs(step.share - target) < 0.05 for step in last)
+    assert mean(last, "cross_entropy") == pytest.approx(0.3, rel=0.03)
+    assert max(step.cross_entropy for step in trace) < 0.3 * (1.5 + 5 * noise)
+    assert mean(last, "beta") == pytest.approx(20 * (0.25 - 0.05 * (1 - target)), rel=0.05)
+    assert mean(last, "beta") > 2 * mean(last, "beta_vectors")  # one multiplier would have stopped there
+
+
+def test_the_weights_of_the_kls_go_on_rising_where_the_share_is_reached():
+    trace = simulate(
+        ConstraintCallback(cross_entropy=0.3, target_prop_vectors=0.6),
+        5000,
+        lambda step, beta, share: 0.2,  # whatever the multipliers: there is room left
+        kept=lambda beta: 1 / (1 + beta**2),
+    )
+    reached = next(i for i, step in enumerate(trace) if step.share < 0.63)
+    assert reached < 4000
+    assert trace[-1].beta > 5 * trace[reached].beta and trace[-1].share == pytest.approx(0.6, abs=0.03)
+
+
+def test_the_share_comes_before_the_kls_and_the_reconstruction_before_the_share():
+    """A share that costs all but 0.06 of the 0.3 accepted, then one that cannot be paid for."""
+
+    def last(cross_entropy) -> list[Step]:
+        callback = ConstraintCallback(cross_entropy=0.3, target_prop_vectors=0.5)
+        return simulate(callback, 8000, cross_entropy, kept=lambda beta: 1 / (1 + beta**2))[7000:]
+
+    trace = last(lambda step, beta, share: 0.04 + beta / 20 + 0.4 * (1 - share))
+    assert mean(trace, "share") == pytest.approx(0.5, abs=0.03)
+    assert mean(trace, "beta") == pytest.approx(20 * (0.26 - 0.4 * (1 - mean(trace, "share"))), rel=0.05)
+    trace = last(lambda step, beta, share: 0.05 + beta / 20 + (1 - share))
+    assert mean(trace, "share") > 0.7
+    assert mean(trace, "cross_entropy") < 1.1 * 0.3
+
+
+def test_the_share_yields_when_the_reconstruction_is_lost():
+    trace = simulate(
+        ConstraintCallback(cross_entropy=0.3, target_prop_vectors=0.5),
+        2000,
+        lambda step, beta, share: 2.0 if 1000 < step <= 1500 else 0.1,
+        kept=lambda beta: 1 / (1 + beta**2),
+    )
+    before, lost, after = trace[999], trace[1499], trace[-1]
+    assert before.share > 0.5  # still on its way down
+    assert lost.beta_vectors < 0.1 * before.beta_vectors and after.beta_vectors > 2 * lost.beta_vectors
 
 
 def test_begins_when_the_constraint_is_met_and_not_before():
     model = tiny_model(**DROPPING)
     callback = ConstraintCallback(cross_entropy=0.15, start_beta=0.02)
-    betas = simulate(callback, 400, lambda step, beta: 2.0, model=model)
-    assert set(betas) == {callback.beta} and callback.beta == pytest.approx(0.02)
+    trace = simulate(callback, 400, lambda step, beta, share: 2.0, model=model)
+    assert all(step.beta == step.beta_vectors == pytest.approx(0.02) for step in trace)
     assert model.nvib.threshold_share == 0
-    betas = simulate(callback, 400, lambda step, beta: 0.1, model=model)
-    assert betas[-1] > 0.02
+    trace = simulate(callback, 400, lambda step, beta, share: 0.1, model=model)
+    assert trace[-1].beta > 0.02
     assert model.nvib.threshold_share == pytest.approx(callback.threshold_share)
 
 
 def test_gives_way_when_the_reconstruction_is_lost():
     """A text that is lost at step 500 brings the weights down, and they come back with it."""
-    betas = simulate(
+    trace = simulate(
         ConstraintCallback(cross_entropy=0.15),
         1500,
-        lambda step, beta: 2.0 if 500 < step <= 1000 else 0.1,
+        lambda step, beta, share: 2.0 if 500 < step <= 1000 else 0.1,
     )
-    assert betas[999] < 0.1 * betas[499] and betas[-1] > 3 * betas[999]
+    assert trace[999].beta < 0.1 * trace[499].beta and trace[-1].beta > 3 * trace[999].beta
 
 
 @pytest.mark.parametrize("start", [0.01, 3.0])
 def test_settles_at_the_share_of_vectors(start):
     """Kept is 1 / (1 + beta), so 0.4 is kept at 1.5."""
-    betas = simulate(
+    trace = simulate(
         ConstraintCallback(target_prop_vectors=0.4, start_beta=start),
-        4000,
-        lambda step, beta: 0.1,
+        6000,
+        lambda step, beta, share: 0.1,
         kept=lambda beta: 1 / (1 + beta),
     )
-    assert betas[-1] == pytest.approx(1.5, rel=0.05)
+    assert trace[-1].beta_vectors == pytest.approx(1.5, rel=0.05)
 
 
 def test_a_metric_moves_the_tolerance():
     callback = ConstraintCallback(cross_entropy=0.1, metric="eval_bleu", metric_target=90.0)
     callback.on_evaluate(None, None, None, metrics={"eval_bleu": 50.0})
     assert callback.tolerance == 0.1  # nothing is compressed yet
-    simulate(callback, 20, lambda step, beta: 0.05)
+    simulate(callback, 20, lambda step, beta, share: 0.05)
     callback.on_evaluate(None, None, None, metrics={"eval_bleu": 81.0})
     assert callback.tolerance == pytest.approx(0.1 * math.exp(-0.5))
     callback.on_evaluate(None, None, None, metrics={"eval_bleu": 90.9})
@@ -146,7 +230,9 @@ def test_traced_in_any_trainer(trainer_class, tmp_path):
 @pytest.mark.parametrize("restore", [False, True])
 def test_a_resumed_training_is_the_uninterrupted_one(trainer_class, restore, tmp_path):
     def train(folder, resume=None):
-        callback = ConstraintCallback(cross_entropy=10.0, start_beta=0.5, rate=0.05, interval=2)
+        callback = ConstraintCallback(
+            cross_entropy=10.0, target_prop_vectors=0.5, start_beta=0.5, rate=0.05, interval=2
+        )
         trainer = trainer_of(
             trainer_class,
             tiny_model(**DROPPING),
@@ -159,7 +245,8 @@ def test_a_resumed_training_is_the_uninterrupted_one(trainer_class, restore, tmp
             callbacks=[callback],
         )
         trainer.train(resume_from_checkpoint=resume)
-        return trainer, [(x["loss"], x["constraint_beta"]) for x in trainer.state.log_history if "loss" in x]
+        names = ("loss", "constraint_beta", "constraint_beta_vectors")
+        return trainer, [[x[name] for name in names] for x in trainer.state.log_history if "loss" in x]
 
     _, whole = train(tmp_path / "whole")
     assert whole[-1][1] != whole[5][1]
@@ -167,7 +254,8 @@ def test_a_resumed_training_is_the_uninterrupted_one(trainer_class, restore, tmp
     saved = json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]["ConstraintCallback"]
     assert saved["attributes"]["started"] is True
     trainer, resumed = train(tmp_path / "resumed", str(checkpoint))
-    assert [b for _, b in resumed] == pytest.approx([b for _, b in whole])
+    assert whole[-1][1] != whole[-1][2] and saved["attributes"]["slow_average_kept"] == pytest.approx(1.0)
+    assert [x[1:] for x in resumed] == [pytest.approx(x[1:]) for x in whole]
     assert resumed[-1][0] == pytest.approx(whole[-1][0], rel=1e-4)
     assert trainer.model.nvib.threshold_share == pytest.approx(0.7)
 
@@ -217,7 +305,6 @@ def test_a_training_that_was_broken_off_leaves_nothing_behind(tmp_path):
         ({"threshold_share": 0.0}, "threshold_share must be in .* but got 0.0"),
         ({"target_prop_vectors": 1.0}, "target_prop_vectors must be in .* but got 1.0"),
         ({"metric": "eval_bleu"}, "metric='eval_bleu' and metric_target=None belong together"),
-        ({"metric": "x", "metric_target": 1.0, "target_prop_vectors": 0.5}, "two constraints on one multiplier"),
     ],
 )
 def test_refuses_arguments_outside_their_range(arguments, message):
