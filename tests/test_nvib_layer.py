@@ -19,6 +19,7 @@ KEYS = {
     "alpha",
     "log_alpha",
     "memory_key_padding_mask",
+    "keep",
     "batch_first",
     "avg_num_vec",
     "avg_prop_vec",
