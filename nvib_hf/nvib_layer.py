@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .denoising_attention import at_least_float32
-from .distributions import gaussian_sample, log_dirichlet_sample
+from .distributions import gaussian_sample, log_dirichlet_sample, log_gamma_sample
 from .dropping import (
     KEEP_BIAS,
     LOG_ZERO,
@@ -305,10 +305,13 @@ class Nvib(SinglePrecisionMixin, nn.Module):
         keep, dropped = hard_draw(posterior.keep_logit, generator)
         dropped = dropped.masked_fill(spared | ~weighty, 0)
         repeated = posterior._replace(keep=weighty & (keep | spared), dropped=dropped).repeated(self.kappa)
-        of_kept = torch.where(repeated.keep, repeated.log_alpha, repeated.log_alpha.detach())
-        full = log_dirichlet_sample(of_kept, weighty.repeat_interleave(self.kappa, dim=1), generator)
-        full = full - full.masked_fill(~repeated.keep, -math.inf).logsumexp(-1, keepdim=True)
-        return full.masked_fill(~repeated.keep, -math.inf), repeated._replace(full_log_pi=full)
+        # Two draws, so that nothing of what is dropped reaches the weights of what is kept.
+        of_dropped = log_gamma_sample(repeated.log_alpha.detach(), generator)
+        log_g = log_gamma_sample(repeated.log_alpha.masked_fill(~repeated.keep, 0), generator)
+        total = log_g.masked_fill(~repeated.keep, -math.inf).logsumexp(-1, keepdim=True)
+        log_pi = (log_g - total).masked_fill(~repeated.keep, -math.inf)
+        full_log_pi = torch.where(repeated.dropped > 0.5, of_dropped - total.detach(), log_pi)
+        return log_pi, repeated._replace(full_log_pi=full_log_pi)
 
     def mean_log_pi(self, posterior: Posterior) -> Tensor:
         """Log of the posterior's expected weights ``alpha / sum(alpha)`` over the kept components, ``(B, Nl)``."""

@@ -170,16 +170,29 @@ def test_weights_are_the_dirichlets_times_the_gates(dropping, kappa):
     torch.manual_seed(2)
     torch.rand(5, 1)  # which examples are spared
     if dropping == "relaxed":
-        gates = relaxed_log_gate(posterior.keep_logit)
+        gates = relaxed_log_gate(posterior.keep_logit).repeat_interleave(kappa, dim=1)
+        ungated = plain.sample_posterior(posterior._replace(keep_logit=None, keep=posterior.mask))[1]
+        assert_close(log_pi, (ungated + gates).log_softmax(-1))
     else:
         keep, _ = hard_draw(posterior.keep_logit)
-        gates = torch.zeros(5, 7).masked_fill(~keep, -math.inf)
-        assert not keep.all() and torch.equal(drawn.dropped, (~keep).float().repeat_interleave(kappa, dim=1))
-    ungated = plain.sample_posterior(posterior._replace(keep_logit=None, keep=posterior.mask))[1]
-    expected = (ungated + gates.repeat_interleave(kappa, dim=1)).log_softmax(-1)
-    assert_close(log_pi, expected)
-    if dropping == "hard":
-        assert_close(drawn.full_log_pi.softmax(-1), ungated.exp())
+        keep = keep.repeat_interleave(kappa, dim=1)
+        assert not keep.all() and torch.equal(drawn.dropped, (~keep).float()) and torch.equal(drawn.keep, keep)
+        assert torch.equal(drawn.full_log_pi[keep], log_pi[keep]) and drawn.full_log_pi.isfinite().all()
+
+
+def test_the_weights_of_hard_draws_are_a_dirichlet_of_what_is_kept():
+    """Its means, and what a dropped vector would weigh beside it: Gamma draws, over the total of the kept."""
+    model = layer("hard").train()
+    log_alpha = torch.tensor([0.5, 1.0, 2.0, 0.0])
+    logit = torch.tensor([math.inf, 30.0, 30.0, -30.0])
+    posterior = model.posterior(torch.randn(20000, 3, 8))
+    posterior = posterior._replace(log_alpha=log_alpha.expand(20000, 4), keep_logit=logit.expand(20000, 4))
+    _, log_pi, drawn = model.sample_posterior(posterior)
+    alpha = log_alpha.exp()
+    assert_close(log_pi.exp().mean(0)[:3], alpha[:3] / alpha[:3].sum(), atol=0.01, rtol=0)
+    assert log_pi[:, 3].eq(-math.inf).all()
+    mean = alpha[3] / (alpha[:3].sum() - 1)  # of a Gamma over an independent one
+    assert_close(drawn.full_log_pi.exp().mean(0)[3], mean, atol=0.01, rtol=0)
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -226,7 +239,7 @@ def test_a_keep_probability_near_0_transmits_nothing():
         outputs.append(model(encoder_last_hidden_state=source, labels=labels))
         outputs[-1].cross_entropy.backward()
         assert source.grad[:, 1::2].eq(0).all() and source.grad[:, ::2].ne(0).any()
-    assert torch.equal(outputs[0].logits, outputs[1].logits)
+    assert_close(outputs[0].logits, outputs[1].logits)
     latents = outputs[0].latents
     with torch.no_grad():  # a draw of training stays what it is for a model in evaluation
         decoded = model.eval()(encoder_outputs=latents, labels=labels).logits
