@@ -84,15 +84,19 @@ class NvibConfig(PreTrainedConfig):
         delta: conditional prior, in [0, 1]: the share of the source length that the prior expects to keep.
         kappa: vectors drawn a component in training, at least 1.
         alpha_activation: ``"exp"`` (quadratic pseudo-counts) or ``"relu"``.
+        dropping: what decides which vectors the decoder does not get. ``"threshold"``: ``alpha_threshold``, under the
+            pseudo-counts, if it is not 0. Or a decision that is learned, one linear unit on the encoder's vectors,
+            which keeps them all at the start: ``"relaxed"`` for a decoder that is frozen
+            (:meth:`~nvib_hf.NvibForConditionalGeneration.freeze_base`), ``"hard"`` for one that is trained.
         alpha_threshold: components with a pseudo-count at or below it are dropped, in training and evaluation.
-        threshold_share: the share of the training examples in which they are, so that a dropped vector can come back
-            through the others; 0 turns the threshold off, in evaluation too. Where training starts: a callback may
-            move it.
+        threshold_share: the share of the training examples in which vectors are dropped, so that one can come back
+            through the others; 0 turns dropping off, in evaluation too. Where training starts: a callback may move
+            it.
         tau_alpha, tau_sigma, tau_mu: identity initialisation. The defaults compute the base model's function;
             smaller ``tau_alpha`` and larger ``tau_sigma`` regularise it.
         lambda_gaussian, lambda_dirichlet: weights of the two KL terms in the loss, per target token.
-        lambda_vectors: weight of the share of vectors above the threshold in the loss, as relaxed by
-            :func:`~nvib_hf.dropping.relaxed_share`, per target token; needs an ``alpha_threshold``.
+        lambda_vectors: weight of the share of vectors kept in the loss, as relaxed by
+            :func:`~nvib_hf.dropping.relaxed_share`, per target token; needs something that drops.
         free_bits_gaussian, free_bits_dirichlet: nats of an example's KL that cost nothing.
         word_dropout: share of the decoder's input tokens replaced in training, in [0, 1): it has to ask the latent
             for what it cannot read.
@@ -144,6 +148,7 @@ class NvibConfig(PreTrainedConfig):
     delta: float = 1.0
     kappa: int = 1
     alpha_activation: str = "exp"
+    dropping: str = "threshold"
     alpha_threshold: float = 0.0
     threshold_share: float = 1.0
     tau_alpha: float = 10.0
@@ -189,7 +194,14 @@ class NvibConfig(PreTrainedConfig):
             self.base_config = copy.deepcopy(self.base_config)
         super().__post_init__(**kwargs)
         check_prior(self.prior_mu, self.prior_var, self.prior_alpha)
-        check_settings(self.delta, self.kappa, self.alpha_activation, self.alpha_threshold, self.threshold_share)
+        check_settings(
+            self.delta,
+            self.kappa,
+            self.alpha_activation,
+            self.dropping,
+            self.alpha_threshold,
+            self.threshold_share,
+        )
         self.kappa = int(self.kappa)
         check_taus(self.tau_alpha, self.tau_sigma, self.tau_mu)
         check_choice("evaluation", self.evaluation, EVALUATIONS)
@@ -210,11 +222,16 @@ class NvibConfig(PreTrainedConfig):
         for name in ("label_smoothing", "word_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), but got {getattr(self, name)}.")
-        if self.lambda_vectors > 0 and self.alpha_threshold == 0:
+        if self.lambda_vectors > 0 and not self.drops:
             raise ValueError(
-                f"lambda_vectors={self.lambda_vectors} weighs the share of vectors above alpha_threshold, which is 0 "
-                "and drops none. Set alpha_threshold, for instance to 0.1."
+                f"lambda_vectors={self.lambda_vectors} weighs the share of vectors kept, but alpha_threshold is 0 and "
+                "drops none. Set dropping to 'relaxed' or 'hard', or alpha_threshold, for instance to 0.1."
             )
+
+    @property
+    def drops(self) -> bool:
+        """Whether there is anything that drops vectors."""
+        return self.dropping != "threshold" or self.alpha_threshold > 0
 
     def _make_plain(self) -> None:
         """Settings as Python numbers and lists, which JSON can hold, whatever they came as."""

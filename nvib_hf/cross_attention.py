@@ -27,6 +27,7 @@ class DenoisingCrossAttention(nn.Module):
     nvib_arguments: tuple[str, ...]
     nvib_width: int
     nvib_exact: bool
+    nvib_hard: bool
 
     def forward(self, *args, **kwargs):
         row = self.nvib_row
@@ -75,7 +76,7 @@ class DenoisingCrossAttention(nn.Module):
         if has_cache and cache.is_updated.get(self.layer_idx):
             layer = cache.cross_attention_cache.layers[self.layer_idx]
             return {"key": layer.keys, "value": layer.values, **layer.nvib_beside}
-        row, memory = self.nvib_row, unpack(packed, self.nvib_width)
+        row, memory = self.nvib_row, unpack(packed, self.nvib_width, self.nvib_hard)
         vectors = memory.vectors.to(dtype)
         if row.key_value is not None:
             key, value = getattr(self, row.key_value)(vectors).chunk(2, dim=-1)
@@ -83,6 +84,10 @@ class DenoisingCrossAttention(nn.Module):
             key, value = getattr(self, row.key)(vectors), getattr(self, row.value)(vectors)
         key, value = self._by_head(key), self._by_head(value)
         beside = {"bias": memory.bias}
+        if memory.dropped is not None and self.training:
+            beside["dropped"] = memory.dropped
+        elif memory.dropped is not None:
+            beside["bias"] = memory.bias.masked_fill(memory.dropped > 0.5, float("-inf"))
         if memory.shrinkage is not None:
             key_weight, value_weight = self._matrices(vectors)
             beside |= {
@@ -156,11 +161,14 @@ def _set_class(module: nn.Module, module_class: type[nn.Module]) -> None:
         module._old_forward = module_class.forward.__get__(module)
 
 
-def convert_cross_attention(modules: list[nn.Module], width: int, exact: bool = False) -> None:
-    """Turn cross-attention modules into denoising attention for latents ``width`` wide, in place."""
+def convert_cross_attention(modules: list[nn.Module], width: int, exact: bool = False, hard: bool = False) -> None:
+    """Turn cross-attention modules into denoising attention for latents ``width`` wide, in place.
+
+    ``hard`` is whether training drops vectors by hard draws (:func:`~nvib_hf.dropping.hard_draw`).
+    """
     for module in modules:
         _set_class(module, _denoising_class(type(module), row_of(module)))
-        module.nvib_width, module.nvib_exact = width, exact
+        module.nvib_width, module.nvib_exact, module.nvib_hard = width, exact, hard
 
 
 def restore_cross_attention(model: nn.Module) -> None:
@@ -168,7 +176,7 @@ def restore_cross_attention(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, DenoisingCrossAttention):
             _set_class(module, type(module).__mro__[2])
-            del module.nvib_width, module.nvib_exact
+            del module.nvib_width, module.nvib_exact, module.nvib_hard
 
 
 def check_cache_was_found(cache: object, layers: tuple[int, ...]) -> None:

@@ -28,12 +28,14 @@ class DenoisingMemory(NamedTuple):
     """What denoising attention reads of a latent, the same for all layers and heads.
 
     ``vectors`` ``(B, Nl, P)`` are projected to keys and values; ``bias`` ``(B, Nl)`` is added to every score,
-    ``-inf`` where a vector is masked; ``shrinkage`` ``(B, Nl, P)`` in [0, 1) is ``None`` where all are 0.
+    ``-inf`` where a vector is masked; ``shrinkage`` ``(B, Nl, P)`` in [0, 1) is ``None`` where all are 0;
+    ``dropped`` ``(B, Nl)`` as :func:`denoising_attention` takes it.
     """
 
     vectors: Tensor
     bias: Tensor
     shrinkage: Tensor | None = None
+    dropped: Tensor | None = None
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -113,6 +115,7 @@ def denoising_attention(
     exact: bool = False,
     softcap: float | None = None,
     attention_mask: Tensor | None = None,
+    dropped: Tensor | None = None,
     dropout_p: float = 0.0,
     need_weights: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
@@ -132,6 +135,10 @@ def denoising_attention(
         exact: keep the term of the query's norm, as exact Bayes has it; the published score leaves it out.
         softcap: the score ``s q.k`` alone passes through ``softcap * tanh(. / softcap)``.
         attention_mask: added to the scores (or, if boolean, False masks), broadcastable to ``(B, H, Nt, Nl)``.
+        dropped: 1 where a vector has been dropped by a draw, 0 elsewhere, ``(B, Nl)``: it is masked, and the bias is
+            what it would have. Its gradient is what the output would change by, to first order of the loss, if the
+            vector came back: :math:`\mathrm{sigmoid}(score_j - \log \sum_{kept} e^{score}) (v_j - o)`, negated. For
+            training, without ``shrinkage``; see :func:`~nvib_hf.dropping.hard_draw`.
         dropout_p: dropout of the attention weights.
         need_weights: return the weights ``(B, H, Nt, Nl)`` as well.
 
@@ -143,15 +150,32 @@ def denoising_attention(
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
         if shrinkage is not None:
             key_weight, value_weight = (w.repeat_interleave(groups, dim=0) for w in (key_weight, value_weight))
+    if dropped is not None:
+        masked = bias.masked_fill(dropped > 0.5, float("-inf"))
+        output, weights = denoising_attention(
+            query,
+            key,
+            value,
+            masked,
+            scale,
+            shrinkage=shrinkage,
+            key_weight=key_weight,
+            value_weight=value_weight,
+            exact=exact,
+            softcap=softcap,
+            attention_mask=attention_mask,
+            dropout_p=dropout_p,
+            need_weights=need_weights,
+        )
+        if torch.is_grad_enabled() and dropped.requires_grad:
+            with torch.no_grad():
+                scores = _scores(query, key, bias, scale, softcap, attention_mask)
+            output = output + _coming_back(scores, value.detach(), output.detach(), dropped)
+        return output, weights
     if shrinkage is None and softcap is None and not need_weights:
         return _fused(query, key, value, bias, scale, attention_mask, dropout_p), None
 
-    scores = at_least_float32(torch.matmul(query * scale, key.transpose(-1, -2)))  # (B, H, Nt, Nl)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores + bias[:, None, None, :].to(scores.dtype)
-    if attention_mask is not None:
-        scores = scores + additive_mask(attention_mask, scores.dtype)
+    scores = _scores(query, key, bias, scale, softcap, attention_mask)
     if shrinkage is not None:
         latent_query = _per_head(query, key_weight)  # u, (B, H, Nt, P)
         if exact:
@@ -164,6 +188,26 @@ def denoising_attention(
         mean_shrinkage = (dropped.flatten(1, 2) @ shrinkage).view_as(latent_query)
         output = output + _per_head(latent_query * mean_shrinkage, value_weight.transpose(-1, -2))
     return output, weights if need_weights else None
+
+
+def _scores(
+    query: Tensor, key: Tensor, bias: Tensor, scale: float, softcap: float | None, attention_mask: Tensor | None
+) -> Tensor:
+    """Scores ``(B, H, Nt, Nl)`` in fp32 or better, without the query-norm term."""
+    scores = at_least_float32(torch.matmul(query * scale, key.transpose(-1, -2)))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + bias[:, None, None, :].to(scores.dtype)
+    return scores if attention_mask is None else scores + additive_mask(attention_mask, scores.dtype)
+
+
+def _coming_back(scores: Tensor, value: Tensor, output: Tensor, dropped: Tensor) -> Tensor:
+    """0, with the gradient that :func:`denoising_attention` says ``dropped`` has, shaped as ``output``."""
+    hidden = (dropped > 0.5)[:, None, None]
+    of_kept = scores.masked_fill(hidden, float("-inf")).logsumexp(-1, keepdim=True)
+    share = torch.sigmoid(scores - of_kept).masked_fill(~hidden, 0)  # its weight, if it alone came back
+    back = ((dropped.detach() - dropped)[:, None, None] * share).to(value.dtype)
+    return back @ value - back.sum(-1, keepdim=True) * output
 
 
 def _per_head(x: Tensor, weight: Tensor) -> Tensor:

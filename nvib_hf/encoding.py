@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-from .base_model import run_encoder
-from .dropping import kept_first, relaxed_share
+from .base_model import run_encoder, source_padding
+from .dropping import kept_first
 from .initialisation import EmpiricalPrior, empirical_prior
 from .latent import NvibLatents, interpolate, pack
 from .latent_transport import interpolate_by_transport
 from .latent_variation import blend, vary
 from .nvib_layer import Nvib
+
+# What stands for the encoder's inputs: its output.
+STATES = "encoder_last_hidden_state"
 
 
 class NvibBottleneck(Nvib):
@@ -44,9 +47,6 @@ class NvibBottleneck(Nvib):
             return NvibLatents(z=mean, log_pi=log_pi, logvar=posterior.logvar, attention_mask=posterior.mask)
         posterior = self.posterior(hidden_states, padding_mask)
         statistics = self.statistics(posterior)
-        relaxed = None
-        if self.alpha_threshold > 0:
-            relaxed = relaxed_share(posterior.log_alpha[:, 1:], posterior.mask[:, 1:], self.alpha_threshold)
         z, log_pi, drawn = self.draw(posterior, sample, generator)
         kl_gaussian, kl_dirichlet = self.kl(posterior, drawn, self.kappa if sample else 1)
         return NvibLatents(
@@ -59,8 +59,10 @@ class NvibBottleneck(Nvib):
             kl_dirichlet=kl_dirichlet,
             num_vectors=statistics["num_vec"],
             prop_vectors=statistics["prop_vec"],
-            relaxed_prop_vectors=relaxed,
+            relaxed_prop_vectors=self.relaxed_share(posterior),
             effective_vectors=statistics["effective_num_vec"],
+            dropped=drawn.dropped,
+            full_log_pi=drawn.full_log_pi,
             kappa=torch.full_like(statistics["num_vec"], self.kappa, dtype=torch.long) if sample else None,
         )
 
@@ -71,7 +73,7 @@ class NvibBottleneck(Nvib):
 
         The posterior of the rest is the same, and costs no projection of vectors that nobody will see.
         """
-        keep = self.is_kept(self._log_alpha(hidden_states))
+        keep = self.is_kept(hidden_states)
         if padding_mask is not None:
             keep = keep & ~padding_mask.bool()
         order = kept_first(keep)
@@ -95,7 +97,9 @@ class NvibEncodingMixin:
         """Inputs to latents.
 
         Args:
-            input_ids, attention_mask, inputs: what the base's encoder takes.
+            input_ids, attention_mask, inputs: what the base's encoder takes. Or, in place of them, what an earlier
+                call of the model returned as ``encoder_last_hidden_state`` ``(B, Ns, H)``, with its mask if it has one
+                (``(B, Ns)``, or as the encoder took it): a frozen encoder need not run again.
             sample: draw from the posterior (``kappa`` vectors a component), or take the posterior itself; by
                 default as in training or evaluation, whichever mode the model is in.
             generator: for the draws.
@@ -112,7 +116,12 @@ class NvibEncodingMixin:
         decode_only: bool = False,
     ) -> tuple[NvibLatents, BaseModelOutput]:
         """Latents, and the encoder's own output."""
-        outputs, padding = run_encoder(self.base, self._encoder_arguments(inputs))
+        states = inputs.get(STATES)
+        if states is None:
+            outputs, padding = run_encoder(self.base, self._encoder_arguments(inputs))
+        else:
+            outputs = BaseModelOutput(last_hidden_state=states)
+            padding = source_padding(self.base.get_encoder(), inputs.get("attention_mask"), states.shape[1])
         latents = self.nvib(
             outputs.last_hidden_state, padding, sample=sample, generator=generator, decode_only=decode_only
         )

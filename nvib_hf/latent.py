@@ -7,7 +7,8 @@ attention reads of a latent therefore travels as its last axis:
     [ vectors (P) | shrinkage (P) | bias (3, padded to 8) ]       a mixture of Gaussians
 
 The bias is split in three summands that a cast to half precision does not round, so the packed tensor can have
-the model's dtype and survives autocast and mixed-precision wrappers.
+the model's dtype and survives autocast and mixed-precision wrappers. The channel after them is 1 where a draw in
+training dropped a vector, and carries the gradient of that.
 """
 
 from __future__ import annotations
@@ -29,19 +30,22 @@ from transformers.utils import ModelOutput
 from .denoising_attention import DenoisingMemory, mean_memory, mixture_memory, point_memory, split_bias
 from .dropping import kept_first
 
-BIAS_WIDTH = 8  # three channels, padded so that the packed rows stay aligned
+BIAS_WIDTH = 8  # three channels, or four, padded so that the packed rows stay aligned
 
 
 def pack(memory: DenoisingMemory) -> Tensor:
     """One tensor ``(B, Nl, P + 8)``, or ``(B, Nl, 2 P + 8)`` with shrinkage, in the vectors' dtype."""
     dtype = memory.vectors.dtype
-    bias = F.pad(split_bias(memory.bias), (0, BIAS_WIDTH - 3)).to(dtype)
+    channels = split_bias(memory.bias)
+    if memory.dropped is not None:
+        channels = torch.cat([channels, memory.dropped[..., None].to(channels.dtype)], dim=-1)
+    bias = F.pad(channels, (0, BIAS_WIDTH - channels.shape[-1])).to(dtype)
     parts = [memory.vectors, bias] if memory.shrinkage is None else [memory.vectors, memory.shrinkage, bias]
     return torch.cat(parts, dim=-1)
 
 
-def unpack(packed: Tensor, width: int) -> DenoisingMemory:
-    """The memory in a packed tensor, for latent vectors of ``width`` ``P``.
+def unpack(packed: Tensor, width: int, dropped: bool = False) -> DenoisingMemory:
+    """The memory in a packed tensor, for latent vectors of ``width`` ``P``; with ``dropped``, that is read too.
 
     Raises:
         ValueError: the last axis is neither ``P + 8`` nor ``2 P + 8``.
@@ -56,7 +60,8 @@ def unpack(packed: Tensor, width: int) -> DenoisingMemory:
     three = packed[..., -BIAS_WIDTH : -BIAS_WIDTH + 3]
     bias = (three if three.dtype == torch.float64 else three.float()).sum(-1)
     shrinkage = None if size == width + BIAS_WIDTH else packed[..., width : 2 * width]
-    return DenoisingMemory(packed[..., :width], bias, shrinkage)
+    mark = packed[..., -BIAS_WIDTH + 3] if dropped else None
+    return DenoisingMemory(packed[..., :width], bias, shrinkage, mark)
 
 
 @dataclasses.dataclass
@@ -77,8 +82,10 @@ class NvibLatents(ModelOutput):
         kl_gaussian, kl_dirichlet: ``(B,)``, in nats, as the loss weighs them. ``None`` as above.
         num_vectors: ``(B,)`` source vectors kept, the prior's excluded; prop_vectors: their share of the source
             length; effective_vectors: ``exp(entropy(pi))``. ``None`` as above.
-        relaxed_prop_vectors: ``(B,)``, :func:`~nvib_hf.dropping.relaxed_share`; ``None`` without a threshold.
+        relaxed_prop_vectors: ``(B,)``, :func:`~nvib_hf.dropping.relaxed_share`; ``None`` where nothing is dropped.
         kappa: ``(B,)`` vectors drawn a component, of a sample; ``None`` otherwise.
+        dropped, full_log_pi: ``(B, Nl)``, of hard draws in training, those of
+            :class:`~nvib_hf.posterior.Posterior`; ``None`` otherwise.
     """
 
     z: Tensor | None = None
@@ -93,6 +100,8 @@ class NvibLatents(ModelOutput):
     relaxed_prop_vectors: Tensor | None = None
     effective_vectors: Tensor | None = None
     kappa: Tensor | None = None
+    dropped: Tensor | None = None
+    full_log_pi: Tensor | None = None
 
     def __getitem__(self, index):
         if isinstance(index, str):
@@ -206,6 +215,8 @@ class NvibLatents(ModelOutput):
             scale: the attention's scale ``s``.
             evaluation: ``"means"`` reads a posterior's means, ``"mixture"`` the posterior; a sample is points to both.
         """
+        if self.dropped is not None:
+            return point_memory(self.z, self.full_log_pi, scale)._replace(dropped=self.dropped)
         if self.logvar is None:
             return point_memory(self.z, self.log_pi, scale)
         of_posterior = mean_memory if evaluation == "means" else mixture_memory
@@ -239,7 +250,7 @@ def pad_latents(latents: NvibLatents, length: int, with_logvar: bool) -> NvibLat
         fields["logvar"] = torch.full_like(latents.z, float("-inf"))
     missing = length - latents.z.shape[1]
     for name, value in fields.items():
-        fill = {"z": 0, "logvar": 0, "attention_mask": False}.get(name, float("-inf"))
+        fill = {"z": 0, "logvar": 0, "attention_mask": False, "dropped": 0}.get(name, float("-inf"))
         if value.dim() == 2:
             fields[name] = F.pad(value, (0, missing), value=fill)
         elif value.dim() == 3:

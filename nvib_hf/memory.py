@@ -23,7 +23,9 @@ class NvibMemory(_Fields):
     ``z``, ``mu``, ``logvar`` ``(Nl, B, P)`` and ``pi``, ``log_pi`` ``(Nl, B, 1)``, or ``(B, Nl, ...)`` from a layer
     that is ``batch_first``; weights may be given without the last dimension. Training attends to ``z`` with weights
     ``pi``, evaluation to the mixture of Gaussians ``mu``, ``logvar``, ``pi``. ``pi = 0`` (``log_pi = -inf``) masks a
-    vector. ``points`` says that every variance is 0, so that evaluation attends to ``z`` as well.
+    vector. ``points`` says that every variance is 0, so that evaluation attends to ``z`` as well. ``dropped`` and
+    ``full_log_pi``, ``(Nl, B)`` or ``(B, Nl)``, are those of :class:`~nvib_hf.posterior.Posterior`, ``None`` but for
+    hard draws in training.
 
     Raises:
         ValueError: ``pi`` or ``log_pi`` is not one weight for each vector of ``z``.
@@ -31,6 +33,8 @@ class NvibMemory(_Fields):
 
     log_pi: Tensor
     points: bool
+    dropped: Tensor | None = None
+    full_log_pi: Tensor | None = None
 
     def __new__(
         cls,
@@ -54,7 +58,10 @@ class NvibMemory(_Fields):
         kept = {} if "pi" in fields else {"log_pi": self.log_pi}
         if not fields.keys() & {"mu", "logvar"}:
             kept["points"] = self.points
-        return type(self)(**self._asdict() | kept | fields)
+        memory = type(self)(**self._asdict() | kept | fields)
+        if "pi" not in fields:
+            memory.dropped, memory.full_log_pi = self.dropped, self.full_log_pi
+        return memory
 
     def __reduce__(self):
         return type(self), (*self, self.log_pi, self.points)

@@ -28,7 +28,7 @@ from .base_model import (
 )
 from .configuration_nvib import NvibConfig
 from .cross_attention import check_cache_was_found, convert_cross_attention
-from .encoding import NvibBottleneck, NvibEncodingMixin
+from .encoding import STATES, NvibBottleneck, NvibEncodingMixin
 from .generation import NvibGenerationMixin
 from .initialisation import prior_buffers
 from .latent import NvibLatents
@@ -123,7 +123,7 @@ class NvibForConditionalGeneration(
     _can_compile_fullgraph = True
     # s / 2 * ||x||^2 in the pseudo-counts must cancel to the last bit against the attention's bias. When loading;
     # afterwards see SinglePrecisionMixin.
-    _keep_in_fp32_modules_strict = [r"nvib.alpha_\w+", r"nvib.prior_\w+", "nvib.threshold_share", "kl_beta"]
+    _keep_in_fp32_modules_strict = [r"nvib\.(alpha|keep|prior)_\w+", "nvib.threshold_share", "kl_beta"]
 
     def __init__(self, config: NvibConfig, base: PreTrainedModel | None = None) -> None:
         warn_if_untested()
@@ -168,6 +168,7 @@ class NvibForConditionalGeneration(
                 delta=config.delta,
                 kappa=config.kappa,
                 alpha_activation=config.alpha_activation,
+                dropping=config.dropping,
                 alpha_threshold=config.alpha_threshold,
                 threshold_share=config.threshold_share,
                 kl_weights=config.kl_weights,
@@ -175,11 +176,11 @@ class NvibForConditionalGeneration(
                 batch_first=True,
             )
         self.register_buffer("kl_beta", torch.ones(3))  # of lambda_gaussian, lambda_dirichlet, lambda_vectors
-        convert_cross_attention(cross_attention, width, config.exact_attention)
+        convert_cross_attention(cross_attention, width, config.exact_attention, config.dropping == "hard")
         freeze_unused(base)
         # Read once: a forward pass that inspects signatures cannot be compiled.
         self._encoder_argument_names = (argument_names(base.get_encoder().forward) - OF_THE_DECODER) | RECORDED
-        self._argument_names = self._encoder_argument_names | argument_names(base.forward)
+        self._argument_names = self._encoder_argument_names | argument_names(base.forward) | {STATES}
         self._decoder_positions = decoder_positions(base)
         self.generation_config = copy.deepcopy(base.generation_config)
         self.model_tags = ["nvib"]  # of the model card; pushing adds to the list
@@ -263,6 +264,7 @@ class NvibForConditionalGeneration(
         num_items_in_batch: int | Tensor | None = None,
         generator: torch.Generator | None = None,
         past_key_values: Cache | None = None,
+        encoder_last_hidden_state: Tensor | None = None,
         **kwargs,
     ) -> NvibSeq2SeqLMOutput:
         """Logits and, with ``labels``, the loss.
@@ -278,6 +280,7 @@ class NvibForConditionalGeneration(
             num_items_in_batch: target tokens of the whole optimisation step, over all micro-batches: the loss is
                 the sum divided by it.
             generator: for the draws of training.
+            encoder_last_hidden_state: of an earlier call, in place of the encoder's inputs; see :meth:`encode`.
             past_key_values: the name of ``cache`` before Transformers 5.24.
             kwargs: further inputs of the base's encoder and decoder, by name.
 
@@ -312,6 +315,7 @@ class NvibForConditionalGeneration(
                 "input_features": input_features,
                 "input_values": input_values,
                 "pixel_values": pixel_values,
+                STATES: encoder_last_hidden_state,
                 **kwargs,
             }
             latents, states = self._encode({**inputs, **recorded}, generator=generator)

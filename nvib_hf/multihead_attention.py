@@ -104,8 +104,12 @@ class DenoisingMultiheadAttention(nn.MultiheadAttention):
         if query.dim() != 3:
             raise ValueError(f"query must have 3 dimensions, but has shape {tuple(query.shape)}.")
         z, mu, logvar, log_pi = memory.z, memory.mu, memory.logvar, memory.log_pi.squeeze(-1)
+        dropped = memory.dropped if self.training else None
+        if dropped is not None:
+            log_pi = memory.full_log_pi
         if not self.batch_first:
             query, z, mu, logvar, log_pi = (x.transpose(0, 1) for x in (query, z, mu, logvar, log_pi))
+            dropped = None if dropped is None else dropped.transpose(0, 1)
         if key_padding_mask is not None:
             padding = key_padding_mask
             log_pi = log_pi + additive_mask(~padding if padding.dtype == torch.bool else padding, log_pi.dtype)
@@ -128,6 +132,7 @@ class DenoisingMultiheadAttention(nn.MultiheadAttention):
             attended.bias,
             scale,
             shrinkage=attended.shrinkage,
+            dropped=dropped,
             key_weight=key_weight.unflatten(0, (heads, width)),
             value_weight=value_weight.unflatten(0, (heads, width)),
             exact=self.exact,

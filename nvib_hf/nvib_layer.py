@@ -12,8 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from .denoising_attention import at_least_float32
-from .distributions import gaussian_sample, log_dirichlet_sample
-from .dropping import LOG_ZERO, kept, relu_log_alpha, spared_examples
+from .distributions import gaussian_sample, log_dirichlet_sample, log_gamma_sample
+from .dropping import (
+    KEEP_BIAS,
+    LOG_ZERO,
+    hard_draw,
+    kept,
+    learned_keep_logit,
+    relaxed_log_gate,
+    relaxed_share,
+    relu_log_alpha,
+    spared_examples,
+)
 from .initialisation import identity_parameters, prior_buffers
 from .kl import kl_dirichlet, kl_gaussian
 from .memory import NvibMemory
@@ -49,10 +59,16 @@ class Nvib(SinglePrecisionMixin, nn.Module):
         kappa: vectors drawn for each component in training.
         alpha_activation: ``"exp"`` (with the quadratic term) or ``"relu"`` (``relu(w x + b)``, first paper; its
             gradient leaks below 0, so that a dead vector can come back).
-        alpha_threshold: components with a pseudo-count at or below it are dropped (``pi = 0``), in training as in
-            evaluation; never the prior's. 0 drops none under ``"exp"``.
-        threshold_share: share of the training examples in which the threshold drops, so that a dropped vector can
-            come back through the others; 0 turns it off, in evaluation too. Kept in a buffer, for a schedule to set.
+        dropping: what decides which components are dropped (``pi = 0``), never the prior's. ``"threshold"``: an
+            ``alpha_threshold`` under the pseudo-counts, if any. ``"relaxed"``, ``"hard"``: a keep logit
+            ``w . layernorm(x) + b`` that is learned, above 0 for what evaluation keeps, in one of two ways of training
+            it: :func:`~nvib_hf.dropping.relaxed_log_gate` for a decoder that is frozen,
+            :func:`~nvib_hf.dropping.hard_draw` for one that is trained. All is kept at the start.
+        alpha_threshold: components with a pseudo-count at or below it are dropped, in training as in evaluation. 0
+            drops none under ``"exp"``.
+        threshold_share: share of the training examples in which vectors are dropped, so that a dropped vector can
+            come back through the others; 0 turns dropping off, in evaluation too. Kept in a buffer, for a schedule to
+            set.
         kl_weights: how :meth:`kl_gaussian` weighs the components: ``"pseudo_counts"`` as published, or ``"drawn"``
             (see :func:`~nvib_hf.kl.kl_gaussian`).
         scale: the scale ``s`` of the attention that reads the latent, for the identity initialisation; ``None`` is
@@ -84,6 +100,7 @@ class Nvib(SinglePrecisionMixin, nn.Module):
         kappa: int = 1,
         *,
         alpha_activation: str = "exp",
+        dropping: str = "threshold",
         alpha_threshold: float = 0.0,
         threshold_share: float = 1.0,
         kl_weights: str = "pseudo_counts",
@@ -92,10 +109,10 @@ class Nvib(SinglePrecisionMixin, nn.Module):
     ) -> None:
         super().__init__()
         check_prior(prior_mu, prior_var, prior_alpha, size_out)
-        check_settings(delta, kappa, alpha_activation, alpha_threshold, threshold_share, scale)
+        check_settings(delta, kappa, alpha_activation, dropping, alpha_threshold, threshold_share, scale)
         self.size_in, self.size_out = size_in, size_out
         self.delta, self.kappa = delta, int(kappa)
-        self.alpha_activation, self.alpha_threshold = alpha_activation, alpha_threshold
+        self.alpha_activation, self.dropping, self.alpha_threshold = alpha_activation, dropping, alpha_threshold
         check_choice("kl_weights", kl_weights, KL_WEIGHTS)
         self.kl_weights = kl_weights
         self.scale = size_out**-0.5 if scale is None else scale
@@ -106,6 +123,9 @@ class Nvib(SinglePrecisionMixin, nn.Module):
         self.alpha_weight = nn.Parameter(torch.empty(size_in))
         self.alpha_quadratic = nn.Parameter(torch.empty(size_in)) if alpha_activation == "exp" else None
         self.alpha_bias = nn.Parameter(torch.empty(1))
+        learned = dropping != "threshold"
+        self.keep_weight = nn.Parameter(torch.empty(size_in)) if learned else None
+        self.keep_bias = nn.Parameter(torch.empty(1)) if learned else None
         self.register_buffer("prior_mu", torch.empty(size_out))
         self.register_buffer("prior_logvar", torch.empty(size_out))
         self.register_buffer("prior_log_alpha", torch.empty(1))
@@ -138,6 +158,17 @@ class Nvib(SinglePrecisionMixin, nn.Module):
             nn.init.zeros_(self.alpha_bias)
         else:
             nn.init.ones_(self.alpha_bias)  # relu: positive, so that a gradient flows
+        for name, value in self._everything_kept().items():
+            self.get_parameter(name).copy_(value)
+
+    def _everything_kept(self) -> dict[str, Tensor]:
+        """Where a learned decision starts, by name."""
+        if self.keep_weight is None:
+            return {}
+        return {
+            "keep_weight": torch.zeros_like(self.keep_weight),
+            "keep_bias": torch.full_like(self.keep_bias, KEEP_BIAS),
+        }
 
     def identity_parameters(
         self, tau_alpha: float = 10.0, tau_sigma: float = 0.0, tau_mu: float = 1.0
@@ -159,7 +190,7 @@ class Nvib(SinglePrecisionMixin, nn.Module):
         if self.alpha_quadratic is None:
             del values["alpha_quadratic"]
             values["alpha_bias"] = torch.full_like(values["alpha_bias"], tau_alpha)
-        return values
+        return values | self._everything_kept()
 
     @torch.no_grad()
     def identity_init(self, tau_alpha: float = 10.0, tau_sigma: float = 0.0, tau_mu: float = 1.0) -> None:
@@ -186,7 +217,10 @@ class Nvib(SinglePrecisionMixin, nn.Module):
         if padding_mask is not None:
             mu_logvar = mu_logvar.masked_fill(~mask[..., None], 0)
             log_alpha = log_alpha.masked_fill(~mask, 0)
-        keep = mask & self.is_kept(log_alpha)
+        keep_logit = self._keep_logit(hidden_states, log_alpha)
+        keep = mask & self._is_kept(log_alpha, keep_logit)
+        if keep_logit is not None:
+            keep_logit = torch.cat([keep_logit.new_full((batch, 1), math.inf), keep_logit], dim=1)
         first = mask.new_ones(batch, 1)
         prior = torch.cat([self.prior_mu, self.prior_logvar]).to(mu_logvar.dtype).expand(batch, 1, -1)
         mu, logvar = torch.cat([prior, mu_logvar], dim=1).chunk(2, dim=-1)
@@ -196,11 +230,34 @@ class Nvib(SinglePrecisionMixin, nn.Module):
             log_alpha=torch.cat([self.prior_log_alpha.to(log_alpha.dtype).expand(batch, 1), log_alpha], dim=1),
             mask=torch.cat([first, mask], dim=1),
             keep=torch.cat([first, keep], dim=1),
+            keep_logit=keep_logit,
         )
 
-    def is_kept(self, log_alpha: Tensor) -> Tensor:
-        """:func:`~nvib_hf.dropping.kept` by the layer's threshold, where that is on."""
-        return kept(log_alpha, self.alpha_threshold, self.threshold_share, self._log_zero)
+    def is_kept(self, hidden_states: Tensor) -> Tensor:
+        """What evaluation keeps of ``(B, Ns, H)``, padding included: ``(B, Ns)``."""
+        log_alpha = self._log_alpha(hidden_states)
+        return self._is_kept(log_alpha, self._keep_logit(hidden_states, log_alpha))
+
+    def _is_kept(self, log_alpha: Tensor, keep_logit: Tensor | None) -> Tensor:
+        weighty = log_alpha > self._log_zero
+        return weighty if keep_logit is None else weighty & kept(keep_logit, self.threshold_share)
+
+    def _keep_logit(self, hidden_states: Tensor, log_alpha: Tensor) -> Tensor | None:
+        """Above 0 for what is kept, ``(B, Ns)``, in fp32; ``None`` where nothing decides."""
+        if self.keep_weight is not None:
+            x = at_least_float32(hidden_states)
+            return learned_keep_logit(x, self.keep_weight.to(x.dtype), self.keep_bias.to(x.dtype))
+        return log_alpha - math.log(self.alpha_threshold) if self.alpha_threshold > 0 else None
+
+    def relaxed_share(self, posterior: Posterior) -> Tensor | None:
+        """:func:`~nvib_hf.dropping.relaxed_share` ``(B,)`` of the source vectors; ``None`` where nothing decides.
+
+        While dropping is off it is 1 for a learned decision: nothing else would hold its logits up.
+        """
+        if posterior.keep_logit is None:
+            return None
+        share = relaxed_share(posterior.keep_logit[:, 1:], posterior.mask[:, 1:])
+        return share if self.keep_weight is None else torch.where(self.threshold_share > 0, share, 1.0)
 
     def _log_alpha(self, hidden_states: Tensor) -> Tensor:
         """Log pseudo-counts ``(B, Ns)``: not part of the fused projection, whose dtype may be half.
@@ -222,14 +279,39 @@ class Nvib(SinglePrecisionMixin, nn.Module):
         The parameters are those of the ``Nl = kappa * (Ns + 1)`` vectors, each with ``alpha_i / kappa``; the
         vectors of a component stand side by side.
         """
-        if self.alpha_threshold > 0 and self.training:
-            spared = spared_examples(posterior.log_alpha, self.threshold_share, generator)
-            spared = spared & posterior.mask & kept(posterior.log_alpha, 0, 1, self._log_zero)
-            posterior = posterior._replace(keep=posterior.keep | spared)
-        repeated = posterior.repeated(self.kappa)
-        log_pi = log_dirichlet_sample(repeated.log_alpha, repeated.keep, generator)
+        if posterior.keep_logit is None or not self.training:
+            repeated = posterior.repeated(self.kappa)
+            log_pi = log_dirichlet_sample(repeated.log_alpha, repeated.keep, generator)
+        else:
+            log_pi, repeated = self._dropping_sample(posterior, generator)
         z = gaussian_sample(posterior.mu, posterior.logvar, posterior.mask, generator, repeats=self.kappa)
         return z, log_pi, repeated
+
+    def _dropping_sample(
+        self, posterior: Posterior, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Posterior]:
+        """Log weights ``(B, Nl)`` of a draw in training by a layer that drops, and its parameters."""
+        weighty = posterior.mask & (posterior.log_alpha > self._log_zero)
+        spared = weighty & spared_examples(posterior.keep_logit, self.threshold_share, generator)
+        if self.dropping == "threshold":
+            repeated = posterior._replace(keep=posterior.keep | spared).repeated(self.kappa)
+            return log_dirichlet_sample(repeated.log_alpha, repeated.keep, generator), repeated
+        if self.dropping == "relaxed":
+            log_gate = relaxed_log_gate(posterior.keep_logit, generator).masked_fill(spared, 0)
+            repeated = posterior._replace(keep=weighty).repeated(self.kappa)
+            log_pi = log_dirichlet_sample(repeated.log_alpha, repeated.keep, generator)
+            log_pi = (log_pi + log_gate.repeat_interleave(self.kappa, dim=1)).log_softmax(-1)
+            return log_pi.masked_fill(~repeated.keep, -math.inf), repeated
+        keep, dropped = hard_draw(posterior.keep_logit, generator)
+        dropped = dropped.masked_fill(spared | ~weighty, 0)
+        repeated = posterior._replace(keep=weighty & (keep | spared), dropped=dropped).repeated(self.kappa)
+        # Two draws, so that nothing of what is dropped reaches the weights of what is kept.
+        of_dropped = log_gamma_sample(repeated.log_alpha.detach(), generator)
+        log_g = log_gamma_sample(repeated.log_alpha.masked_fill(~repeated.keep, 0), generator)
+        total = log_g.masked_fill(~repeated.keep, -math.inf).logsumexp(-1, keepdim=True)
+        log_pi = (log_g - total).masked_fill(~repeated.keep, -math.inf)
+        full_log_pi = torch.where(repeated.dropped > 0.5, of_dropped - total.detach(), log_pi)
+        return log_pi, repeated._replace(full_log_pi=full_log_pi)
 
     def mean_log_pi(self, posterior: Posterior) -> Tensor:
         """Log of the posterior's expected weights ``alpha / sum(alpha)`` over the kept components, ``(B, Nl)``."""
@@ -279,6 +361,8 @@ class Nvib(SinglePrecisionMixin, nn.Module):
         order = (lambda x: x) if self.batch_first else (lambda x: x.transpose(0, 1))
         mu, logvar, log_alpha = (order(x) for x in (posterior.mu, posterior.logvar, posterior.log_alpha))
         memory = NvibMemory(order(z), order(log_pi.exp()), mu, logvar, log_pi=order(log_pi))
+        if posterior.dropped is not None:
+            memory.dropped, memory.full_log_pi = order(posterior.dropped), order(posterior.full_log_pi)
         log_alpha, padding = log_alpha[..., None], order(~posterior.mask)[..., None]
         alpha = log_alpha.clamp(max=LOG_ALPHA_REPORTED_MAX).exp()
         return {
@@ -401,6 +485,6 @@ class Nvib(SinglePrecisionMixin, nn.Module):
     def extra_repr(self) -> str:
         return (
             f"size_in={self.size_in}, size_out={self.size_out}, delta={self.delta}, kappa={self.kappa}, "
-            f"alpha_activation={self.alpha_activation!r}, alpha_threshold={self.alpha_threshold}, "
-            f"batch_first={self.batch_first}"
+            f"alpha_activation={self.alpha_activation!r}, dropping={self.dropping!r}, "
+            f"alpha_threshold={self.alpha_threshold}, batch_first={self.batch_first}"
         )

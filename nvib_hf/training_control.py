@@ -67,7 +67,7 @@ class MeasuringCallback(TrainerCallback, ExportableState):
 
 
 class ThresholdCallback(MeasuringCallback):
-    """When, and in what share of the examples, ``alpha_threshold`` drops vectors.
+    """When, and in what share of the examples, vectors are dropped: by ``alpha_threshold`` or a learned decision.
 
     Off, in evaluation too, until the running mean of the cross-entropy has come down to ``cross_entropy``: vectors
     that are dropped before the text is learned are never learned. For training with fixed weights;
@@ -80,7 +80,7 @@ class ThresholdCallback(MeasuringCallback):
         interval: steps between two measurements; the running mean is over about five of them.
 
     Raises:
-        ValueError: an argument outside its range, or a model without an ``alpha_threshold``.
+        ValueError: an argument outside its range, or a model that drops nothing.
     """
 
     kept_in_checkpoints = ("started", "average_cross_entropy", "average_kept")
@@ -104,8 +104,11 @@ class ThresholdCallback(MeasuringCallback):
 
     def check(self, config: NvibConfig) -> None:
         """Refuse a model that this cannot steer."""
-        if config.alpha_threshold == 0:
-            raise ValueError("The model has alpha_threshold=0, which drops nothing. Make it with one, such as 0.1.")
+        if not config.drops:
+            raise ValueError(
+                "The model has alpha_threshold=0, which drops nothing. Make it with one, such as 0.1, or with "
+                "dropping='hard' ('relaxed' for a frozen decoder)."
+            )
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -259,7 +262,8 @@ class ConstraintCallback(ThresholdCallback):
         if self.target_prop_vectors is not None and config.lambda_vectors == 0:
             raise ValueError(
                 f"target_prop_vectors={self.target_prop_vectors} needs a model that learns to drop vectors. Make it "
-                "with NvibConfig(alpha_threshold=0.1, lambda_vectors=1)."
+                "with NvibConfig(dropping='hard', lambda_vectors=1) ('relaxed' for a frozen decoder), or with "
+                "NvibConfig(alpha_threshold=0.1, lambda_vectors=1)."
             )
         if config.lambda_gaussian == config.lambda_dirichlet == config.lambda_vectors == 0:
             raise ValueError("All lambda_* of the model are 0, so there is nothing to weigh. Set lambda_gaussian, ...")

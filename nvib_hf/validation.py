@@ -10,6 +10,7 @@ from torch import Tensor
 ALPHA_ACTIVATIONS = ("exp", "relu")
 EVALUATIONS = ("means", "mixture")
 KL_WEIGHTS = ("drawn", "pseudo_counts")
+DROPPINGS = ("threshold", "relaxed", "hard")
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -46,6 +47,7 @@ def check_settings(
     delta: float,
     kappa: int,
     alpha_activation: str,
+    dropping: str,
     alpha_threshold: float,
     threshold_share: float,
     scale: float | None = None,
@@ -61,10 +63,16 @@ def check_settings(
     check_choice("alpha_activation", alpha_activation, ALPHA_ACTIVATIONS)
     if not 0 <= alpha_threshold < float("inf"):
         raise ValueError(f"alpha_threshold must be 0 (drop nothing) or positive, but got {alpha_threshold}.")
+    check_choice("dropping", dropping, DROPPINGS)
+    if dropping != "threshold" and alpha_threshold > 0:
+        raise ValueError(
+            f"alpha_threshold={alpha_threshold} and dropping={dropping!r} both decide which vectors are dropped. Set "
+            "alpha_threshold=0, or dropping='threshold'."
+        )
     if not 0 <= threshold_share <= 1:
         raise ValueError(
             f"threshold_share must be in [0, 1], but got {threshold_share}: it is the share of the training examples "
-            "in which alpha_threshold drops vectors."
+            "in which vectors are dropped."
         )
     if scale is not None and not 0 < scale < float("inf"):
         raise ValueError(f"scale must be positive, but got {scale}: it is the attention's scale s.")

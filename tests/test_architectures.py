@@ -14,7 +14,7 @@ from transformers import GenerationMixin
 
 from nvib_hf import NvibForConditionalGeneration, NvibLatents, architectures, naive_denoising_attention
 from nvib_hf.architectures import find_cross_attention
-from nvib_hf.base_model import base_class
+from nvib_hf.base_model import base_class, run_encoder
 from nvib_hf.cross_attention import DenoisingCrossAttention
 from nvib_hf.denoising_attention import mixture_memory, point_memory
 from nvib_hf.latent import pack
@@ -427,6 +427,63 @@ def test_a_training_step_moves_every_parameter(family):
     nvib = {f"nvib.{name}" for name, _ in model.nvib.named_parameters()}
     assert nvib <= moved
     assert {name for name in moved_by_base if not key_bias(name)} <= moved
+
+
+# ------------------------------------------------------------------------------------ 6. learned dropping
+@torch.no_grad()
+def deciding(family: str, **settings) -> NvibForConditionalGeneration:
+    """A model with keep logits of either sign, none close to 0."""
+    model = wrap(family, **settings, **NONTRIVIAL)
+    layer = model.nvib
+    layer.keep_weight.normal_(generator=torch.Generator().manual_seed(11))
+    states, padding = run_encoder(model.base, tiny_inputs(family))
+    posterior = layer.posterior(states.last_hidden_state, padding)
+    logits = posterior.keep_logit[:, 1:][posterior.mask[:, 1:]].sort().values
+    middle = logits[len(logits) // 4 : -(len(logits) // 4)]
+    widest = middle.diff().argmax()
+    layer.keep_bias -= middle[widest : widest + 2].mean()
+    for parameter in (layer.keep_weight, layer.keep_bias):
+        parameter /= middle.diff().max()
+    return model
+
+
+@pytest.mark.capability("learned dropping")
+@over_families
+@torch.no_grad()
+def test_learned_dropping_decodes_what_it_keeps(family, tmp_path):
+    base, inputs, tokens = tiny_base(family), tiny_inputs(family), decoder_inputs()
+    fresh = NvibForConditionalGeneration.from_base_pretrained(copy.deepcopy(base), dropping="relaxed")
+    expected = base(**inputs, decoder_input_ids=tokens).logits
+    torch.testing.assert_close(fresh(**inputs, decoder_input_ids=tokens).logits, expected, atol=1e-3, rtol=0)
+    model = deciding(family, dropping="relaxed")
+    latents = model.encode(**inputs)
+    dropped = (latents.log_pi == -float("inf")) & latents.attention_mask
+    assert dropped.any() and (latents.num_vectors > 0).any()
+    torch.testing.assert_close(latents.num_vectors, (latents.attention_mask & ~dropped).sum(-1) - 1.0)
+    together = model(**inputs, decoder_input_ids=tokens)
+    compact = model(encoder_outputs=latents.compact(), decoder_input_ids=tokens)
+    torch.testing.assert_close(compact.logits, together.logits, atol=1e-4, rtol=0)
+    generated = generate(model, inputs)
+    if family not in FAULTS["without a cache it generates something else"]:
+        assert torch.equal(generate(model, inputs, use_cache=False), generated)
+    if family != "moonshine":  # TIME_NORM
+        for row in range(3):
+            alone = model(**row_of(inputs, row), decoder_input_ids=tokens[row : row + 1])
+            torch.testing.assert_close(together.logits[row], alone.logits[0], atol=1e-3, rtol=0)
+    model.save_pretrained(tmp_path)
+    loaded = NvibForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(generate(loaded, inputs), generated)
+
+
+@pytest.mark.capability("learned dropping")
+@over_families
+def test_hard_draws_reach_the_decision_through_what_they_drop(family):
+    model = deciding(family, dropping="hard").train()
+    output = model(**tiny_inputs(family), labels=tiny_labels(family))
+    dropped = output.latents.dropped > 0.5
+    assert dropped.any() and output.latents.log_pi[dropped].eq(-float("inf")).all()
+    (gradient,) = torch.autograd.grad(output.cross_entropy, output.latents.dropped)
+    assert gradient[dropped].ne(0).all() and gradient[~dropped].eq(0).all()
 
 
 @pytest.mark.capability("gradient checkpointing")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nvib_hf import Nvib
-from nvib_hf.dropping import LEAK, LOG_ZERO, kept, relaxed_share, relu_log_alpha
+from nvib_hf.dropping import LEAK, LOG_ZERO, relaxed_share, relu_log_alpha
 
 THRESHOLD = 0.1
 
@@ -27,11 +27,16 @@ def with_counts(layer: Nvib, bias: float) -> Nvib:
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_kept_is_what_is_above_the_threshold(share):
     alpha = [0.0, 1e-30, 0.05, 0.1, 0.11, 7.0]
-    expected = [a > THRESHOLD if share > 0 else a > 0 for a in alpha]
-    assert kept(torch.tensor(alpha).log(), THRESHOLD, torch.tensor(share)).tolist() == expected
+    model = Nvib(1, 1, batch_first=True, alpha_activation="relu", alpha_threshold=THRESHOLD, threshold_share=share)
+    with torch.no_grad():
+        model.alpha_weight.fill_(1)
+        model.alpha_bias.fill_(0)
+    expected = [a > THRESHOLD if share > 0 else a > 1e-30 for a in alpha]
+    assert model.posterior(torch.tensor(alpha)[None, :, None]).keep[0, 1:].tolist() == expected
 
 
 def test_relaxed_share_by_hand():
+    """Of a threshold it is the mean of alpha / (alpha + threshold) over what is not padding."""
     log_alpha, mask = torch.randn(3, 5, dtype=torch.float64), torch.ones(3, 5, dtype=torch.bool)
     mask[1, 2:] = False
     log_alpha[1, 2:] = math.nan
@@ -39,12 +44,20 @@ def test_relaxed_share_by_hand():
     for row, keep in zip(log_alpha.tolist(), mask.tolist(), strict=True):
         alpha = [math.exp(x) for x, k in zip(row, keep, strict=True) if k]
         expected.append(sum(a / (a + THRESHOLD) for a in alpha) / len(alpha))
-    assert relaxed_share(log_alpha, mask, THRESHOLD).tolist() == pytest.approx(expected)
+    assert relaxed_share(log_alpha - math.log(THRESHOLD), mask).tolist() == pytest.approx(expected)
+    model = layer(alpha_threshold=THRESHOLD).double()
+    posterior = model.posterior(torch.randn(3, 5, 8, dtype=torch.float64))
+    posterior = posterior._replace(
+        keep_logit=torch.cat([torch.zeros(3, 1), log_alpha - math.log(THRESHOLD)], dim=1),
+        mask=torch.cat([torch.ones(3, 1, dtype=torch.bool), mask], dim=1),
+    )
+    assert model.relaxed_share(posterior).tolist() == pytest.approx(expected)
+    assert layer().relaxed_share(posterior._replace(keep_logit=None)) is None
 
 
 def test_relaxed_share_nears_the_share():
-    log_alpha = torch.tensor([[-30.0, 20.0, 20.0, -30.0]])
-    assert relaxed_share(log_alpha, log_alpha < 100, THRESHOLD).item() == pytest.approx(0.5)
+    keep_logit = torch.tensor([[-30.0, 20.0, 20.0, -30.0]])
+    assert relaxed_share(keep_logit, keep_logit < 100).item() == pytest.approx(0.5)
 
 
 def test_relu_is_exact_and_its_gradient_leaks():

@@ -87,6 +87,7 @@ def test_settings_are_those_of_the_configuration():
         "delta": 0.25,
         "kappa": 4,
         "alpha_activation": "relu",
+        "dropping": "threshold",
         "alpha_threshold": 0.125,
         "threshold_share": 0.875,
         "tau_alpha": 5.0,
