@@ -50,7 +50,7 @@ CROSS_KEYS_AND_VALUES = {
 }
 
 
-def adapted(family, kind="lora", targets=None, **settings):
+def adapted(family, kind="lora", targets=None, evaluation="means", **settings):
     """A model with an adapter whose weights are not those that change nothing."""
     targets = targets or TARGETS[family]
     common = {"target_modules": targets, "modules_to_save": ["nvib"], "task_type": "SEQ_2_SEQ_LM", **settings}
@@ -58,7 +58,7 @@ def adapted(family, kind="lora", targets=None, **settings):
         config = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, **common)
     else:
         config = peft.IA3Config(feedforward_modules=[], **common)
-    model = peft.get_peft_model(tiny_nvib(family), config)
+    model = peft.get_peft_model(tiny_nvib(family, evaluation=evaluation), config)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -112,7 +112,7 @@ def test_adapters_of_the_cross_attention_count_wherever_its_projections_do(famil
 
     Reading ``.weight`` would take the matrices without the adapter: shown below not to be the same.
     """
-    model = adapted(family, kind, CROSS_KEYS_AND_VALUES[family], modules_to_save=None)
+    model = adapted(family, kind, CROSS_KEYS_AND_VALUES[family], "mixture", modules_to_save=None)
     for module in cross_attention(model):
         module.nvib_exact = exact
     expected = evaluate(model, family).logits
@@ -135,7 +135,7 @@ def bypassing(model):
 
     def shortcut(projection, like):
         weight = projection.weight
-        return (weight if weight.shape[1] == like.shape[-1] and "Conv1D" not in repr(projection) else weight.T), False
+        return weight if weight.shape[1] == like.shape[-1] and "Conv1D" not in repr(projection) else weight.T
 
     module.projection_matrix = shortcut
     try:

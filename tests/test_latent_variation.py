@@ -23,7 +23,7 @@ def test_draws_have_the_mean_and_the_deviation_of_the_posterior(temperature):
     latents = mixture(batch=3)
     latents.log_pi[1, 1] = -INF  # dropped
     draws = vary(latents[[0, 1, 2] * 4000], temperature, generator=seeded())
-    assert set(draws) == {"z", "log_pi", "attention_mask"}  # points, of no text
+    assert set(draws.keys()) == {"z", "log_pi", "attention_mask"}  # points, of no text
     for row in range(3):
         of_row = draws[row::3]
         for i, (weight, mean, deviation) in enumerate(components(latents, row)):

@@ -232,7 +232,7 @@ def test_components_on_the_way(first, second):
     a, b = first(length=6, seed=3), second(seed=4)
     between = interpolate_by_transport(a, b, 0.3)
     assert (between.logvar is None) == (a.logvar is None and b.logvar is None)
-    assert set(between) <= {"z", "log_pi", "logvar", "attention_mask"}  # of no text
+    assert set(between.keys()) <= {"z", "log_pi", "logvar", "attention_mask"}  # of no text
     for row in range(4):
         ends = components(a, row), components(b, row)
         middle = components(between, row)
