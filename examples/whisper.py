@@ -59,8 +59,7 @@ class Recogniser:
         settings |= {"num_beams": num_beams, "max_length": 200, "do_sample": False}
         settings["decoder_input_ids"] = self.prompt.expand(len(encoded), -1)
         if self.compressed:
-            latents = self.model.encode(encoder_last_hidden_state=encoded)
-            return self.model.generate(encoder_outputs=latents, **settings)
+            return self.model.generate(encoder_last_hidden_state=encoded, **settings)
         source = BaseModelOutput(last_hidden_state=encoded)
         return GenerationMixin.generate(self.model, encoder_outputs=source, **settings)
 

@@ -31,6 +31,7 @@ CODE = {
     "denoising_attention.py",
     "distributions.py",
     "dropping.py",
+    "learned_dropping.py",
     "encoding.py",
     "generation.py",
     "initialisation.py",
