@@ -164,7 +164,7 @@ def _set_class(module: nn.Module, module_class: type[nn.Module]) -> None:
 def convert_cross_attention(modules: list[nn.Module], width: int, exact: bool = False, hard: bool = False) -> None:
     """Turn cross-attention modules into denoising attention for latents ``width`` wide, in place.
 
-    ``hard`` is whether training drops vectors by hard draws (:func:`~nvib_hf.learned_dropping.hard_draw`).
+    ``hard`` is whether training drops vectors by hard draws (:func:`~nvib_hf.dropping.hard_draw`).
     """
     for module in modules:
         _set_class(module, _denoising_class(type(module), row_of(module)))

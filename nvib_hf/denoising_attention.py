@@ -138,7 +138,7 @@ def denoising_attention(
         dropped: 1 where a vector has been dropped by a draw, 0 elsewhere, ``(B, Nl)``: it is masked, and the bias is
             what it would have. Its gradient is what the output would change by, to first order of the loss, if the
             vector came back: :math:`\mathrm{sigmoid}(score_j - \log \sum_{kept} e^{score}) (v_j - o)`, negated. For
-            training, without ``shrinkage``; see :func:`~nvib_hf.learned_dropping.hard_draw`.
+            training, without ``shrinkage``; see :func:`~nvib_hf.dropping.hard_draw`.
         dropout_p: dropout of the attention weights.
         need_weights: return the weights ``(B, H, Nt, Nl)`` as well.
 

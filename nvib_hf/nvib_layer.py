@@ -12,11 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from .denoising_attention import at_least_float32
-from .distributions import gaussian_sample, log_dirichlet_sample
-from .dropping import LOG_ZERO, kept, relaxed_share, relu_log_alpha, spared_examples
+from .distributions import gaussian_sample, log_dirichlet_sample, log_gamma_sample
+from .dropping import (
+    KEEP_BIAS,
+    LOG_ZERO,
+    hard_draw,
+    kept,
+    learned_keep_logit,
+    relaxed_log_gate,
+    relaxed_share,
+    relu_log_alpha,
+    spared_examples,
+)
 from .initialisation import identity_parameters, prior_buffers
 from .kl import kl_dirichlet, kl_gaussian
-from .learned_dropping import KEEP_BIAS, hard_sample, learned_keep_logit, relaxed_sample
 from .memory import NvibMemory
 from .posterior import Posterior
 from .precision import SinglePrecisionMixin
@@ -53,8 +62,8 @@ class Nvib(SinglePrecisionMixin, nn.Module):
         dropping: what decides which components are dropped (``pi = 0``), never the prior's. ``"threshold"``: an
             ``alpha_threshold`` under the pseudo-counts, if any. ``"relaxed"``, ``"hard"``: a keep logit
             ``w . layernorm(x) + b`` that is learned, above 0 for what evaluation keeps, in one of two ways of training
-            it: :func:`~nvib_hf.learned_dropping.relaxed_log_gate` for a decoder that is frozen,
-            :func:`~nvib_hf.learned_dropping.hard_draw` for one that is trained. All is kept at the start.
+            it: :func:`~nvib_hf.dropping.relaxed_log_gate` for a decoder that is frozen,
+            :func:`~nvib_hf.dropping.hard_draw` for one that is trained. All is kept at the start.
         alpha_threshold: components with a pseudo-count at or below it are dropped, in training as in evaluation. 0
             drops none under ``"exp"``.
         threshold_share: share of the training examples in which vectors are dropped, so that a dropped vector can
@@ -270,20 +279,39 @@ class Nvib(SinglePrecisionMixin, nn.Module):
         The parameters are those of the ``Nl = kappa * (Ns + 1)`` vectors, each with ``alpha_i / kappa``; the
         vectors of a component stand side by side.
         """
-        spared = None
-        if posterior.keep_logit is not None and self.training:
-            weighty = posterior.mask & (posterior.log_alpha > self._log_zero)
-            spared = weighty & spared_examples(posterior.keep_logit, self.threshold_share, generator)
-            keep = weighty if self.keep_weight is not None else posterior.keep | spared
-            posterior = posterior._replace(keep=keep)
-        if spared is not None and self.keep_weight is not None:
-            draw = hard_sample if self.dropping == "hard" else relaxed_sample
-            log_pi, repeated = draw(posterior, spared, self.kappa, generator)
-        else:
+        if posterior.keep_logit is None or not self.training:
             repeated = posterior.repeated(self.kappa)
             log_pi = log_dirichlet_sample(repeated.log_alpha, repeated.keep, generator)
+        else:
+            log_pi, repeated = self._dropping_sample(posterior, generator)
         z = gaussian_sample(posterior.mu, posterior.logvar, posterior.mask, generator, repeats=self.kappa)
         return z, log_pi, repeated
+
+    def _dropping_sample(
+        self, posterior: Posterior, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Posterior]:
+        """Log weights ``(B, Nl)`` of a draw in training by a layer that drops, and its parameters."""
+        weighty = posterior.mask & (posterior.log_alpha > self._log_zero)
+        spared = weighty & spared_examples(posterior.keep_logit, self.threshold_share, generator)
+        if self.dropping == "threshold":
+            repeated = posterior._replace(keep=posterior.keep | spared).repeated(self.kappa)
+            return log_dirichlet_sample(repeated.log_alpha, repeated.keep, generator), repeated
+        if self.dropping == "relaxed":
+            log_gate = relaxed_log_gate(posterior.keep_logit, generator).masked_fill(spared, 0)
+            repeated = posterior._replace(keep=weighty).repeated(self.kappa)
+            log_pi = log_dirichlet_sample(repeated.log_alpha, repeated.keep, generator)
+            log_pi = (log_pi + log_gate.repeat_interleave(self.kappa, dim=1)).log_softmax(-1)
+            return log_pi.masked_fill(~repeated.keep, -math.inf), repeated
+        keep, dropped = hard_draw(posterior.keep_logit, generator)
+        dropped = dropped.masked_fill(spared | ~weighty, 0)
+        repeated = posterior._replace(keep=weighty & (keep | spared), dropped=dropped).repeated(self.kappa)
+        # Two draws, so that nothing of what is dropped reaches the weights of what is kept.
+        of_dropped = log_gamma_sample(repeated.log_alpha.detach(), generator)
+        log_g = log_gamma_sample(repeated.log_alpha.masked_fill(~repeated.keep, 0), generator)
+        total = log_g.masked_fill(~repeated.keep, -math.inf).logsumexp(-1, keepdim=True)
+        log_pi = (log_g - total).masked_fill(~repeated.keep, -math.inf)
+        full_log_pi = torch.where(repeated.dropped > 0.5, of_dropped - total.detach(), log_pi)
+        return log_pi, repeated._replace(full_log_pi=full_log_pi)
 
     def mean_log_pi(self, posterior: Posterior) -> Tensor:
         """Log of the posterior's expected weights ``alpha / sum(alpha)`` over the kept components, ``(B, Nl)``."""

@@ -14,7 +14,7 @@ class Posterior(NamedTuple):
     ``mu``, ``logvar`` ``(B, Ns + 1, P)``; ``log_alpha`` ``(B, Ns + 1)`` in fp32 or better; ``mask``
     ``(B, Ns + 1)``, True = a component; ``keep``: as ``mask``, less what is dropped; ``keep_logit`` ``(B, Ns + 1)``:
     above 0 for what is kept, ``+inf`` for the prior's, ``None`` where nothing decides. Of hard draws in training also
-    ``dropped`` ``(B, Nl)``, 1 or 0 with a gradient (:func:`~nvib_hf.learned_dropping.hard_draw`), and ``full_log_pi``
+    ``dropped`` ``(B, Nl)``, 1 or 0 with a gradient (:func:`~nvib_hf.dropping.hard_draw`), and ``full_log_pi``
     ``(B, Nl)``, the log weights of what is kept, and beside them those that what is dropped would have.
     """
 

@@ -18,7 +18,7 @@ from nvib_hf import (
     ThresholdCallback,
 )
 from nvib_hf.denoising_attention import denoising_attention, point_memory
-from nvib_hf.learned_dropping import hard_draw, relaxed_log_gate
+from nvib_hf.dropping import hard_draw, relaxed_log_gate
 
 LEARNED = pytest.mark.parametrize("dropping", ["relaxed", "hard"])
 TRAINING = pytest.mark.parametrize("training", [True, False])
