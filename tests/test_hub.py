@@ -31,7 +31,6 @@ CODE = {
     "denoising_attention.py",
     "distributions.py",
     "dropping.py",
-    "learned_dropping.py",
     "encoding.py",
     "generation.py",
     "initialisation.py",
