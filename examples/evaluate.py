@@ -18,21 +18,22 @@ from text_vae import TextVAE, draw_pseudo_counts, read_texts, title
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from nvib_hf import add_to_model_card, evaluate, evaluation_section
-from nvib_hf.evaluation_report import table_rows
+from nvib_hf.evaluation_report import result_tables
 
 
 # ---------------------------------------------------------------------------------------------- printing
 def print_results(name: str, results: dict) -> None:
     title(f"{name}, {results['settings']['texts']} held-out texts")
-    rows = [("", "value", "real texts"), *table_rows(results)]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    for label, value, real in rows:
-        print(f"  {label:{widths[0]}}  {value:>{widths[1]}}  {real:>{widths[2]}}".rstrip())
-    path = results.get("interpolation", {})
-    if path:
-        title("Between two held-out texts")
-    for i, text in enumerate(path.get("example", [])):
-        print(f"  {i / (len(path['example']) - 1):.2f}  {text}")
+    for table in result_tables(results):
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for label, *values in table:
+            cells = (f"{value:>{width}}" for value, width in zip(values, widths[1:], strict=True))
+            print("  ".join([f"  {label:{widths[0]}}", *cells]).rstrip())
+        print()
+    for method, path in results.get("interpolation", {}).items():
+        title(f"Between two held-out texts, by {method}")
+        for i, text in enumerate(path["example"]):
+            print(f"  {i / (len(path['example']) - 1):.2f}  {text}")
 
 
 # ----------------------------------------------------------------------------------------------- figures
@@ -50,9 +51,8 @@ def draw_rate_distortion(results: dict[str, dict], path: Path) -> None:
     points = []
     for name, of_model in results.items():
         numbers = of_model["rate_distortion"]
-        costs = [numbers.get(f"kl_{term}_per_token") for term in ("gaussian", "dirichlet")]
-        if None not in costs:
-            points.append((sum(costs), numbers["cross_entropy"], name))
+        if "rate" in numbers:
+            points.append((numbers["rate"], numbers["cross_entropy"], name))
     if not points:
         return
     plt = pyplot()
@@ -61,7 +61,7 @@ def draw_rate_distortion(results: dict[str, dict], path: Path) -> None:
     axes.plot(rates, distortions, "o-")
     for rate, distortion, name in zip(rates, distortions, names, strict=True):
         axes.annotate(name, (rate, distortion), xytext=(5, 5), textcoords="offset points", size=8)
-    axes.set(xlabel="rate: both KLs, nats per token", ylabel="distortion: cross-entropy, nats per token")
+    axes.set(xlabel="rate: nats a text", ylabel="distortion: cross-entropy, nats per token")
     axes.set_ylim(bottom=0)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -92,7 +92,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--language-model", metavar="NAME", help="judge of fluency: smollm2, a folder or a hub name")
     parser.add_argument("--language-model-cache", type=Path, metavar="DIR", help="keeps smollm2 as it is when read")
     parser.add_argument("--output", type=Path, default=Path("evaluation"), metavar="DIR", help="default: evaluation")
-    parser.add_argument("--samples", type=int, default=200, help="texts drawn from the prior (default: 200)")
+    parser.add_argument("--samples", type=int, default=200, help="latents drawn from the prior (default: 200)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="16 texts and 8 samples: everything runs")
@@ -105,7 +105,8 @@ def main() -> None:
     texts = read_texts(args.text)
     settings = {"num_samples": args.samples, "seed": args.seed}
     if args.quick:
-        texts, settings = texts[:16], {**settings, "num_samples": 8, "num_pairs": 4, "importance_samples": 2}
+        texts = texts[:16]
+        settings |= {"num_samples": 8, "reverse_steps": 3, "num_pairs": 4, "importance_samples": 2}
     if args.training_text is not None:
         settings["training_texts"] = read_texts(args.training_text)
     if args.language_model is not None:

@@ -1,23 +1,24 @@
 """Train a text VAE with a nonparametric latent space (NVIB), then look at what it learnt.
 
-    python examples/text_vae.py                      # clauses of the Bible in Basic English, minutes on a CPU
-    python examples/text_vae.py --base minilm        # the pretrained encoder of all-MiniLM-L6-v2, a fresh decoder
-    python examples/text_vae.py --text my_lines.txt  # any text file, one text a line
-    python examples/text_vae.py --cross-entropy 0.4  # compress as far as this reconstruction allows (nats per token)
-    python examples/text_vae.py --cross-entropy 0.4 --keep 0.6  # and keep no more than so many of the vectors
-    python examples/text_vae.py --model text_vae     # show a trained folder again
+    python examples/text_vae.py                        # clauses of the Bible in Basic English, minutes on a CPU
+    python examples/text_vae.py --purpose samples      # more steps, less reconstruction, better samples
+    python examples/text_vae.py --purpose few-vectors  # more steps, only a part of the vectors
+    python examples/text_vae.py --base minilm          # the pretrained encoder of all-MiniLM-L6-v2, a fresh decoder
+    python examples/text_vae.py --text my_lines.txt    # any text file, one text per line
+    python examples/text_vae.py --model text_vae       # show a trained folder again
 
 The latent of a text is a set of weighted vectors, as many as the text has tokens, and nothing else reaches the
 decoder. Training reconstructs each text from a sample of that latent while two KL terms hold the vectors near a
-Gaussian and their pseudo-counts near a Dirichlet process. It prints held-out texts beside their reconstructions,
-samples from the prior, a walk between two texts, the size of the latents, and draws the tokens' pseudo-counts.
+Gaussian and their pseudo-counts near a Dirichlet process: as near as the accepted cross-entropy allows. It prints
+held-out texts beside their reconstructions, samples from the prior, a walk between two texts, the size of the latents,
+and draws the tokens' pseudo-counts.
 """
 
 import argparse
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import bbe
@@ -36,11 +37,11 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Seq2SeqTrainingArguments,
-    TrainerCallback,
     set_seed,
 )
 
-from nvib_hf import ConstraintCallback, KLAnnealingCallback, NvibForConditionalGeneration, NvibLatents, NvibTrainer
+from nvib_hf import ConstraintCallback, NvibForConditionalGeneration, NvibLatents, NvibTrainer
+from nvib_hf.likelihood import divergences
 
 MAX_TOKENS = 64  # longer texts are cut
 
@@ -167,13 +168,32 @@ class Recipe:
     """How a base is made and trained."""
 
     build: Callable
-    steps: int
     learning_rate: float
 
 
-RECIPES = {
-    "bart": Recipe(bart, steps=1200, learning_rate=1e-3),
-    "minilm": Recipe(minilm, steps=500, learning_rate=5e-4),
+RECIPES = {"bart": Recipe(bart, learning_rate=1e-3), "minilm": Recipe(minilm, learning_rate=5e-4)}
+
+
+@dataclass
+class Purpose:
+    """What is accepted and what is asked for, and the steps in which a small BART reaches it.
+
+    Args:
+        cross_entropy: of training, in nats per token, which the KLs are raised to.
+        rate: by how much the multiplier of the KLs may rise in a step, in log.
+        keep: share of the vectors to keep; ``None`` keeps all.
+    """
+
+    cross_entropy: float
+    steps: int
+    rate: float = 0.005
+    keep: float | None = None
+
+
+PURPOSES = {
+    "reconstruction": Purpose(cross_entropy=0.6, steps=2600, rate=0.02),
+    "samples": Purpose(cross_entropy=2.0, steps=5000),
+    "few-vectors": Purpose(cross_entropy=0.3, steps=8000, keep=0.6),
 }
 
 # Training starts from noisy vectors of moderate weight: there is no pretrained function to keep. A prior that expects
@@ -192,17 +212,16 @@ DROPPING = {
 
 
 # -------------------------------------------------------------------------------------------- training
-def settings(args) -> tuple[dict, TrainerCallback]:
-    """What the model is made with, and what steers its training: by default the KLs' weights rise to what they are."""
-    if args.cross_entropy is None:
-        return NVIB, KLAnnealingCallback(schedule="linear", warmup_ratio=0.2)
-    callback = ConstraintCallback(args.cross_entropy, target_prop_vectors=args.keep)
-    return CONSTRAINED if args.keep is None else DROPPING, callback
+def purpose_of(args) -> Purpose:
+    """The chosen purpose, with what the command line says otherwise."""
+    given = {"cross_entropy": args.cross_entropy, "keep": args.keep, "steps": args.max_steps}
+    return replace(PURPOSES[args.purpose], **{name: value for name, value in given.items() if value is not None})
 
 
-def train(model, tokenizer, texts: list[str], recipe: Recipe, callback: TrainerCallback, args) -> None:
+def train(model, tokenizer, texts: list[str], recipe: Recipe, purpose: Purpose, args) -> None:
     """The learning rate falls linearly to nothing."""
-    steps = args.max_steps or recipe.steps
+    steps = purpose.steps
+    callback = ConstraintCallback(purpose.cross_entropy, target_prop_vectors=purpose.keep, rate=purpose.rate)
     trainer = NvibTrainer(
         model,
         Seq2SeqTrainingArguments(
@@ -273,13 +292,14 @@ def show_figures(vae: TextVAE, held_out: list[str]) -> None:
         latents = vae.encode(texts)
         exact += sum(a == b for a, b in zip(vae.decode(latents), vae.as_read(texts), strict=True))
         tokens = latents.attention_mask.sum(-1) - 1.0  # without the prior's component
+        measured = {**latents, **divergences(vae.model.nvib, latents)}
         names = ("num_vectors", "prop_vectors", "effective_vectors", "kl_gaussian", "kl_dirichlet")
-        statistics.append(torch.stack([tokens, *(latents[name].float() for name in names)]))
+        statistics.append(torch.stack([tokens, *(measured[name].float() for name in names)]))
     length, kept, share, effective, kl_gaussian, kl_dirichlet = torch.cat(statistics, dim=1).mean(1).tolist()
-    title(f"Figures over {len(chosen)} held-out texts (greedy decoding, means a text)")
+    title(f"Figures over {len(chosen)} held-out texts (greedy decoding, means per text)")
     print(f"  exact reconstructions   {100 * exact / len(chosen):.1f} %")
     print(f"  vectors kept            {kept:.1f} of {length:.1f} ({100 * share:.0f} %), effective {effective:.1f}")
-    print(f"  KL of the vectors       {kl_gaussian:.2f} nats")
+    print(f"  KL of the vectors       {kl_gaussian:.0f} nats")
     print(f"  KL of the weights       {kl_dirichlet:.2f} nats")
 
 
@@ -293,9 +313,10 @@ def show_samples(vae: TextVAE, lengths: list[int], seed: int) -> None:
 
 def show_interpolation(vae: TextVAE, first: str, second: str, steps: int = 7) -> None:
     title("Between two held-out texts")
-    a, b = vae.encode([first]), vae.encode([second])
-    for weight in torch.linspace(0, 1, steps).tolist():
-        print(f"  {weight:.2f}  {vae.decode(vae.model.interpolate_latents(a, b, weight))[0]}")
+    weights = torch.linspace(0, 1, steps)
+    walk = vae.model.interpolate_latents(vae.encode([first]), vae.encode([second]), weights)
+    for weight, text in zip(weights.tolist(), vae.decode(walk), strict=True):
+        print(f"  {weight:.2f}  {text}")
 
 
 def draw_pseudo_counts(vae: TextVAE, texts: list[str], path: Path) -> None:
@@ -352,14 +373,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, metavar="FILE", help="a text file, one text a line, for the corpus")
     parser.add_argument("--model", type=Path, metavar="DIR", help="show this trained folder, train nothing")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: text_vae, or the shown folder")
+    parser.add_argument("--purpose", choices=PURPOSES, default="reconstruction", help="what the latents are for")
     parser.add_argument("--cross-entropy", type=float, metavar="NATS", help="the cross-entropy per token to accept")
-    parser.add_argument("--keep", type=float, metavar="SHARE", help="vectors to keep, needs --cross-entropy")
-    parser.add_argument("--max-steps", type=int, help="training steps (default: what suits the base)")
+    parser.add_argument("--keep", type=float, metavar="SHARE", help="share of the vectors to keep (default: all)")
+    parser.add_argument("--max-steps", type=int, help="training steps (these three default to the purpose's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="10 small steps: everything runs, nothing is learnt")
     args = parser.parse_args()
-    if args.keep is not None and args.cross_entropy is None:
-        parser.error("--keep needs --cross-entropy: the reconstruction at which dropping begins.")
     args.output = args.output or args.model or Path("text_vae")
     if args.quick:
         args.max_steps = args.max_steps or 10
@@ -377,12 +397,12 @@ def main() -> None:
     else:
         texts, held_out = split(read_texts(args.text), num_held_out=40 if args.quick else 1000, seed=args.seed)
         recipe = RECIPES[args.base]
-        nvib, callback = settings(args)
-        model, tokenizer = recipe.build(texts, **nvib)
+        purpose = purpose_of(args)
+        model, tokenizer = recipe.build(texts, **(CONSTRAINED if purpose.keep is None else DROPPING))
         print(
             f"{len(texts)} texts to train on, {len(held_out)} held out, {model.num_parameters() / 1e6:.1f}M parameters"
         )
-        train(model, tokenizer, texts, recipe, callback, args)
+        train(model, tokenizer, texts, recipe, purpose, args)
         (args.output / "held_out.txt").write_text("\n".join(held_out), encoding="utf-8")
     args.output.mkdir(parents=True, exist_ok=True)
     show(TextVAE(model, tokenizer), held_out, args)

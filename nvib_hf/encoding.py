@@ -46,7 +46,7 @@ class NvibBottleneck(Nvib):
             mean, log_pi, _ = self.draw(posterior, sample=False)
             return NvibLatents(z=mean, log_pi=log_pi, logvar=posterior.logvar, attention_mask=posterior.mask)
         posterior = self.posterior(hidden_states, padding_mask)
-        statistics = self.statistics(posterior)
+        statistics = posterior.statistics()
         z, log_pi, drawn = self.draw(posterior, sample, generator)
         kl_gaussian, kl_dirichlet = self.kl(posterior, drawn, self.kappa if sample else 1)
         return NvibLatents(

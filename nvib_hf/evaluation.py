@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,16 +13,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .collapse import ACTIVE_VARIANCE
 from .cross_entropy import IGNORED
 from .latent import NvibLatents
-from .likelihood import log_importance_weights, mutual_information
+from .likelihood import divergences, log_importance_weights, mutual_information
 from .sample_quality import (
+    DECODINGS,
     interpolation_scores,
     interpolations,
     latent_lengths,
     mean_encoder_embedding,
-    sacrebleu,
     sample_scores,
     sample_texts,
-    word_edits,
 )
 from .text_batches import (
     MAX_LENGTH,
@@ -36,6 +35,7 @@ from .text_batches import (
     token_lengths,
     write,
 )
+from .text_metrics import sacrebleu, word_edits
 from .transport import pot
 
 
@@ -100,17 +100,21 @@ def rate_distortion(
 ) -> dict[str, float]:
     r"""What latents cost (the rate) and what is lost (the distortion), in evaluation mode.
 
-    With :math:`n'` components of a text, :math:`P` channels and ``T`` target tokens in all texts, the latent of a
-    text costs :math:`n' P \, KL_G + n' KL_D` nats: the model reports both divided by what is multiplied here.
+    The rate is that of what is drawn, whatever the model was trained with (``kl_weights``): with :math:`n'`
+    components of a text and :math:`P` channels, :math:`n' P \, KL_G + n' KL_D` nats, where
+    :math:`n' P \, KL_G` is the divergence of the vectors that are kept from the prior.
 
     * ``cross_entropy``: nats per target token, of the posterior itself; ``cross_entropy_sampled``: of one draw;
-    * ``kl_gaussian``, ``kl_dirichlet``: as the model reports them, means over target tokens;
-      ``kl_gaussian_per_token``, ``kl_dirichlet_per_token``: of the whole latent, nats per target token;
-    * ``elbo``: minus the sampled cross-entropy and both of these, nats per token;
+    * ``rate``: nats a text, with one vector a component; ``rate_published``: the same with the published KL_G, where
+      pseudo-counts weigh;
+    * ``kl_gaussian_per_token``, ``kl_gaussian_published_per_token``, ``kl_dirichlet_per_token``: their terms, nats
+      per target token; ``kl_gaussian``, ``kl_dirichlet``: as the model reports them and the loss weighs them, means
+      over target tokens;
+    * ``elbo``: minus the sampled cross-entropy and the terms of ``rate``, nats per token; a bound if ``kappa`` is 1;
     * ``iw_log_likelihood``: nats per token, with ``importance_samples`` draws
       (:func:`~nvib_hf.likelihood.log_importance_weights`), and ``iw_elbo``, what a single draw gives on average.
-      The draws have one vector a component and each component's own pseudo-count, where the KLs are those of the
-      papers (vectors from the mixture, symmetric weights): ``iw_elbo`` and ``elbo`` are different bounds;
+      The draws' weights have each component's own pseudo-count, where ``KL_D`` is that of symmetric ones:
+      ``iw_elbo`` and ``elbo`` are different bounds;
     * ``prop_vectors``, ``num_vectors``, ``effective_vectors``: means over texts;
     * ``active_units``: share of the ``P`` channels whose mean varies, over the kept vectors of all texts, by more
       than 0.01 of the prior's variance;
@@ -118,7 +122,7 @@ def rate_distortion(
 
     What a bottleneck does not report is left out; of a model without ``encode`` only ``cross_entropy`` is there.
     The latents of another bottleneck, without ``log_alpha``, have as ``kl_gaussian`` the mean over the channels of
-    the vectors that the decoder sees, and :math:`n'` is the number of these.
+    the vectors that the decoder sees, all of them drawn, and :math:`n'` is the number of these.
 
     Args:
         importance_samples: draws for the likelihood, 0 for none.
@@ -141,12 +145,11 @@ def rate_distortion(
             sums.add("tokens", tokens)
             sums.add("cross_entropy", negative_log_likelihood(model, labels, encoder_outputs=latents))
             sums.add("cross_entropy_sampled", negative_log_likelihood(model, labels, encoder_outputs=sampled))
-            visible = latents.log_pi > -math.inf
-            components = (visible if latents.log_alpha is None else latents.attention_mask).sum(-1)
-            for name, channels in (("kl_gaussian", latents.z.shape[-1]), ("kl_dirichlet", 1)):
+            for name in ("kl_gaussian", "kl_dirichlet"):
                 if (kl := getattr(latents, name)) is not None:
                     sums.add(name, tokens * kl)
-                    sums.add(f"{name}_per_token", components * channels * kl)
+            for name, nats in divergences(model.nvib, latents).items():
+                sums.add(f"{name}_per_token", nats)
             for name in Sums.PER_TEXT:
                 if (value := getattr(latents, name)) is not None:
                     sums.add(name, value)
@@ -188,9 +191,12 @@ class Sums:
         sums = dict(self.sums)
         tokens = sums.pop("tokens")
         results = {name: value / (self.texts if name in self.PER_TEXT else tokens) for name, value in sums.items()}
-        costs = [results.get(name) for name in ("kl_gaussian_per_token", "kl_dirichlet_per_token")]
-        if None not in costs:
-            results["elbo"] = -results["cross_entropy_sampled"] - sum(costs)
+        for rate, gaussian in (("rate", "kl_gaussian"), ("rate_published", "kl_gaussian_published")):
+            terms = [sums.get(f"{name}_per_token") for name in (gaussian, "kl_dirichlet")]
+            if None not in terms:
+                results[rate] = sum(terms) / self.texts
+        if "rate" in results:
+            results["elbo"] = -results["cross_entropy_sampled"] - results["rate"] * self.texts / tokens
         count = max(self.vectors, 1)
         variance = self.square / count - (self.mean / count).square()
         results["active_units"] = (variance > ACTIVE_VARIANCE * prior_var).double().mean().item()
@@ -309,7 +315,10 @@ def evaluate(
     language_model: PreTrainedModel | None = None,
     lm_tokenizer: PreTrainedTokenizerBase | None = None,
     num_samples: int = 200,
+    decodings: Mapping[str, dict] = DECODINGS,
+    reverse_steps: int = 150,
     num_pairs: int = 20,
+    methods: Sequence[str] = ("transport", "mixture"),
     importance_samples: int = 10,
     seed: int = 0,
     batch_size: int = 64,
@@ -324,19 +333,24 @@ def evaluate(
         texts: held-out texts, as the model would be given them.
         training_texts: to see what samples copy, and for values of real text beside those of samples.
         language_model, lm_tokenizer: a causal language model that judges how fluent texts are.
-        num_samples: texts drawn from the prior, 0 for none.
+        num_samples: latents drawn from the prior, 0 for none.
+        decodings: the ways in which each of them is written, by name: arguments of ``generate()``. By default
+            greedily, by 4 beams and by nucleus sampling.
+        reverse_steps: of training a small language model on each of these kinds, and on real texts, for the reverse
+            perplexity; 0 for none.
         num_pairs: pairs of texts to interpolate, 0 for none.
+        methods: how, of those that ``model.interpolate_latents`` has.
         importance_samples: draws for the importance-weighted likelihood, 0 for none.
 
     Returns:
         A nested dict: ``settings``, ``reconstruction``, ``rate_distortion``, ``kept`` (``by_length``,
-        ``by_position``, ``by_frequency``), ``samples``, ``interpolation``.
+        ``by_position``, ``by_frequency``), ``samples`` (by decoding, and ``real``), ``interpolation`` (by method).
 
     Raises:
-        ImportError: without sacrebleu; without POT, unless ``num_pairs`` is 0.
+        ImportError: without sacrebleu; without POT, unless ``num_pairs`` is 0 or ``methods`` have no ``"transport"``.
     """
     texts = check_texts(texts)
-    if num_pairs and hasattr(model, "encode"):
+    if num_pairs and "transport" in methods and hasattr(model, "encode"):
         pot()  # is missed now rather than after everything else
     sizes = {"batch_size": batch_size, "max_length": max_length}
     judge = {"language_model": language_model, "lm_tokenizer": lm_tokenizer}
@@ -358,14 +372,22 @@ def evaluate(
         }
         if num_samples:
             lengths = latent_lengths(model, tokenizer, texts, **sizes)
-            samples = sample_texts(model, tokenizer, num_samples, lengths, seed, **sizes)
+            samples = {
+                name: sample_texts(model, tokenizer, num_samples, lengths, seed, **sizes, **options)
+                for name, options in decodings.items()
+            }
             known = None if training_texts is None else as_read(tokenizer, training_texts, max_length)
-            results["samples"] = sample_scores(samples, references, known, seed=seed, **judge)
+            results["samples"] = sample_scores(
+                samples, references, known, reverse_steps=reverse_steps, seed=seed, **judge
+            )
         pairs = list(zip(texts[::2], texts[1::2], strict=False))[:num_pairs]
         if pairs:
-            paths = interpolations(model, tokenizer, pairs, max_length=max_length)
             embed = mean_encoder_embedding(model, tokenizer, max_length)
-            results["interpolation"] = {**interpolation_scores(paths, embed=embed, **judge), "example": paths[0]}
+            results["interpolation"] = {}
+            for method in methods:
+                paths = interpolations(model, tokenizer, pairs, method=method, max_length=max_length)
+                scores = interpolation_scores(paths, embed=embed, **judge)
+                results["interpolation"][method] = {**scores, "example": paths[0]}
     return _finite(results)
 
 

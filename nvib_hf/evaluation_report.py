@@ -8,7 +8,7 @@ from pathlib import Path
 
 BEGIN, END = "<!-- evaluation of nvib_hf: begin -->", "<!-- evaluation of nvib_hf: end -->"
 
-# What a number is called, and how it is written: of each part of the results, in the order of the table.
+# What a number is called, and how it is written: of each part of the results, in the order of the tables.
 ROWS = {
     "reconstruction": {
         "exact_match": ("exact reconstructions", "{:.1%}"),
@@ -18,10 +18,13 @@ ROWS = {
     "rate_distortion": {
         "cross_entropy": ("cross-entropy, nats per token", "{:.3f}"),
         "cross_entropy_sampled": ("the same, of a sampled latent", "{:.3f}"),
+        "rate": ("rate: what a latent costs, nats per text", "{:.1f}"),
+        "rate_published": ("the same, by the published KL", "{:.1f}"),
+        "kl_gaussian_per_token": ("KL of the vectors that are drawn, nats per token", "{:.2f}"),
+        "kl_gaussian_published_per_token": ("the same, weighted by pseudo-counts as published", "{:.2f}"),
+        "kl_dirichlet_per_token": ("KL of the weights, nats per token", "{:.2f}"),
         "kl_gaussian": ("KL of the vectors, as in the loss", "{:.3f}"),
         "kl_dirichlet": ("KL of the weights, as in the loss", "{:.3f}"),
-        "kl_gaussian_per_token": ("KL of the vectors, nats per token", "{:.2f}"),
-        "kl_dirichlet_per_token": ("KL of the weights, nats per token", "{:.2f}"),
         "elbo": ("ELBO, nats per token", "{:.2f}"),
         "iw_elbo": ("ELBO of the draws, nats per token", "{:.2f}"),
         "iw_log_likelihood": ("importance-weighted log-likelihood, nats per token", "{:.2f}"),
@@ -32,12 +35,13 @@ ROWS = {
         "mutual_information": ("mutual information (lower bound), nats", "{:.2f}"),
     },
     "samples": {
-        "fluency": ("perplexity of samples under a language model", "{:.1f}"),
+        "fluency": ("perplexity under a language model", "{:.1f}"),
+        "fluency_ratio": ("by that of real texts", "{:.2f}"),
         "reverse_perplexity": ("perplexity of real texts, learnt from samples", "{:.1f}"),
-        "self_bleu": ("self-BLEU of samples", "{:.1f}"),
-        "distinct_1": ("distinct words of samples", "{:.1%}"),
-        "distinct_2": ("distinct word pairs of samples", "{:.1%}"),
-        "copied": ("samples that copy a training text", "{:.1%}"),
+        "self_bleu": ("self-BLEU", "{:.1f}"),
+        "distinct_1": ("distinct words", "{:.1%}"),
+        "distinct_2": ("distinct word pairs", "{:.1%}"),
+        "copied": ("copies of a training text", "{:.1%}"),
     },
     "interpolation": {
         "word_edits": ("words edited between neighbours", "{:.2f}"),
@@ -53,40 +57,59 @@ KEPT = {
 }
 
 
-def table_rows(results: dict) -> list[tuple[str, str, str]]:
-    """The numbers: what it is, its value, and the same of real texts where there is one."""
-    rows = []
-    for part, names in ROWS.items():
-        values = results.get(part, {})
-        for name, (title, form) in names.items():
-            if name in values:
-                real = values.get("real", {}).get(name)
-                rows.append((title, _written(values[name], form), "" if real is None else _written(real, form)))
-    return rows
+def result_tables(results: dict) -> list[list[tuple[str, ...]]]:
+    """The numbers as tables, of which the first row are the titles: reconstruction and rate; samples by decoding; and
+    interpolations by method, as far as these were measured.
+    """
+    of_texts = [_rows(part, [results.get(part, {})]) for part in ("reconstruction", "rate_distortion")]
+    tables = [[("measure", "value"), *of_texts[0], *of_texts[1]]]
+    if samples := results.get("samples"):
+        kinds = [f"{kind} texts" if kind == "real" else kind for kind in samples]
+        tables.append([("samples from the prior", *kinds), *_rows("samples", list(samples.values()))])
+    if paths := results.get("interpolation"):
+        tables.append([("interpolations", *paths), *_rows("interpolation", list(paths.values()))])
+    return tables
+
+
+def _walk(paths: dict[str, dict]) -> list[tuple[str, ...]]:
+    """The example of each method at every weight, and the perplexity there, as a table with titles."""
+    steps = len(next(iter(paths.values()))["example"])
+    columns = {"weight": [f"{i / (steps - 1):.2f}" for i in range(steps)]}
+    for method, path in paths.items():
+        columns[method] = [_cell(text) for text in path["example"]]
+        if "fluency" in path:
+            columns[f"perplexity, {method}"] = [_written(value, "{:.1f}") for value in path["fluency"]]
+    return [tuple(columns), *zip(*columns.values(), strict=True)]
+
+
+def _rows(part: str, columns: list[dict]) -> list[tuple[str, ...]]:
+    """A row for each number that one of the columns has."""
+    return [
+        (title, *(_written(column[name], form) if name in column else "" for column in columns))
+        for name, (title, form) in ROWS[part].items()
+        if any(name in column for column in columns)
+    ]
 
 
 def evaluation_section(results: dict) -> str:
     """Results in Markdown, without a heading of their own."""
-    settings, samples, path = results["settings"], results.get("samples", {}), results.get("interpolation", {})
+    settings, samples, paths = results["settings"], results.get("samples", {}), results.get("interpolation", {})
+    first, *others = result_tables(results)
     parts = [
-        f"Over {settings['texts']} held-out texts"
-        + (f" and {samples['num_samples']} samples from the prior" if samples else "")
-        + f" (greedy decoding, seed {settings['seed']}):",
-        _table(("measure", "value", "real texts"), table_rows(results)),
+        f"Over {settings['texts']} held-out texts (greedy decoding, seed {settings['seed']}):",
+        _table(*first),
     ]
     for name, title in KEPT.items():
         if groups := results.get("kept", {}).get(name):
             rows = [(g["group"], f"{g['kept']:.1%}", f"{g['log_alpha']:.2f}", str(g["tokens"])) for g in groups]
-            parts.append(_table((title, "kept", "mean log pseudo-count", "tokens"), rows))
-    if "example" in path:
-        texts = path["example"]
-        weights = [f"{i / (len(texts) - 1):.2f}" for i in range(len(texts))]
-        columns = {"weight": weights, "between two held-out texts": [_cell(text) for text in texts]}
-        if "fluency" in path:
-            columns["perplexity at this weight"] = [_written(value, "{:.1f}") for value in path["fluency"]]
-        parts.append(_table(tuple(columns), zip(*columns.values(), strict=True)))
-    if samples.get("examples"):
-        parts.append("Samples from the prior:\n\n" + "\n".join(f"- {_cell(text)}" for text in samples["examples"]))
+            parts.append(_table((title, "kept", "mean log pseudo-count", "tokens"), *rows))
+    parts += [_table(*table) for table in others]
+    if paths:
+        parts += ["Between two held-out texts, and the perplexity of all interpolations:", _table(*_walk(paths))]
+    for kind, of_kind in samples.items():
+        if texts := of_kind.get("examples"):
+            listed = "\n".join(f"- {_cell(text)}" for text in texts)
+            parts.append(f"Samples from the prior, {kind}:\n\n{listed}")
     return "\n\n".join(parts)
 
 
@@ -120,6 +143,6 @@ def _cell(text: str) -> str:
     return re.sub(r"([\\`*_|<>\[\]#])", r"\\\1", " ".join(text.split())) or "*(nothing)*"
 
 
-def _table(titles: tuple[str, ...], rows) -> str:
+def _table(titles: tuple[str, ...], *rows: tuple[str, ...]) -> str:
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,4 +1,4 @@
-"""What the latent tells of a text: importance-weighted likelihood and mutual information."""
+"""What the latent of a text costs and tells: divergences, importance-weighted likelihood, mutual information."""
 
 from __future__ import annotations
 
@@ -16,6 +16,31 @@ from .text_batches import MAX_LENGTH, check_texts, evaluating, labels_of, negati
 
 # The log-density of a Dirichlet is a difference of terms alpha * log(alpha): float64 holds it to 1e-3 up to here.
 LOG_ALPHA_MAX = 25.0
+
+
+def divergences(layer: Nvib, latents: NvibLatents) -> dict[str, Tensor]:
+    r"""Nats of each latent, ``(B,)``, with one vector a component.
+
+    * ``kl_gaussian``: :math:`n' P \, KL_G` of what is drawn, the vectors that are kept, whatever weighs in the loss;
+    * ``kl_gaussian_published``: the same as published, where pseudo-counts weigh;
+    * ``kl_dirichlet``: :math:`n' KL_D`.
+
+    Latents of another bottleneck, without pseudo-counts, have what they report, for each vector that the decoder sees.
+
+    Args:
+        layer: has the prior.
+        latents: posteriors, as ``encode(sample=False)`` returns them.
+    """
+    visible, channels = latents.log_pi > -math.inf, latents.z.shape[-1]
+    gaussian, components = {"kl_gaussian": latents.kl_gaussian}, visible.sum(-1)
+    if latents.log_alpha is not None and latents.logvar is not None:
+        posterior = {"mu": latents.z, "logvar": latents.logvar, "log_alpha": latents.log_alpha, "batch_first": True}
+        masks = {"memory_key_padding_mask": ~latents.attention_mask, "keep": visible}
+        weights = {"kl_gaussian": "drawn", "kl_gaussian_published": "pseudo_counts"}
+        gaussian = {k: layer.kl_gaussian(kappa=1, weights=w, **posterior, **masks) for k, w in weights.items()}
+        components = latents.attention_mask.sum(-1)
+    nats = {name: components * channels * kl for name, kl in gaussian.items() if kl is not None}
+    return nats if latents.kl_dirichlet is None else {**nats, "kl_dirichlet": components * latents.kl_dirichlet}
 
 
 def dirichlet_log_density(log_pi: Tensor, log_alpha: Tensor, mask: Tensor) -> Tensor:

@@ -13,20 +13,21 @@ from transformers import PreTrainedConfig
 
 from .configuration_nvib import NvibConfig, is_hub_id, setting_names
 
-TASKS = {"input_ids": "text-generation", "pixel_values": "image-to-text"}  # others: speech
+PACKAGE = "https://pypi.org/project/nvib-hf/"
+TASKS = {"input_ids": "text2text-generation", "pixel_values": "image-to-text"}  # others: speech
 
 READ_TEXT = """\
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 inputs = tokenizer(["The first text.", "Another text."], padding=True, return_tensors="pt")"""
 
 READ_SPEECH = """\
 import numpy as np
 from transformers import AutoFeatureExtractor, AutoModelForSeq2SeqLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-processor = AutoFeatureExtractor.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+processor = AutoFeatureExtractor.from_pretrained("{name}", trust_remote_code=True)
 sounds = [np.zeros(16_000), np.zeros(16_000)]  # put your own here, at 16 kHz
 inputs = processor(sounds, sampling_rate=16_000, return_tensors="pt")"""
 
@@ -34,13 +35,12 @@ READ_IMAGE = """\
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForSeq2SeqLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-processor = AutoImageProcessor.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+processor = AutoImageProcessor.from_pretrained("{name}", trust_remote_code=True)
 images = [Image.new("RGB", (224, 224)), Image.new("RGB", (224, 224))]  # put your own here
 inputs = processor(images, return_tensors="pt")"""
 
 USE = """\
-# Without trust_remote_code, if nvib_hf is installed and imported.
 model = AutoModelForSeq2SeqLM.from_pretrained("{name}", trust_remote_code=True)
 
 
@@ -84,6 +84,9 @@ decoded, and latents can also be drawn from the prior or lie between those of tw
 {snippet}
 ```
 
+`trust_remote_code=True` runs the code that lies beside the weights: nothing has to be installed but PyTorch and
+Transformers. It can be left out where [nvib_hf]({package}), with which this model was made, is installed and imported.
+
 ## Settings
 
 | setting | value |
@@ -105,14 +108,15 @@ def model_card(model, name: str, training: str = "", **metadata) -> ModelCard:
         model: the :class:`~nvib_hf.NvibForConditionalGeneration`.
         name: repository or folder that the snippet loads.
         training: a section on its training.
-        metadata: further fields of the card's header (``license``, ``language``, ``datasets``, ...).
+        metadata: further fields of the card's header (``license``, ``language``, ``datasets``, ...), before those of
+            ``model.card_metadata``. The licence is for the user to say: a base's is not always known.
     """
     read = {"input_ids": READ_TEXT, "pixel_values": READ_IMAGE}.get(model.main_input_name, READ_SPEECH)
     data = {
         "library_name": "transformers",
         "pipeline_tag": TASKS.get(model.main_input_name, "automatic-speech-recognition"),
         "base_model": base_ids(model.config) or None,
-        **{field: value for field, value in metadata.items() if value},
+        **{field: value for field, value in {**model.card_metadata, **metadata}.items() if value},
     }
     data["tags"] = list(dict.fromkeys([*(model.model_tags or []), *data.get("tags", [])]))
     text = TEXT.format(
@@ -121,6 +125,7 @@ def model_card(model, name: str, training: str = "", **metadata) -> ModelCard:
         snippet=f"{read}\n\n{USE}".format(name=name),
         settings="\n".join(f"| `{setting}` | {value} |" for setting, value in _settings(model).items()),
         training=training and f"## Training\n\n{training.strip()}\n\n",
+        package=PACKAGE,
         citation=CITATION,
     )
     return ModelCard(f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{text}")

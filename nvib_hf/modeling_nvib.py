@@ -184,6 +184,7 @@ class NvibForConditionalGeneration(
         self._decoder_positions = decoder_positions(base)
         self.generation_config = copy.deepcopy(base.generation_config)
         self.model_tags = ["nvib"]  # of the model card; pushing adds to the list
+        self.card_metadata: dict = {}  # the model card's license, language, datasets, ...
         self.post_init()
 
     def initialize_weights(self) -> None:

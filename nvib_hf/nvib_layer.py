@@ -12,27 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from .denoising_attention import at_least_float32
-from .distributions import gaussian_sample, log_dirichlet_sample, log_gamma_sample
+from .distributions import gaussian_sample, log_dirichlet_sample
 from .dropping import (
     KEEP_BIAS,
     LOG_ZERO,
-    hard_draw,
     kept,
     learned_keep_logit,
-    relaxed_log_gate,
     relaxed_share,
     relu_log_alpha,
-    spared_examples,
 )
 from .initialisation import identity_parameters, prior_buffers
 from .kl import kl_dirichlet, kl_gaussian
 from .memory import NvibMemory
-from .posterior import Posterior
+from .posterior import LOG_ALPHA_REPORTED_MAX, Posterior, dropping_sample
 from .precision import SinglePrecisionMixin
 from .validation import KL_WEIGHTS, check_choice, check_prior, check_settings
-
-# exp of more overflows fp32; only the `alpha` that is reported is clamped, everything computes with log_alpha.
-LOG_ALPHA_REPORTED_MAX = 85.0
 
 
 class Nvib(SinglePrecisionMixin, nn.Module):
@@ -283,39 +277,12 @@ class Nvib(SinglePrecisionMixin, nn.Module):
             repeated = posterior.repeated(self.kappa)
             log_pi = log_dirichlet_sample(repeated.log_alpha, repeated.keep, generator)
         else:
-            log_pi, repeated = self._dropping_sample(posterior, generator)
+            weighty = posterior.mask & (posterior.log_alpha > self._log_zero)
+            log_pi, repeated = dropping_sample(
+                posterior, self.dropping, self.threshold_share, weighty, self.kappa, generator
+            )
         z = gaussian_sample(posterior.mu, posterior.logvar, posterior.mask, generator, repeats=self.kappa)
         return z, log_pi, repeated
-
-    def _dropping_sample(
-        self, posterior: Posterior, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Posterior]:
-        """Log weights ``(B, Nl)`` of a draw in training by a layer that drops, and its parameters."""
-        weighty = posterior.mask & (posterior.log_alpha > self._log_zero)
-        spared = weighty & spared_examples(posterior.keep_logit, self.threshold_share, generator)
-        if self.dropping == "threshold":
-            repeated = posterior._replace(keep=posterior.keep | spared).repeated(self.kappa)
-            return log_dirichlet_sample(repeated.log_alpha, repeated.keep, generator), repeated
-        if self.dropping == "relaxed":
-            log_gate = relaxed_log_gate(posterior.keep_logit, generator).masked_fill(spared, 0)
-            repeated = posterior._replace(keep=weighty).repeated(self.kappa)
-            log_pi = log_dirichlet_sample(repeated.log_alpha, repeated.keep, generator)
-            log_pi = (log_pi + log_gate.repeat_interleave(self.kappa, dim=1)).log_softmax(-1)
-            return log_pi.masked_fill(~repeated.keep, -math.inf), repeated
-        keep, dropped = hard_draw(posterior.keep_logit, generator)
-        dropped = dropped.masked_fill(spared | ~weighty, 0)
-        repeated = posterior._replace(keep=weighty & (keep | spared), dropped=dropped).repeated(self.kappa)
-        # Two draws, so that nothing of what is dropped reaches the weights of what is kept.
-        of_dropped = log_gamma_sample(repeated.log_alpha.detach(), generator)
-        log_g = log_gamma_sample(repeated.log_alpha.masked_fill(~repeated.keep, 0), generator)
-        total = log_g.masked_fill(~repeated.keep, -math.inf).logsumexp(-1, keepdim=True)
-        log_pi = (log_g - total).masked_fill(~repeated.keep, -math.inf)
-        full_log_pi = torch.where(repeated.dropped > 0.5, of_dropped - total.detach(), log_pi)
-        return log_pi, repeated._replace(full_log_pi=full_log_pi)
-
-    def mean_log_pi(self, posterior: Posterior) -> Tensor:
-        """Log of the posterior's expected weights ``alpha / sum(alpha)`` over the kept components, ``(B, Nl)``."""
-        return posterior.log_alpha.masked_fill(~posterior.keep, float("-inf")).log_softmax(-1)
 
     def draw(
         self, posterior: Posterior, sample: bool, generator: torch.Generator | None = None
@@ -323,7 +290,7 @@ class Nvib(SinglePrecisionMixin, nn.Module):
         """What a decoder attends to: a sample (:meth:`sample_posterior`), or the means and the expected weights."""
         if sample:
             return self.sample_posterior(posterior, generator)
-        return posterior.mu, self.mean_log_pi(posterior), posterior
+        return posterior.mu, posterior.log_mean_pi(), posterior
 
     def forward(
         self,
@@ -349,7 +316,7 @@ class Nvib(SinglePrecisionMixin, nn.Module):
         """
         hidden_states = encoder_output if self.batch_first else encoder_output.transpose(0, 1)
         posterior = self.posterior(hidden_states, src_key_padding_mask)
-        statistics = self.statistics(posterior)
+        statistics = posterior.statistics()
         z, log_pi, posterior = self.draw(posterior, self.training, generator)
         return {
             **self._latent(z, log_pi, posterior),
@@ -375,19 +342,6 @@ class Nvib(SinglePrecisionMixin, nn.Module):
             "memory_key_padding_mask": ~posterior.mask,
             "keep": posterior.keep,
             "batch_first": self.batch_first,
-        }
-
-    def statistics(self, posterior: Posterior) -> dict[str, Tensor]:
-        """Per example ``(B,)``: ``num_vec``, ``prop_vec``, ``effective_num_vec``, ``alpha0`` (see ``forward``)."""
-        num_vec = posterior.keep[:, 1:].sum(-1).float()
-        length = posterior.mask[:, 1:].sum(-1).clamp(min=1)
-        log_alpha = posterior.log_alpha.detach().masked_fill(~posterior.mask, float("-inf"))
-        entropy = torch.special.entr(self.mean_log_pi(posterior).detach().exp()).sum(-1)
-        return {
-            "num_vec": num_vec,
-            "prop_vec": num_vec / length,
-            "effective_num_vec": entropy.exp(),
-            "alpha0": log_alpha.logsumexp(-1).clamp(max=LOG_ALPHA_REPORTED_MAX).exp(),
         }
 
     def sample_prior(self, padding_mask: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:

@@ -131,6 +131,11 @@ class NvibTrainerMixin:
         with self._recording(model, training=True):
             return super().training_step(model, *args, **kwargs)
 
+    def compute_loss(self, model, inputs, *args, num_items_in_batch=None, **kwargs):
+        """As in ``Trainer``; in evaluation the mean over this process's own tokens, which are counted afterwards."""
+        items = num_items_in_batch if model.training else None
+        return super().compute_loss(model, inputs, *args, num_items_in_batch=items, **kwargs)
+
     def prediction_step(self, model, inputs, *args, **kwargs):
         with self._recording(model, training=False):
             loss, *predicted = super().prediction_step(model, inputs, *args, **kwargs)

@@ -12,7 +12,7 @@ from tiny_models import tiny_inputs, tiny_labels
 from tiny_nvib import tensors, tiny_nvib
 from torch import Tensor
 
-from nvib_hf import NvibForConditionalGeneration, NvibTrainer, nvib_layer
+from nvib_hf import CollapseCallback, NvibForConditionalGeneration, NvibTrainer, nvib_layer
 
 FAMILIES = ["bart", "t5", "bert2bert", "bert2gpt2"]
 LENGTH = {"min_new_tokens": 5, "max_new_tokens": 5}
@@ -116,7 +116,8 @@ def run_trainer(folder: Path, examples: list[dict], per_device: int) -> list[dic
         train_sampling_strategy="sequential",
     )
     model = model_of("bart").train()
-    run = NvibTrainer(model=model, args=settings, train_dataset=examples, eval_dataset=examples)
+    callbacks = [CollapseCallback(interval=1)]
+    run = NvibTrainer(model, settings, train_dataset=examples, eval_dataset=examples, callbacks=callbacks)
     run.train()
     return [entry for entry in run.state.log_history if "loss" in entry or "eval_loss" in entry]
 

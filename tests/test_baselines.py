@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import PAD, START, VOCAB_SIZE, tiny_base
+from tiny_text import tiny_tokenizer
 from torch.distributions import Normal, kl_divergence
+
+from nvib_hf.evaluation import rate_distortion
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "experiments"))
 from baselines import (
@@ -97,6 +100,24 @@ def test_kl_and_rate_are_those_of_the_vectors_kept(name):
         assert latents.num_vectors[row] == latents.effective_vectors[row] == len(kept) == seen.sum()
         assert latents.prop_vectors[row] == pytest.approx(len(kept) / length)
     assert latents.kl_dirichlet.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("name", VAES)
+@torch.no_grad()
+def test_rate_is_what_they_draw(name):
+    model, texts = baseline(name), ["w5 w6 w7", "w8", "w9 w10 w11 w12 w13 w14"]
+    nats = tokens = 0.0
+    for text in texts:
+        ids = torch.tensor([tiny_tokenizer()(text).input_ids])
+        states, tokens = hidden_states(model, {"input_ids": ids})[0], tokens + ids.numel()
+        kept = {"variable": states, "strided": states[::3], "pooled": states.mean(0, keepdim=True)}[name]
+        mu, logvar = model.nvib.mu_logvar(kept).chunk(2, -1)
+        nats += kl_divergence(Normal(mu, (0.5 * logvar).exp()), Normal(0.0, 1.0)).sum().item()
+    results = rate_distortion(model, tiny_tokenizer(), texts)
+    assert results["rate"] == pytest.approx(nats / 3, rel=1e-4)
+    assert results["kl_gaussian_per_token"] == pytest.approx(nats / tokens, rel=1e-4)
+    assert results["elbo"] == pytest.approx(-results["cross_entropy_sampled"] - nats / tokens, rel=1e-4)
+    assert not {"rate_published", "kl_gaussian_published_per_token"} & set(results)  # there are no pseudo-counts
 
 
 @pytest.mark.parametrize("name", ALL)

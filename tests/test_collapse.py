@@ -131,10 +131,11 @@ def test_the_batch_is_decoded_as_in_evaluation(trainer_class, tmp_path):
 class States(TrainerCallback):
     """All that a training has at the end of each step, the generators of random numbers included."""
 
-    def __init__(self):
-        self.states = []
+    def __init__(self, watching):
+        self.states, self.watching = [], watching
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
+        assert all(callback._last is None for callback in self.watching)  # no batch is held from one step to the next
         self.states.append(
             {
                 "random": (torch.get_rng_state(), torch.tensor(np.random.get_state()[1].astype(np.int64))),
@@ -160,8 +161,7 @@ def same(first, second) -> bool:
 def test_the_training_is_the_same_with_and_without(arguments, tmp_path):
     def train(callbacks):
         model = tiny_model(dropout=0.3, tau_sigma=0.5, kappa=2, word_dropout=0.3, word_dropout_token_id=3)
-        model.base.get_encoder().layers[0].eval()  # a mode of a user's own
-        states = States()
+        states = States(callbacks)
         trainer = trainer_of(
             Trainer,
             model,
@@ -173,7 +173,6 @@ def test_the_training_is_the_same_with_and_without(arguments, tmp_path):
         )
         trainer.train()
         assert any("evaluation_cross_entropy" in x for x in trainer.state.log_history) == bool(callbacks)
-        assert all(callback._last is None for callback in callbacks)
         return states.states
 
     plain, watched = train([]), train([CollapseCallback(interval=1)])

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from nvib_hf.denoising_attention import (
     denoising_attention,
+    mean_memory,
     mixture_memory,
     naive_denoising_attention,
     point_memory,
@@ -51,12 +52,13 @@ def random_problem(heads=4, key_heads=4, logvar=None, batch=3, targets=4, length
     return Problem(query, mu, logvar, log_pi.log_softmax(-1), *weights, *biases)
 
 
-def attend(problem: Problem, scale: float, sampled: bool = False, **kwargs):
+def attend(problem: Problem, scale: float, sampled: bool = False, means: bool = False, **kwargs):
     """What a cross-attention module does: project the memory's vectors, then the core."""
     if sampled:
         memory = point_memory(problem.mu, problem.log_pi, scale)
     else:
-        memory = mixture_memory(problem.mu, problem.logvar, problem.log_pi, scale)
+        of_posterior = mean_memory if means else mixture_memory
+        memory = of_posterior(problem.mu, problem.logvar, problem.log_pi, scale)
     key, value = (
         torch.einsum("bjp,hep->bhje", memory.vectors, weight) + bias[None, :, None]
         for weight, bias in ((problem.key_weight, problem.key_bias), (problem.value_weight, problem.value_bias))
@@ -147,6 +149,46 @@ def test_mixture_form_at_every_variance(logvar, exact):
     assert_close(output, naive(p, 0.5, exact=exact), rtol=1e-9, atol=1e-9)
     if logvar == NO_VARIANCE:
         assert_close(output, attend(p, 0.5, sampled=True)[0])
+
+
+def moderate_problem(**kwargs) -> Problem:
+    """With variances around 1, so that no mean is out of sight; some are 0."""
+    p = random_problem(**kwargs)
+    logvar = torch.randn_like(p.mu) - 1
+    logvar[:, 1] = NO_VARIANCE
+    return p._replace(logvar=logvar)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+@pytest.mark.parametrize("scale", [1.0, 5**-0.5])
+def test_means_are_the_definition_at_the_means(scale, key_heads, softcap, need_weights):
+    """Points ``mu`` without variance, whose weights are ``log_pi - s/2 sum sigma^2``."""
+    p = moderate_problem(key_heads=key_heads)
+    output, _ = attend(p, scale, means=True, softcap=softcap, need_weights=need_weights)
+    log_pi = p.log_pi - 0.5 * scale * p.logvar.exp().sum(-1)
+    points = p._replace(logvar=torch.full_like(p.logvar, NO_VARIANCE), log_pi=log_pi)
+    assert_close(output, naive(points, scale, softcap=softcap), rtol=1e-9, atol=1e-9)
+    assert (output - attend(p, scale, softcap=softcap)[0]).abs().max() > 0.1  # the mixture is something else
+
+
+def test_means_are_scored_as_their_samples_are_on_average():
+    p, scale = moderate_problem(), 0.7
+    z = p.mu + (0.5 * p.logvar).exp() * torch.randn(20000, *p.mu.shape, dtype=torch.float64)
+    scores = point_memory(z, p.log_pi, scale).bias
+    memory, finite = mean_memory(p.mu, p.logvar, p.log_pi, scale), p.log_pi > float("-inf")
+    error = scores.std(0)[finite] / 20000**0.5
+    assert ((memory.bias - scores.mean(0))[finite].abs() <= 5 * error + 1e-9).all() and error.max() < 0.1
+    assert memory.shrinkage is None and torch.equal(memory.vectors, p.mu)
+    assert (memory.bias[~finite] == float("-inf")).all()
+
+
+def test_without_variance_means_and_mixture_are_the_sample():
+    p = random_problem(logvar=NO_VARIANCE)
+    expected = attend(p, 0.5, sampled=True)[0]
+    assert_close(attend(p, 0.5, means=True)[0], expected)
+    assert_close(attend(p, 0.5)[0], expected)
 
 
 def test_the_two_scores_differ_only_where_variances_do():

@@ -79,14 +79,13 @@ def launched(tmp_path_factory):
 
 @pytest.mark.parametrize("how", ["found", "launched"])
 def test_trainer_in_two_processes_logs_what_one_does(how, request, tmp_path, monkeypatch):
-    logs = (
-        request.getfixturevalue("found")["trainer"]["logs"] if how == "worker" else request.getfixturevalue("launched")
-    )
+    logs = request.getfixturevalue(how)["trainer"]["logs"]
     for name in ("log_dirichlet_sample", "gaussian_sample"):
         monkeypatch.setattr(nvib_layer, name, getattr(nvib_layer, name))  # put back afterwards
     worker.fix_draws()
     expected = worker.run_trainer(tmp_path / "one", worker.examples(), worker.BATCH)
     compared = ("loss", "grad_norm", "cross_entropy", "kl_gaussian", "kl_dirichlet", "num_vectors")
+    compared = (*compared, "evaluation_cross_entropy")
     assert len(logs) == len(expected) == 4
     for entry, reference in zip(logs[:3], expected[:3], strict=True):
         for name in compared:

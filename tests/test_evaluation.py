@@ -13,7 +13,7 @@ from tiny_nvib import tiny_nvib
 from tiny_text import tiny_tokenizer
 from torch.distributions import Dirichlet, Normal, kl_divergence
 
-from nvib_hf import NvibLatents, add_to_model_card, evaluate, evaluation_section, likelihood, sample_quality
+from nvib_hf import NvibLatents, add_to_model_card, evaluate, evaluation_section, likelihood
 from nvib_hf.evaluation import (
     kept_by_frequency,
     kept_by_length,
@@ -24,7 +24,6 @@ from nvib_hf.evaluation import (
     reconstruction_scores,
 )
 from nvib_hf.likelihood import dirichlet_log_density, draw_and_log_ratio, log_importance_weights, mutual_information
-from nvib_hf.sample_quality import word_edits
 from nvib_hf.text_batches import as_read, evaluating, labels_of
 
 TEXTS = ["w5 w6 w7", "w8", "w9 w10 w11 w12 w13 w14", "w5 w5 w90", "w20 w21", "w5 w40 w41 w42"]
@@ -77,19 +76,6 @@ def test_scores_of_reconstruction():
         reconstruction_scores(predictions, references[:2])
 
 
-def test_word_edits_against_the_definition():
-    @functools.cache
-    def distance(a: tuple, b: tuple) -> int:
-        if not a or not b:
-            return len(a) + len(b)
-        return min(distance(a[1:], b) + 1, distance(a, b[1:]) + 1, distance(a[1:], b[1:]) + (a[0] != b[0]))
-
-    texts = ["", "a", "a b c", "b c", "c b a", "a b b a c", "x y"]
-    for a in texts:
-        for b in texts:
-            assert word_edits(a, b) == distance(tuple(a.split()), tuple(b.split()))
-
-
 def test_what_to_install_for_bleu(monkeypatch):
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     with pytest.raises(ImportError, match=r"pip install 'nvib-hf\[evaluation\]'"):
@@ -109,33 +95,64 @@ def test_a_leading_start_token_is_no_target():
 
 
 # -------------------------------------------------------------------------------------- rate and distortion
+def normal_divergences(latents, prior: Normal) -> torch.Tensor:
+    """Nats of each vector of one text's posterior, ``(Nl,)``."""
+    return kl_divergence(Normal(latents.z[0], (0.5 * latents.logvar[0]).exp()), prior).sum(-1).double()
+
+
+@pytest.mark.parametrize("kl_weights", ["drawn", "pseudo_counts"])
 @torch.no_grad()
-def test_rate_and_distortion_against_single_texts():
-    """The KLs by torch.distributions: n' Gaussians drawn from the mixture, and two symmetric Dirichlets."""
-    model = tiny_nvib(delta=0.5, prior_mu=0.2, prior_var=1.5, prior_alpha=2.0)
-    nll = gaussian = dirichlet = tokens = reported = 0.0
+def test_rate_and_distortion_against_single_texts(kl_weights):
+    """The KLs by torch.distributions, whatever the model is trained with: the Gaussians that are drawn, n' Gaussians
+    drawn from the mixture as published, and two symmetric Dirichlets."""
+    model = tiny_nvib(delta=0.5, prior_mu=0.2, prior_var=1.5, prior_alpha=2.0, kl_weights=kl_weights)
+    nll = drawn = published = dirichlet = tokens = reported = 0.0
     for text in TEXTS:
         output = model(torch.tensor([TOKENIZER(text).input_ids]), labels=labels(text))
         latents, n = output.latents, output.latents.z.shape[1]
         alpha = latents.log_alpha[0].exp().double()
         prior_total, ones = 2.0 + 0.5 * (n - 1), torch.ones(n, dtype=torch.double)
-        divergence = kl_divergence(
-            Normal(latents.z[0], (0.5 * latents.logvar[0]).exp()), Normal(torch.tensor(0.2), math.sqrt(1.5))
-        )
-        gaussian += n * (alpha / alpha.sum() * divergence.sum(-1)).sum()
+        divergence = normal_divergences(latents, Normal(torch.tensor(0.2), math.sqrt(1.5)))
+        drawn += divergence.sum()
+        published += n * (alpha / alpha.sum() * divergence).sum()
         dirichlet += kl_divergence(Dirichlet(alpha.sum() / n * ones), Dirichlet(prior_total / n * ones))
         nll += output.cross_entropy * labels(text).numel()
         reported += output.kl_gaussian[0] * labels(text).numel()
         tokens += labels(text).numel()
     results = rate_distortion(model.train(), TOKENIZER, TEXTS, batch_size=4)
-    assert results["cross_entropy"] == pytest.approx(nll.item() / tokens, rel=1e-5)
-    assert results["kl_gaussian"] == pytest.approx(reported.item() / tokens, rel=1e-5)
-    assert results["kl_gaussian_per_token"] == pytest.approx(gaussian.item() / tokens, rel=1e-4)
-    assert results["kl_dirichlet_per_token"] == pytest.approx(dirichlet.item() / tokens, rel=1e-4)
-    total = sum(results[name] for name in ("cross_entropy_sampled", "kl_gaussian_per_token", "kl_dirichlet_per_token"))
-    assert results["elbo"] == pytest.approx(-total)
+    assert abs(published - drawn) > 0.1 * drawn
+    expected = {
+        "cross_entropy": nll / tokens,
+        "kl_gaussian": reported / tokens,
+        "kl_gaussian_per_token": drawn / tokens,
+        "kl_gaussian_published_per_token": published / tokens,
+        "kl_dirichlet_per_token": dirichlet / tokens,
+        "rate": (drawn + dirichlet) / len(TEXTS),
+        "rate_published": (published + dirichlet) / len(TEXTS),
+        "elbo": -results["cross_entropy_sampled"] - (drawn + dirichlet) / tokens,
+    }
+    for name, value in expected.items():
+        assert results[name] == pytest.approx(value.item(), rel=1e-4), name
     assert results["prop_vectors"] == 1 and results["num_vectors"] == pytest.approx(tokens / len(TEXTS))
     assert model.training
+
+
+@torch.no_grad()
+def test_only_vectors_that_are_kept_have_a_rate():
+    model = tiny_nvib(alpha_threshold=THRESHOLD)
+    drawn = of_all = published = tokens = 0.0
+    for text in TEXTS:
+        latents = encode(model, text)
+        keep = latents.log_alpha[0] > math.log(THRESHOLD)
+        keep[0] = True  # the prior's component, whose divergence is 0
+        alpha, divergence = latents.log_alpha[0].exp().double(), normal_divergences(latents, Normal(0.0, 1.0))
+        drawn, of_all = drawn + divergence[keep].sum(), of_all + divergence.sum()
+        published += len(alpha) * (alpha / alpha.sum() * divergence).sum()
+        tokens += labels(text).numel()
+    results = rate_distortion(model, TOKENIZER, TEXTS, batch_size=4)
+    assert 0 < drawn < 0.9 * of_all
+    assert results["kl_gaussian_per_token"] == pytest.approx(drawn.item() / tokens, rel=1e-4)
+    assert results["kl_gaussian_published_per_token"] == pytest.approx(published.item() / tokens, rel=1e-4)
 
 
 def test_active_units_are_the_channels_that_vary():
@@ -318,19 +335,26 @@ def test_summaries_of_kept_tokens():
 
 
 # -------------------------------------------------------------------------------------------------- all of it
-def test_evaluate_is_for_json_and_follows_its_seed(monkeypatch):
-    quick = functools.partial(sample_quality.reverse_perplexity, steps=3)
-    monkeypatch.setattr(sample_quality, "reverse_perplexity", quick)
+def test_evaluate_is_for_json_and_follows_its_seed():
     model = tiny_nvib(alpha_threshold=THRESHOLD).train()
     options = {"num_samples": 4, "num_pairs": 2, "importance_samples": 2, "max_length": 8, "training_texts": TEXTS[:2]}
+    options["reverse_steps"] = 3
     state = torch.get_rng_state()
     results = evaluate(model, TOKENIZER, TEXTS, **options)
     assert torch.equal(torch.get_rng_state(), state) and model.training
     assert json.loads(json.dumps(results, allow_nan=False)) == results
     assert set(results) == {"settings", "reconstruction", "rate_distortion", "kept", "samples", "interpolation"}
+    assert set(results["samples"]) == {"greedy", "beam", "nucleus", "real"}
+    assert set(results["interpolation"]) == {"transport", "mixture"}
     torch.manual_seed(5)
     assert evaluate(model, TOKENIZER, TEXTS, **options) == results
     assert evaluate(model, TOKENIZER, TEXTS, **options, seed=1)["samples"] != results["samples"]
+    options["reverse_steps"] = 0
+    fewer = {"decodings": {"hot": {"do_sample": True, "temperature": 9.0}}, "methods": ["mixture"]}
+    chosen = evaluate(model, TOKENIZER, TEXTS, **options, **fewer)
+    assert set(chosen["samples"]) == {"hot", "real"} and "reverse_perplexity" not in chosen["samples"]["real"]
+    assert chosen["samples"]["hot"] != results["samples"]["nucleus"]
+    assert chosen["interpolation"] == {"mixture": results["interpolation"]["mixture"]}
     assert set(evaluate(tiny_base("bart"), TOKENIZER, TEXTS, max_length=8)) == {
         "settings",
         "reconstruction",
@@ -343,6 +367,8 @@ def test_what_to_install_for_interpolations_is_said_first(monkeypatch):
     quick = {"num_samples": 0, "importance_samples": 0, "max_length": 8}
     model = tiny_nvib()
     assert "interpolation" not in evaluate(model, TOKENIZER, TEXTS, num_pairs=0, **quick)
+    side_by_side = evaluate(model, TOKENIZER, TEXTS, num_pairs=1, methods=["mixture"], **quick)
+    assert set(side_by_side["interpolation"]) == {"mixture"}
     monkeypatch.setattr(model, "generate", None)
     with pytest.raises(ImportError, match=r"pip install 'nvib-hf\[interpolation\]'"):
         evaluate(model, TOKENIZER, TEXTS, num_pairs=1, **quick)
@@ -354,30 +380,54 @@ def test_bad_texts_are_refused():
             evaluate(tiny_nvib(), TOKENIZER, texts)
 
 
+SAMPLES = {
+    "greedy": {"num_samples": 3, "fluency": 80.0, "fluency_ratio": 2.0, "examples": ["a | b", "## c\n`d`", ""]},
+    "nucleus": {"num_samples": 3, "fluency": 120.0, "fluency_ratio": 3.0, "self_bleu": 9.5},
+    "real": {"fluency": 40.0, "self_bleu": 8.25},
+}
+PATHS = {
+    "transport": {"word_edits": 1.5, "fluency": [50.0, None], "example": ["the one", "the other"]},
+    "mixture": {"word_edits": 2.25, "fluency": [60.0, 70.0], "example": ["this", "that"]},
+}
 RESULTS = {
     "settings": {"texts": 7, "seed": 0},
     "reconstruction": {"exact_match": 0.5, "bleu": 61.25, "token_error": 0.125},
-    "rate_distortion": {"cross_entropy": 0.25, "elbo": None},
+    "rate_distortion": {"cross_entropy": 0.25, "rate": 79.04, "rate_published": 12.0, "elbo": None},
     "kept": {"by_length": [{"group": "1-4", "tokens": 9, "kept": 0.4, "log_alpha": -1.5}], "by_position": []},
-    "samples": {"num_samples": 3, "fluency": 80.0, "real": {"fluency": 40.0}, "examples": ["a | b", "## c\n`d`", ""]},
-    "interpolation": {"word_edits": 1.5, "fluency": [50.0, None], "example": ["the one", "the other"]},
+    "samples": SAMPLES,
+    "interpolation": PATHS,
 }
 
 
 def test_the_section_of_results():
     section = evaluation_section(RESULTS)
     for line in (
-        "Over 7 held-out texts and 3 samples from the prior (greedy decoding, seed 0):",
-        "| exact reconstructions | 50.0% |  |",
-        "| ELBO, nats per token | – |  |",
-        "| perplexity of samples under a language model | 80.0 | 40.0 |",
+        "Over 7 held-out texts (greedy decoding, seed 0):",
+        "| exact reconstructions | 50.0% |",
+        "| rate: what a latent costs, nats per text | 79.0 |",
+        "| the same, by the published KL | 12.0 |",
+        "| ELBO, nats per token | – |",
+        "| samples from the prior | greedy | nucleus | real texts |",
+        "| perplexity under a language model | 80.0 | 120.0 | 40.0 |",
+        "| by that of real texts | 2.00 | 3.00 |  |",
+        "| self-BLEU |  | 9.5 | 8.2 |",
         "| 1-4 | 40.0% | -1.50 | 9 |",
-        "| 1.00 | the other | – |",
+        "| interpolations | transport | mixture |",
+        "| words edited between neighbours | 1.50 | 2.25 |",
+        "| weight | transport | perplexity, transport | mixture | perplexity, mixture |",
+        "| 1.00 | the other | – | that | 70.0 |",
+        "Samples from the prior, greedy:",
         r"- a \| b",
         r"- \#\# c \`d\`",
         "- *(nothing)*",
     ):
-        assert line in section.splitlines()
+        assert line in section.splitlines(), line
+    assert "Samples from the prior, real" not in section
+
+
+def test_the_section_of_a_plain_model():
+    section = evaluation_section({"settings": {"texts": 7, "seed": 0}, "reconstruction": {"bleu": 61.25}})
+    assert section.splitlines()[-1] == "| reconstruction BLEU | 61.2 |" and "prior" not in section
 
 
 def test_results_in_the_model_card(tmp_path):

@@ -62,6 +62,30 @@ def test_cached_and_static_steps_are_the_uncached_ones(family):
     assert_same(generate(model, "beam", **inputs), generate(model, "static_beam", **inputs))
 
 
+def as_points(model, latents):
+    """The means as a sample, by way of the training form: no variance, but for what it takes off the weights."""
+    log_pi = latents.log_pi - 0.5 * model.scale * latents.logvar.exp().sum(-1)
+    return NvibLatents(z=latents.z, log_pi=log_pi, attention_mask=latents.attention_mask)
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "beam", "static_cache", "uncached"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_evaluation_by_the_means_decodes_points(family, strategy):
+    inputs, settings = tiny_inputs(family), {"tau_sigma": 1.5}
+    model = tiny_nvib(family, evaluation="means", **settings)
+    latents = model.encode(**inputs)
+    expected = generate(model, strategy, encoder_outputs=as_points(model, latents))
+    together = concatenate_latents([latents[:1], latents[1:]])
+    for given in (inputs, {"encoder_outputs": latents}, {"encoder_outputs": together}):
+        assert_same(generate(model, strategy, **given), expected)
+    mixture = tiny_nvib(family, evaluation="mixture", **settings)
+    by_mixture = generate(mixture, strategy, **inputs)
+    assert (by_mixture[1][0] - expected[1][0]).abs().max() > 0.01
+    assert_same(generate(mixture, strategy, encoder_outputs=mixture.encode(**inputs)), by_mixture)
+    without_variance = NvibLatents(**{**latents, "logvar": torch.full_like(latents.logvar, float("-inf"))})
+    assert_same(*(generate(either, strategy, encoder_outputs=without_variance) for either in (model, mixture)))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_is_greedy_search_by_forward(family):
     """Step by step with ``forward``, which knows nothing of caches and of ``generate``."""

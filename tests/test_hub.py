@@ -96,7 +96,7 @@ trainer.push_to_hub(dataset="Verses", language="en", license="mit")
 print("PUSHED", json.dumps({**results, "metrics": metrics}))
 """
 
-LOAD = """
+WITHOUT_THE_PACKAGE = """
 import sys
 
 class Blocked:
@@ -104,9 +104,11 @@ class Blocked:
         assert name.split(".")[0] != "nvib_hf", "the package is not here"
 
 sys.meta_path.insert(0, Blocked())
-import json, re
+"""
+
+LOAD = """
+import json
 import torch
-from huggingface_hub import hf_hub_download
 from tiny_models import tiny_inputs
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
@@ -126,14 +128,25 @@ loaded["again"] = results("user/again")
 
 config = AutoConfig.from_pretrained("user/private", trust_remote_code=True)
 assert (config.delta, config.kappa, config.base_config.model_type) == (0.5, 2, "bart")
-with open(hf_hub_download("user/private", "README.md"), encoding="utf-8") as card:
-    exec(re.search(r"```python\\n(.*?)```", card.read(), re.DOTALL)[1])
 print("LOADED", json.dumps(loaded))
 """
 
+SNIPPET = """
+import json, re
+from huggingface_hub import hf_hub_download
 
-def run(script, hub, home, *arguments):
-    """A script in a process of its own: the JSON that it prints last."""
+with open(hf_hub_download(sys.argv[1], "README.md"), encoding="utf-8") as card:
+    exec(re.search(r"```python\\n(.*?)```", card.read(), re.DOTALL)[1])
+tokens = model.generate(**inputs, max_new_tokens=32)
+print("LOADED", json.dumps(tokenizer.batch_decode(tokens, skip_special_tokens=True)))
+"""
+
+
+def run(script, hub, home, *arguments, printed=None):
+    """A script in a process of its own, without a terminal: the JSON that it prints last.
+
+    ``printed`` gets all that it printed, and what it wrote to its log.
+    """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_token", "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
     here = Path(__file__).parent
@@ -145,7 +158,10 @@ def run(script, hub, home, *arguments):
         text=True,
         timeout=300,
         cwd=home,
+        stdin=subprocess.DEVNULL,
     )
+    if printed is not None:
+        printed += [done.stdout, done.stderr]
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(re.findall(r"^(?:PUSHED|LOADED) (.*)$", done.stdout, re.MULTILINE)[-1])
 
@@ -213,12 +229,24 @@ def test_own_card_of_a_repository_stays(pushed):
 
 
 def test_loads_without_the_package(pushed):
-    """A process that cannot import nvib_hf runs the uploaded code, and the card's snippet, to the same end."""
+    """A process that cannot import nvib_hf runs the uploaded code to the same end."""
     hub, sent, folder = pushed
-    loaded = run(LOAD, hub, folder, folder)
+    loaded = run(WITHOUT_THE_PACKAGE + LOAD, hub, folder, folder)
     assert len(loaded) == 6
     for name, results in loaded.items():
         assert results == {"tokens": sent["tokens"], "logits": sent["logits"]}, name
+
+
+@pytest.mark.parametrize("name", ["user/private", "user/trained"])
+def test_snippet_of_the_card_runs_without_the_package(name, pushed, tmp_path):
+    """Copied into a fresh process with an empty cache: it asks nothing, and complains of nothing."""
+    hub, _, _ = pushed
+    printed = []
+    texts = run(WITHOUT_THE_PACKAGE + SNIPPET, hub, tmp_path, name, printed=printed)
+    output = "".join(printed)
+    assert str(texts) == output.splitlines()[0] and len(texts) == 2  # what the snippet itself prints first
+    for complaint in ("custom code", "of type ``", "[y/N]", "Traceback"):
+        assert complaint not in output
 
 
 # ---------------------------------------------------------------------------------------------- folders

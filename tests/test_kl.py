@@ -222,6 +222,76 @@ def test_kl_gaussian_is_finite_where_models_go():
         assert all(x.grad.isfinite().all() for x in (mu, logvar, log_alpha))
 
 
+# KL_G of what is drawn
+
+
+def drawn_nats(latent, keep, prior, kappa):
+    """Of ``kappa`` draws of each vector that is neither padding nor dropped, by torch.distributions, ``(B,)``."""
+    divergence = kl_divergence(Normal(latent["mu"], (0.5 * latent["logvar"]).exp()), prior).sum(-1)
+    return kappa * (divergence.T * (keep & ~latent["memory_key_padding_mask"])).sum(1)
+
+
+def some_kept():
+    """True everywhere but for four vectors, one of which is padding anyway."""
+    keep = torch.ones(3, 5, dtype=torch.bool)
+    keep[0, [1, 4]] = keep[1, 2] = keep[1, 4] = False
+    return keep
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("dropping", [False, True])
+@pytest.mark.parametrize("kappa", [1, 3])
+def test_kl_gaussian_of_what_is_drawn(kappa, dropping, batch_first):
+    """``n' P KL_G`` are the nats of the draws, from the components or from the ``kappa`` vectors of each."""
+    latent, prior = random_latent(), {"prior_mu": 0.3, "prior_var": 2.0, "kappa": kappa, "weights": "drawn"}
+    keep = some_kept() if dropping else None
+    everything = torch.ones(3, 5, dtype=torch.bool)
+    nats = drawn_nats(latent, everything if keep is None else keep, Normal(0.3, math.sqrt(2.0)), kappa)
+    components = (~latent["memory_key_padding_mask"]).sum(1)
+    vectors = {name: latent[name].repeat_interleave(kappa, dim=0) for name in ("mu", "logvar", "log_alpha")}
+    vectors["memory_key_padding_mask"] = latent["memory_key_padding_mask"].repeat_interleave(kappa, dim=1)
+    repeated_keep = None if keep is None else keep.repeat_interleave(kappa, dim=1)
+    for given, kept in ((latent, keep), (vectors, repeated_keep)):
+        if batch_first:
+            given = {**given, **{name: given[name].transpose(0, 1) for name in ("mu", "logvar", "log_alpha")}}
+        kl = kl_gaussian(**{**given, "alpha": None}, **prior, keep=kept, batch_first=batch_first)
+        assert_close(components * 4 * kl, nats)
+
+
+@pytest.mark.parametrize("kappa", [1, 3])
+def test_what_is_drawn_learns_and_nothing_else_does(kappa):
+    latent, keep = random_latent(), some_kept()
+    leaves = [latent[name].requires_grad_() for name in ("mu", "logvar", "log_alpha")]
+    drawn = (keep & ~latent["memory_key_padding_mask"]).T
+    kl = kl_gaussian(**latent, weights="drawn", keep=keep, kappa=kappa)
+    of_mu, of_logvar, of_alpha = torch.autograd.grad(kl.sum(), leaves, allow_unused=True)
+    for gradient in (of_mu, of_logvar):
+        assert (gradient[drawn] != 0).all() and (gradient[~drawn] == 0).all()
+    assert of_alpha is None  # there is nothing to gain by a pseudo-count of nothing
+
+
+def test_kl_gaussian_of_what_is_drawn_is_zero_at_the_prior_whatever_is_dropped():
+    latent, keep = random_latent(), some_kept()
+    prior = {"prior_mu": torch.randn(4, dtype=torch.float64), "prior_var": torch.rand(4, dtype=torch.float64) + 0.5}
+    at_prior = {"mu": prior["prior_mu"].expand(5, 3, 4), "logvar": prior["prior_var"].log().expand(5, 3, 4)}
+    kl = kl_gaussian(**{**latent, **at_prior}, **prior, weights="drawn", keep=keep)
+    assert_close(kl, torch.zeros_like(kl))
+    at_prior["mu"] = at_prior["mu"].clone()
+    at_prior["mu"][4, 0] += 1.0  # dropped
+    assert_close(kl_gaussian(**{**latent, **at_prior}, **prior, weights="drawn", keep=keep), kl)
+    assert kl_gaussian(**{**latent, **at_prior}, **prior, weights="drawn")[0] > 0.01
+
+
+def test_as_published_what_is_dropped_counts_by_its_pseudo_count():
+    latent = random_latent()
+    expected = kl_gaussian(**latent)
+    assert_close(kl_gaussian(**latent, keep=some_kept()), expected)
+    assert_close(kl_gaussian(**latent, keep=some_kept(), weights="pseudo_counts"), expected)
+    assert ((kl_gaussian(**latent, weights="drawn") - expected).abs()[:2] > 0.01).all()
+    with pytest.raises(ValueError, match=r"weights.*'drawn'"):
+        kl_gaussian(**latent, weights="draws")
+
+
 # Both
 
 

@@ -174,6 +174,21 @@ def test_packing_keeps_vectors_and_24_bits_of_the_bias(dtype, with_shrinkage):
     torch.testing.assert_close(memory.bias, moved, rtol=2**-20, atol=2**-14)
 
 
+def test_means_pack_no_shrinkage():
+    """Points, as a sample: ``P + 8`` wide, where a mixture is ``2 P + 8``; a sample is points in both."""
+    latents, drawn = mixture(), sample()
+    widths = {kind: pack(latents.memory(0.5, kind)).shape[-1] for kind in ("means", "mixture")}
+    assert widths == {"means": WIDTH + 8, "mixture": 2 * WIDTH + 8}
+    means, of_sample = latents.memory(0.5, "means"), [drawn.memory(0.5, kind) for kind in widths]
+    assert means.shrinkage is None and torch.equal(means.vectors, latents.z)
+    squares = latents.z.square() + latents.logvar.exp()  # E z^2
+    torch.testing.assert_close(means.bias, latents.log_pi - 0.25 * squares.sum(-1))
+    for memory in of_sample:
+        assert memory.shrinkage is None and torch.equal(memory.bias, of_sample[0].bias)
+    both = concatenate_latents([latents, drawn]).memory(0.5, "means")  # the sample, now a mixture without variance
+    torch.testing.assert_close(both.bias[4:, :3], of_sample[0].bias)
+
+
 def test_packing_carries_gradients_to_vectors_and_bias():
     vectors, bias = torch.randn(1, 4, WIDTH, requires_grad=True), torch.randn(1, 4, requires_grad=True)
     memory = unpack(pack(DenoisingMemory(vectors, bias)), WIDTH)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from tiny_models import EOS, PAD, START, tiny_base
+from tiny_nvib import add_adapter_or_skip
 from tiny_text import tiny_collator, tiny_examples, tiny_tokenizer
 from transformers import (
     Seq2SeqTrainingArguments,
@@ -55,7 +56,7 @@ def rows(text):
 def test_names_the_base(family, names, ids, said):
     model = wrap(family, names)
     header, text = read(model_card(model, "someone/model"))
-    expected = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["nvib"]}
+    expected = {"library_name": "transformers", "pipeline_tag": "text2text-generation", "tags": ["nvib"]}
     assert header == expected | ({"base_model": ids} if ids else {})
     assert said in text and text.strip().startswith("# model\n")
     for name in ids or []:
@@ -72,7 +73,7 @@ def test_folder_is_no_base(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("family", "task"),
-    [("whisper", "automatic-speech-recognition"), ("vit2gpt2", "image-to-text"), ("t5", "text-generation")],
+    [("whisper", "automatic-speech-recognition"), ("vit2gpt2", "image-to-text"), ("t5", "text2text-generation")],
 )
 def test_names_the_task(family, task):
     assert read(model_card(wrap(family), "model"))[0]["pipeline_tag"] == task
@@ -130,13 +131,28 @@ def test_extra_metadata_stands_in_the_header():
     assert read(model_card(wrap(), "model"))[0]["tags"] == ["nvib"]  # another model's tags are its own
 
 
+def test_license_is_what_the_user_says(tmp_path):
+    model = wrap()
+    assert "license" not in read(model_card(model, "model"))[0]
+    model.card_metadata = {"license": "mit", "language": "en"}
+    model.save_pretrained(tmp_path)
+    header, text = read((tmp_path / "README.md").read_text())
+    assert (header["license"], header["language"]) == ("mit", "en")
+    assert read(model_card(model, "model", license="gpl-3.0"))[0]["license"] == "gpl-3.0"
+    assert "[nvib_hf](https://pypi.org/project/nvib-hf/)" in text
+
+
 # ---------------------------------------------------------------------------------------------- when it is written
 def test_is_written_with_the_model_once(tmp_path):
     folder = tmp_path / "my_model"
     model = wrap()
     model.save_pretrained(folder)
     header, text = read((folder / "README.md").read_text())
-    assert header["tags"] == ["nvib"] and 'from_pretrained("my_model")' in text and str(tmp_path) not in text
+    assert (
+        header["tags"] == ["nvib"]
+        and 'from_pretrained("my_model", trust_remote_code=True)' in text
+        and str(tmp_path) not in text
+    )
     (folder / "README.md").write_text("By hand.")
     model.save_pretrained(str(folder))
     assert (folder / "README.md").read_text() == "By hand."
@@ -150,10 +166,7 @@ def test_is_written_by_the_main_process(tmp_path):
 def test_is_not_written_beside_an_adapter(tmp_path):
     peft = pytest.importorskip("peft")
     model = wrap()
-    try:
-        model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
-    except ValueError as error:  # by Transformers 5.24, of every PEFT there is so far
-        pytest.skip(str(error))
+    add_adapter_or_skip(model, peft.LoraConfig(target_modules=["q_proj"]))
     model.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_config.json").exists() and not (tmp_path / "README.md").exists()
 

@@ -35,6 +35,7 @@ def assert_close(actual, expected, **tolerance):
 
 
 # ------------------------------------------------------------------------------------------------- latents of texts
+@pytest.mark.parametrize("kl_weights", ["drawn", "pseudo_counts"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_evaluation_latents_follow_the_definition(family, kl_weights):
     """Against the formulas, from the encoder's own output."""
@@ -257,6 +258,22 @@ def test_latents_decode_the_same_in_any_batch(family):
             assert_close(alone[0], whole[row])
         joined = concatenate_latents([latents[2].compact(), latents[:2]])
         assert_close(model(encoder_outputs=joined, labels=labels[[2, 0, 1]]).logits, whole[[2, 0, 1]])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_evaluation_by_the_means_and_by_the_mixture(family):
+    """The means are points scored ``s/2 sum sigma^2`` lower, whichever way a latent comes to the decoder."""
+    means, mixture = (tiny_nvib(family, evaluation=kind, tau_sigma=1.5) for kind in ("means", "mixture"))
+    latents = means.encode(**tiny_inputs(family))
+    log_pi = latents.log_pi - 0.5 * means.scale * latents.logvar.exp().sum(-1)
+    points = NvibLatents(z=latents.z, log_pi=log_pi, attention_mask=latents.attention_mask)
+    expected = logits(mixture, family, encoder_outputs=points)
+    assert_close(logits(means, family), expected, rtol=1e-4, atol=1e-4)
+    for given in (latents, concatenate_latents([latents[:1], latents[1:]]), latents.compact()):
+        assert_close(logits(means, family, encoder_outputs=given), expected, rtol=1e-4, atol=1e-4)
+    assert (logits(mixture, family) - expected).abs().max() > 0.01
+    exact = NvibLatents(**{**latents, "logvar": torch.full_like(latents.logvar, -INF)})
+    assert_close(logits(means, family, encoder_outputs=exact), logits(mixture, family, encoder_outputs=exact))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -194,6 +194,35 @@ def test_training_attends_to_the_sample_and_evaluation_to_the_mixture(kwargs, he
     assert_close(module.eval()(query, memory, need_weights=need_weights)[0], in_evaluation)
 
 
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("kwargs", [{}, {"bias": False}, {"kdim": 7, "vdim": 7}])
+def test_evaluation_by_the_means(kwargs, batch_first, need_weights):
+    """By definition at ``mu``, without variance but for what it takes off the scores; training is the same."""
+    plain, mixture = pair(batch_first=batch_first, **kwargs)
+    module = DenoisingMultiheadAttention(
+        WIDTH, 3, dtype=torch.float64, batch_first=batch_first, evaluation="means", **kwargs
+    )
+    module.load_state_dict(plain.state_dict())
+    query, memory = queries(), random_memory(width=kwargs.get("kdim", WIDTH))
+    no_variance = torch.full_like(memory.mu, float("-inf"))
+    scale = (WIDTH // 3) ** -0.5
+    log_pi = memory.log_pi - 0.5 * scale * memory.logvar.exp().sum(-1, keepdim=True)
+    expected = by_definition(module, query, memory.mu, no_variance, log_pi)
+    in_training = by_definition(module, query, memory.z, no_variance, memory.log_pi)
+
+    def attend(module, memory):
+        given = NvibMemory(*(x.transpose(0, 1) for x in memory)) if batch_first else memory
+        output, _ = module(query.transpose(0, 1) if batch_first else query, given, need_weights=need_weights)
+        return output.transpose(0, 1) if batch_first else output
+
+    assert_close(attend(module.eval(), memory), expected)
+    assert_close(attend(module.train(), memory), in_training)
+    assert (attend(mixture.eval(), memory) - expected).abs().max() > 0.1
+    points = memory._replace(logvar=no_variance)
+    assert_close(attend(module.eval(), points), attend(mixture.eval(), points))
+
+
 def test_exact_keeps_the_query_norm_term():
     _, module = pair()
     module.exact = True

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
 from nvib_hf import DenoisingMultiheadAttention, Nvib, NvibMemory, kl_dirichlet, kl_gaussian
@@ -78,7 +79,7 @@ def test_shapes_and_keys(training, kappa, batch_first):
     assert latent["z"].log_pi.shape == (*by_vector, 1)
     for tensor in (latent["z"].z, latent["mu"], latent["logvar"]):
         assert tensor.shape == (*by_vector, WIDTH)
-    assert latent["memory_key_padding_mask"].shape == (3, length)
+    assert latent["memory_key_padding_mask"].shape == latent["keep"].shape == (3, length)
     assert all(latent[name].dim() == 0 for name in KEYS if name.startswith("avg_"))
     memory = latent["z"]
     assert memory.pi is latent["pi"] and memory.mu is latent["mu"] and memory.logvar is latent["logvar"]
@@ -329,6 +330,38 @@ def test_kl_of_the_gaussians_is_computed_once_a_component(monkeypatch):
     monkeypatch.setattr("nvib_hf.nvib_layer.kl_gaussian", lambda mu, **_: shapes.append(mu.shape))
     layer.kl(posterior, layer.draw(posterior, sample=True)[2], kappa=4)
     assert shapes == [posterior.mu.shape]
+
+
+@pytest.mark.parametrize("kl_weights", ["drawn", "pseudo_counts"])
+@pytest.mark.parametrize("kappa", [1, 3])
+def test_what_the_threshold_spares_in_training_costs(kappa, kl_weights):
+    """Against torch.distributions: a spared example pays for all its vectors, the others for those that are kept."""
+    settings = {"alpha_threshold": 0.5, "threshold_share": 0.5, "kl_weights": kl_weights}
+    layer = layer_of_given_counts(kappa=kappa, **settings).train()
+    x, padding = torch.randn(40, 4, WIDTH), torch.zeros(40, 4, dtype=torch.bool)
+    x[..., 0] = torch.tensor([2.0, 0.1, 0.3, 1.0]).log()
+    padding[:20, 3] = True
+    posterior = layer.posterior(x, padding)
+    divergence = kl_divergence(Normal(posterior.mu, (0.5 * posterior.logvar).exp()), Normal(0.0, 1.0)).mean(-1)
+    alpha = posterior.log_alpha.exp() * posterior.mask
+    count = posterior.mask.sum(1, keepdim=True)
+
+    def expected(keep: Tensor) -> Tensor:
+        weights = keep / count if kl_weights == "drawn" else alpha / alpha.sum(1, keepdim=True)
+        return kappa * (weights * divergence).sum(1)
+
+    drawn = layer.draw(posterior, sample=True)[2]
+    latent = layer(x, padding)  # another draw of who is spared
+    for keep, gaussian in (
+        (drawn.keep[:, ::kappa], layer.kl(posterior, drawn, kappa)[0]),
+        (latent["keep"][:, ::kappa], layer.kl_gaussian(**latent)),
+    ):
+        spared = (keep == posterior.mask).all(1)
+        assert 0 < spared[:20].sum() < 20 and 0 < spared[20:].sum() < 20
+        assert torch.equal(keep[~spared], posterior.keep[~spared])
+        assert_close(gaussian, expected(keep))
+    in_evaluation = layer.eval().kl_gaussian(**layer(x, padding))
+    assert_close(in_evaluation, expected(posterior.keep) / kappa)
 
 
 # The prior

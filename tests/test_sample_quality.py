@@ -1,78 +1,25 @@
-"""Measures of samples and interpolations against loops, hand counts and known language models."""
+"""Samples and interpolations, and their measures, against loops and hand counts."""
 
-import math
+import itertools
 
 import pytest
 import torch
-from tiny_models import VOCAB_SIZE
 from tiny_nvib import tiny_nvib
-from tiny_text import tiny_tokenizer
-from transformers import GPT2Config, GPT2LMHeadModel
+from tiny_text import tiny_language_model, tiny_tokenizer
 
+from nvib_hf import sample_quality
 from nvib_hf.sample_quality import (
-    copied,
-    distinct_n,
-    fluency,
+    DECODINGS,
     interpolation_scores,
     interpolations,
     latent_lengths,
-    reverse_perplexity,
+    sample_scores,
     sample_texts,
-    self_bleu,
 )
+from nvib_hf.text_metrics import distinct_n, fluency, self_bleu
 
 TOKENIZER = tiny_tokenizer()
 TEXTS = ["w5 w6 w7", "w8", "w9 w10 w11 w12 w13 w14", "w5 w5 w90"]
-
-
-def language_model() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=VOCAB_SIZE, n_embd=16, n_layer=1, n_head=2, n_positions=32, initializer_range=0.5)
-    return GPT2LMHeadModel(config).train()
-
-
-def test_fluency_is_that_of_single_texts():
-    """Each text after <s>, without padding; texts without tokens are passed over."""
-    model = language_model().eval()
-    nll, count = 0.0, 0
-    for text in TEXTS:
-        ids = [2, *TOKENIZER(text, add_special_tokens=False).input_ids]
-        with torch.no_grad():
-            log_p = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        nll -= sum(log_p[i, ids[i + 1]].item() for i in range(len(ids) - 1))
-        count += len(ids) - 1
-    model.train()
-    assert fluency(model, TOKENIZER, [*TEXTS, ""], batch_size=3) == pytest.approx(math.exp(nll / count), rel=1e-5)
-    assert model.training
-    assert math.isnan(fluency(model, TOKENIZER, ["", ""]))
-
-
-def test_a_language_model_that_knows_nothing():
-    model = language_model()
-    torch.nn.init.zeros_(model.transformer.wte.weight)
-    assert fluency(model, TOKENIZER, TEXTS) == pytest.approx(VOCAB_SIZE)
-
-
-def test_reverse_perplexity_tells_language_from_its_words():
-    real = [f"the {a} of the {b} is good" for a in ("king", "house", "field") for b in ("land", "sea", "sky", "town")]
-    mixed = [" ".join(sorted(text.split())) for text in real]
-    state = torch.get_rng_state()
-    values = [reverse_perplexity(samples, real, steps=20, batch_size=8) for samples in (real, mixed)]
-    assert values[0] < 0.7 * values[1]
-    assert torch.equal(torch.get_rng_state(), state)
-    assert reverse_perplexity(real, real, steps=2) == reverse_perplexity(real, real, steps=2)
-    assert reverse_perplexity(real, real, steps=2) != reverse_perplexity(real, real, 1, steps=2)
-
-
-def test_variety_and_copies():
-    assert self_bleu(["a b c d e"] * 3) == pytest.approx(100)
-    assert self_bleu(["a b c d e", "f g h i j"]) < 5
-    assert distinct_n(["a b a b", "b a"], 1) == 2 / 6
-    assert distinct_n(["a b a b", "b a"], 2) == 2 / 4
-    assert distinct_n(["a"], 2) == 0
-    assert copied(["a  b", "b a", "c", "a b"], ["a b", "x"]) == 0.5
-    with pytest.raises(ValueError, match="at least two"):
-        self_bleu(["a"])
 
 
 def test_samples_are_the_models_own():
@@ -87,6 +34,50 @@ def test_samples_are_the_models_own():
         sample_texts(model, TOKENIZER, 5, [])
 
 
+def test_samples_of_three_kinds():
+    """The same latents, written in each way by ``generate`` itself; what it draws follows the seed alone."""
+    model = tiny_nvib()
+    latents = model.sample_latents(6, 5, generator=torch.Generator().manual_seed(3))
+    expected = {
+        "greedy": {"do_sample": False},
+        "beam": {"num_beams": 4, "do_sample": False},
+        "nucleus": {"do_sample": True, "top_p": 0.9, "top_k": 0},
+    }
+    assert set(expected) == set(DECODINGS)
+    kinds = {}
+    for kind, options in expected.items():
+        state = torch.get_rng_state()
+        kinds[kind] = sample_texts(model, TOKENIZER, 6, [5], seed=3, max_length=7, **DECODINGS[kind])
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.manual_seed(3)
+        ids = model.generate(encoder_outputs=latents, max_new_tokens=7, **options)
+        assert kinds[kind] == [text.strip() for text in TOKENIZER.batch_decode(ids, skip_special_tokens=True)]
+    assert len({tuple(texts) for texts in kinds.values()}) == 3
+
+
+def test_scores_of_samples(monkeypatch):
+    """Every kind by the measures of texts, and as many real texts beside them."""
+    monkeypatch.setattr(sample_quality, "reverse_perplexity", lambda texts, real, seed, steps: len(texts) + steps / 10)
+    judge = {"language_model": tiny_language_model(), "lm_tokenizer": TOKENIZER}
+    samples, real = {"one": TEXTS[:3], "two": ["w5 w6 w7", "w8"]}, [f"w{i} w{i + 1} w9 w{2 * i}" for i in range(5, 15)]
+    scores = sample_scores(samples, real, ["w8", "w7", "w5 w90"], **judge, reverse_steps=10, seed=2)
+    assert set(scores) == {"one", "two", "real"}
+    of_threes = [fluency(*judge.values(), list(three)) for three in itertools.combinations(real, 3)]
+    assert any(value == pytest.approx(scores["real"]["fluency"], rel=1e-9) for value in of_threes)
+    for kind, texts in samples.items():
+        of_kind = fluency(*judge.values(), texts)
+        assert scores[kind]["fluency"] == of_kind
+        assert scores[kind]["fluency_ratio"] == pytest.approx(of_kind / scores["real"]["fluency"])
+        assert scores[kind]["self_bleu"] == self_bleu(texts)
+        assert [scores[kind][f"distinct_{n}"] for n in (1, 2)] == [distinct_n(texts, n) for n in (1, 2)]
+        assert scores[kind]["num_samples"] == len(texts) and scores[kind]["examples"] == texts
+        assert scores[kind]["reverse_perplexity"] == len(texts) + 1
+    assert [scores[kind]["copied"] for kind in ("one", "two", "real")] == [1 / 3, 1 / 2, 0]
+    assert scores["real"]["reverse_perplexity"] == 4  # learnt from three training texts
+    alone = sample_scores(samples, real, reverse_steps=0, seed=2)
+    assert set(alone["one"]) == set(scores["one"]) - {"fluency", "fluency_ratio", "copied", "reverse_perplexity"}
+
+
 def test_latent_lengths_count_what_the_decoder_sees():
     model = tiny_nvib(alpha_threshold=830.0)
     expected = [1 + int(model.encode(torch.tensor([TOKENIZER(text).input_ids])).num_vectors) for text in TEXTS]
@@ -94,14 +85,15 @@ def test_latent_lengths_count_what_the_decoder_sees():
     assert expected != [1 + len(TOKENIZER(text).input_ids) for text in TEXTS]
 
 
-def test_interpolations_are_those_of_single_pairs():
-    model = tiny_nvib()
-    paths = interpolations(model, TOKENIZER, [(TEXTS[0], TEXTS[2]), (TEXTS[1], TEXTS[3])], steps=3, max_length=6)
+@pytest.mark.parametrize("method", ["transport", "mixture"])
+def test_interpolations_are_those_of_single_pairs(method):
+    model, pairs = tiny_nvib(), [(TEXTS[0], TEXTS[2]), (TEXTS[1], TEXTS[3])]
+    paths = interpolations(model, TOKENIZER, pairs, steps=3, method=method, max_length=8)
     for (a, b), path in zip([(0, 2), (1, 3)], paths, strict=True):
         ends = [model.encode(torch.tensor([TOKENIZER(TEXTS[i]).input_ids])) for i in (a, b)]
         for weight, text in zip((0, 0.5, 1), path, strict=True):
-            latents = model.interpolate_latents(*ends, weight)
-            ids = model.generate(encoder_outputs=latents, max_new_tokens=6)
+            latents = model.interpolate_latents(*ends, weight, method)
+            ids = model.generate(encoder_outputs=latents, max_new_tokens=8)
             assert text == TOKENIZER.decode(ids[0], skip_special_tokens=True).strip()
     with pytest.raises(ValueError, match="steps must be at least 2"):
         interpolations(model, TOKENIZER, [("w5", "w6")], steps=1)
@@ -116,6 +108,6 @@ def test_scores_of_interpolations():
     assert scores["embedding_distance"] == pytest.approx(0.5)
     assert scores["largest_embedding_distance"] == pytest.approx(1)
     paths = [[TEXTS[0], TEXTS[1]], [TEXTS[2], TEXTS[3]]]
-    judged = interpolation_scores(paths, language_model=language_model(), lm_tokenizer=TOKENIZER)
-    expected = [fluency(language_model(), TOKENIZER, [path[i] for path in paths]) for i in (0, 1)]
+    judged = interpolation_scores(paths, language_model=tiny_language_model(), lm_tokenizer=TOKENIZER)
+    expected = [fluency(tiny_language_model(), TOKENIZER, [path[i] for path in paths]) for i in (0, 1)]
     assert judged["fluency"] == pytest.approx(expected)

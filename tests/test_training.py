@@ -527,7 +527,7 @@ def train_and_evaluate(folder, processes):
     trainer = trainer_of(NvibTrainer, tiny_model(), folder, learning_rate=0.0, **arguments)
     trainer.eval_dataset = tiny_examples(8, seed=1)
     layer = trainer.model.nvib
-    layer.sample_posterior = lambda posterior, generator=None: (posterior.mu, layer.mean_log_pi(posterior), posterior)
+    layer.sample_posterior = lambda posterior, generator=None: (posterior.mu, posterior.log_mean_pi(), posterior)
     trainer.train()
     trained = [
         {name: entry[name] for name in ["loss", "grad_norm", *TERMS]} for entry in trainer.state.log_history[:2]

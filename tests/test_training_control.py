@@ -181,8 +181,9 @@ def test_settles_at_the_share_of_vectors(start):
     assert trace[-1].beta_vectors == pytest.approx(1.5, rel=0.05)
 
 
-def test_a_metric_moves_the_tolerance():
-    callback = ConstraintCallback(cross_entropy=0.1, metric="eval_bleu", metric_target=90.0)
+@pytest.mark.parametrize("share", [None, 0.5])
+def test_a_metric_moves_the_tolerance(share):
+    callback = ConstraintCallback(cross_entropy=0.1, metric="eval_bleu", metric_target=90.0, target_prop_vectors=share)
     callback.on_evaluate(None, None, None, metrics={"eval_bleu": 50.0})
     assert callback.tolerance == 0.1  # nothing is compressed yet
     simulate(callback, 20, lambda step, beta, share: 0.05)

@@ -1,13 +1,14 @@
 """The range of versions: stated once, and a version outside of it is said."""
 
 import configparser
+import logging
 import warnings
 from pathlib import Path
 
 import pytest
-import transformers
-from tiny_models import tiny_base
+from tiny_models import tiny_base, tiny_inputs, tiny_labels
 from transformers import DynamicCache
+from transformers.utils import logging as hf_logging
 
 from nvib_hf import NvibForConditionalGeneration, versions
 from nvib_hf.versions import TESTED_TRANSFORMERS, given_cache, warn_if_untested
@@ -31,7 +32,7 @@ def test_setup_cfg_and_the_readme_state_the_tested_range():
 
 @pytest.mark.parametrize("version", ["5.22.3", "5.25.0", "6.0.0"])
 def test_a_version_that_is_not_tested_is_warned_of_once(unwarned, monkeypatch, tmp_path, version):
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(versions.transformers, "__version__", version)
     with pytest.warns(UserWarning, match=f"not tested with this version.*transformers {version}"):
         model = NvibForConditionalGeneration.from_base_pretrained(tiny_base("bart"))
     model.save_pretrained(tmp_path)
@@ -47,6 +48,30 @@ def test_the_installed_version_is_not_warned_of(unwarned):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_if_untested()
+
+
+@pytest.mark.parametrize("family", ["bart", "t5", "bert2gpt2", "whisper"])
+def test_nothing_deprecated_is_used(family):
+    """Transformers announces most of it through its logger, once a process."""
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger, verbosity = hf_logging.get_logger("transformers"), hf_logging.get_verbosity()
+    hf_logging.set_verbosity_warning()
+    logging.Logger.warning_once.cache_clear()
+    logger.addHandler(handler)
+    try:
+        model, inputs = NvibForConditionalGeneration.from_base_pretrained(tiny_base(family)), tiny_inputs(family)
+        model.train()(**inputs, labels=tiny_labels(family)).loss.backward()
+        model.eval()(**inputs, labels=tiny_labels(family))
+        for settings in ({}, {"num_beams": 2}, {"use_cache": False}, {"cache_implementation": "static"}):
+            model.generate(**inputs, max_new_tokens=3, **settings)
+        logger.warning("heard")
+    finally:
+        logger.removeHandler(handler)
+        hf_logging.set_verbosity(verbosity)
+    assert said[-1] == "heard"
+    assert not [message for message in said if "deprecat" in message.lower()]
 
 
 def test_a_cache_has_two_names():

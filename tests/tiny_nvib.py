@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from tiny_models import tiny_base
 from torch import Tensor, nn
@@ -34,3 +35,13 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 def cross_attention(model: nn.Module) -> list[nn.Module]:
     """The converted cross-attention modules of a model."""
     return [module for module in model.modules() if hasattr(module, "nvib_row")]
+
+
+def add_adapter_or_skip(model: NvibForConditionalGeneration, config) -> None:
+    """Transformers' own way to an adapter, where it takes the PEFT that is installed: 5.24 asks for one to come."""
+    try:
+        model.add_adapter(config)
+    except ValueError as error:
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(str(error))

@@ -1,11 +1,11 @@
-"""A tokenizer for the vocabulary of the tiny models, and examples of unequal lengths to train them on."""
+"""A tokenizer for the vocabulary of the tiny models, examples of unequal lengths to train them on, and a judge."""
 
 from __future__ import annotations
 
 import torch
 from tiny_models import EOS, PAD, START, VOCAB_SIZE
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
+from transformers import DataCollatorForSeq2Seq, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 SPECIAL = {PAD: "<pad>", EOS: "</s>", START: "<s>"}
 
@@ -39,3 +39,10 @@ def tiny_examples(count: int, seed: int = 0) -> list[dict[str, list[int]]]:
 
 def tiny_collator(model=None) -> DataCollatorForSeq2Seq:
     return DataCollatorForSeq2Seq(tiny_tokenizer(), model=model)
+
+
+def tiny_language_model() -> GPT2LMHeadModel:
+    """A causal language model that finds some texts likelier than others, in ``train()``."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=VOCAB_SIZE, n_embd=16, n_layer=1, n_head=2, n_positions=32, initializer_range=0.5)
+    return GPT2LMHeadModel(config).train()

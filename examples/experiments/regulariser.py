@@ -39,7 +39,7 @@ from transformers import (
 
 from nvib_hf import NvibForConditionalGeneration
 from nvib_hf.evaluation import reconstruct
-from nvib_hf.sample_quality import word_edits
+from nvib_hf.text_metrics import word_edits
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import bbe

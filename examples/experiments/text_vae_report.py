@@ -16,6 +16,7 @@ RECONSTRUCTION = [
     ("KL_G", "kl_gaussian", 1, 3),
     ("KL_D", "kl_dirichlet", 1, 3),
     ("rate", "rate", 1, 1),
+    ("as published", "rate_published", 1, 1),
     ("vectors kept, %", "prop_vectors", 100, 1),
     ("effective", "effective_vectors", 1, 1),
     ("active units, %", "active_units", 100, 0),
@@ -28,20 +29,27 @@ SAMPLES = [
     ("self-BLEU", "self_bleu", 1, 1),
     ("distinct-2, %", "distinct_2", 100, 1),
     ("copied, %", "copied", 100, 1),
-    ("edits a step", "interpolation_word_edits", 1, 2),
-    ("largest step, %", "interpolation_largest_step", 100, 0),
 ]
+INTERPOLATIONS = [
+    ("edits a step", "word_edits", 1, 2),
+    ("largest step, %", "largest_step", 100, 0),
+]
+METHODS = ("transport", "mixture")  # of interpolation
 LEGEND = """
 Mean ± standard deviation over seeds. Cross-entropy in nats per token, of the posterior itself and of one draw of it;
 `KL_G` and `KL_D` as the loss weighs them (`KL_G` is a mean over vectors and channels); rate: nats that the latent of a
-text costs, `n' P KL_G + n' KL_D`, which is what methods are compared by; information: a lower bound, in nats, of what
-the latent tells of the text, at most log 32 = 3.47.
+text costs, `n' P KL_G + n' KL_D` of the vectors that are drawn, which is what methods are compared by; as published:
+with vectors weighted by their pseudo-counts; information: a lower bound, in nats, of what the latent tells of the
+text, at most log 32 = 3.47.
 """
 SAMPLES_LEGEND = """
-Samples from the prior, as long as the latents of held-out texts are. Perplexity under the language model, and its
-ratio to that of as many held-out texts; reverse perplexity: of held-out texts under a small language model trained on
-the samples. Interpolation between pairs of held-out texts at 7 weights: words edited between neighbours, and the share
-of a path's edits that its largest step takes (17 % is even).
+Samples from the prior, as long as the latents of held-out texts are, each written greedily, by 4 beams and by nucleus
+sampling (`top_p` 0.9). Perplexity under the language model, and its ratio to that of as many held-out texts; reverse
+perplexity: of held-out texts under a small language model trained on the samples.
+"""
+INTERPOLATIONS_LEGEND = """
+Between pairs of held-out texts at 7 weights: words edited between neighbours, the share of a path's edits that its
+largest step takes (17 % is even), and the perplexity at each weight.
 """
 TARGET_BLEU = 60
 
@@ -53,32 +61,34 @@ def values(group: list[dict], name: str, factor: float = 1) -> list[float]:
 
 
 def label(group: list[dict]) -> str:
-    setting = group[0]["settings"]["setting"]
-    return ", ".join(f"`{name}={value}`" for name, value in setting.items())
+    settings = group[0]["settings"]
+    named = [f"`{name}={value}`" for name, value in settings["setting"].items()]
+    return ", ".join([*named, f"{settings['steps']} steps"])
 
 
-def table(groups: list[list[dict]], columns: list[tuple]) -> str:
-    return markdown_table(
-        [
-            {
-                "method": group[0]["settings"]["method"],
-                "setting": label(group),
-                **{title: cell(values(group, name, factor), digits) for title, name, factor, digits in columns},
-            }
-            for group in groups
-        ]
-    )
+def row(group: list[dict], columns: list[tuple], prefix: str = "", **more: str) -> dict[str, str]:
+    """What a group is, ``more`` of that, and its numbers, whose names in the results have a ``prefix``."""
+    numbers = {title: cell(values(group, prefix + name, factor), digits) for title, name, factor, digits in columns}
+    return {"method": group[0]["settings"]["method"], "setting": label(group), **more, **numbers}
 
 
-def fluency_table(groups: list[list[dict]]) -> str:
-    """Perplexity at each weight of the interpolations."""
+def samples_table(real: list[dict], groups: list[list[dict]]) -> str:
+    """Real texts, then a row for each way in which the samples of a group are written."""
+    rows = [row(real, SAMPLES, decoding="")]
+    for group in groups:
+        kinds = group[0]["results"].get("shown_samples", {})
+        rows += [row(group, SAMPLES, f"{kind}_", decoding=kind) for kind in kinds]
+    return markdown_table(rows)
+
+
+def interpolations_table(groups: list[list[dict]]) -> str:
+    """A row for each way to interpolate, the perplexity at each weight at its end."""
     rows = []
     for group in groups:
-        by_weight = zip(*values(group, "interpolation_fluency"), strict=True)
-        cells = [cell(column, 0) for column in by_weight]
-        weights = [f"{i / (len(cells) - 1):.2f}" for i in range(len(cells))]
-        row = {"method": group[0]["settings"]["method"], "setting": label(group)}
-        rows.append({**row, **dict(zip(weights, cells, strict=True))})
+        for method in METHODS:
+            by_weight = list(zip(*values(group, f"{method}_fluency"), strict=True))
+            cells = {f"{i / (len(by_weight) - 1):.2f}": cell(column, 0) for i, column in enumerate(by_weight)}
+            rows.append({**row(group, INTERPOLATIONS, f"{method}_", interpolation=method), **cells})
     return markdown_table(rows)
 
 
@@ -90,7 +100,7 @@ def shown(groups: list[list[dict]]) -> list[list[dict]]:
 
     def order(group: list[dict]) -> tuple[bool, float]:
         bleu = statistics.fmean(values(group, "bleu"))
-        perplexity = values(group, "perplexity")
+        perplexity = values(group, "greedy_perplexity")
         good = bleu >= TARGET_BLEU and bool(perplexity)
         return not good, statistics.fmean(perplexity) if good else -bleu
 
@@ -104,11 +114,14 @@ def verbatim(group: list[dict]) -> str:
     title = f"### {first['settings']['method']} {label(group)}"
     pairs = [{"held-out text": a, "reconstruction": b} for a, b in results["shown_reconstructions"]]
     parts = [title, markdown_table(pairs)]
-    if "shown_samples" in results:
-        parts.append(markdown_table([{"samples from the prior": text} for text in results["shown_samples"]]))
-    path = results["shown_interpolations"][0]
-    steps = [{"weight": f"{i / (len(path) - 1):.2f}", "interpolation": text} for i, text in enumerate(path)]
-    return "\n\n".join([*parts, markdown_table(steps)])
+    if shown_samples := results.get("shown_samples"):
+        texts = zip(*shown_samples.values(), strict=True)
+        titles = [f"samples from the prior, {kind}" for kind in shown_samples]
+        parts.append(markdown_table([dict(zip(titles, written, strict=True)) for written in texts]))
+    steps = zip(*(results[f"{method}_shown"] for method in METHODS), strict=True)
+    last = len(results[f"{METHODS[0]}_shown"]) - 1
+    walk = [{"weight": f"{i / last:.2f}", **dict(zip(METHODS, texts, strict=True))} for i, texts in enumerate(steps)]
+    return "\n\n".join([*parts, markdown_table(walk)])
 
 
 def draw(groups: list[list[dict]], real: list[dict], path: Path) -> None:
@@ -121,7 +134,7 @@ def draw(groups: list[list[dict]], real: list[dict], path: Path) -> None:
     panels = [
         ("distortion", "distortion, nats a text (of a draw)"),
         ("bleu", "BLEU of reconstructions"),
-        ("perplexity", "perplexity of samples"),
+        ("greedy_perplexity", "perplexity of samples, greedy"),
     ]
     with_rate = [group for group in groups if values(group, "rate")]
     methods = list(dict.fromkeys(group[0]["settings"]["method"] for group in with_rate))
@@ -205,8 +218,12 @@ def report(args: argparse.Namespace, records: dict[str, dict], real: str) -> Non
     groups = [group for group in groups if group is not of_real]
     yardstick = statistics.fmean(values(of_real, "perplexity"))
     for record in records.values():
-        if "perplexity" in record["results"]:
-            record["results"]["ratio"] = record["results"]["perplexity"] / yardstick
+        results = record["results"]
+        results |= {
+            name.replace("perplexity", "ratio"): value / yardstick
+            for name, value in results.items()
+            if name.endswith("perplexity") and "reverse" not in name
+        }
     size = of_real[0]["settings"]
     args.report.parent.mkdir(parents=True, exist_ok=True)
     figure = args.report.with_suffix(".png")
@@ -218,17 +235,18 @@ def report(args: argparse.Namespace, records: dict[str, dict], real: str) -> Non
         draw_traces(constrained, traces)
     minutes = sum(record["seconds"] for record in records.values()) / 60
     parts = [
-        f"{len(records)} runs of {size['steps']} steps with {size['batch_size']} texts each, "
+        f"{len(records)} runs, {size['batch_size']} texts each step, "
         f"{minutes:.0f} minutes of one core in all. {size['held_out']} held-out texts, {size['samples']} samples, "
         f"judged by the language model `{size['language_model']}`.",
         "## Reconstruction and rate",
         LEGEND.strip(),
-        table(groups, RECONSTRUCTION),
-        "## Samples and interpolations",
+        markdown_table([row(group, RECONSTRUCTION) for group in groups]),
+        "## Samples",
         SAMPLES_LEGEND.strip(),
-        table([of_real, *(group for group in groups if values(group, "perplexity"))], SAMPLES),
-        "Perplexity of interpolations at each weight:",
-        fluency_table(groups),
+        samples_table(of_real, groups),
+        "## Interpolations",
+        INTERPOLATIONS_LEGEND.strip(),
+        interpolations_table(groups),
         "## Frontier",
         f"![Distortion, BLEU and sample perplexity against the rate]({figure.name})",
         "Small points are runs, diamonds means over seeds.",
