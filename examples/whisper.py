@@ -17,7 +17,6 @@ import statistics
 import time
 from pathlib import Path
 
-import jiwer
 import matplotlib
 import numpy as np
 import torch
@@ -33,6 +32,7 @@ from transformers.utils import logging
 from whisper_base import load_packaged_whisper
 
 from nvib_hf import ConstraintCallback, NvibForConditionalGeneration, NvibTrainer
+from nvib_hf.text_metrics import word_edits
 from nvib_hf.versions import CACHE
 
 matplotlib.use("Agg")
@@ -153,12 +153,10 @@ def train(model: NvibForConditionalGeneration, data: Transcripts, options: argpa
 # ------------------------------------------------------------------------------------ what came of it
 def word_errors(references: list[str], hypotheses: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Of each utterance: wrong words, and words."""
-    errors, words = [], []
-    for reference, hypothesis in zip(map(normalised, references), map(normalised, hypotheses), strict=True):
-        counts = jiwer.process_words(reference, hypothesis)
-        errors.append(counts.substitutions + counts.deletions + counts.insertions)
-        words.append(counts.hits + counts.substitutions + counts.deletions)
-    return np.array(errors), np.array(words)
+    pairs = [
+        (normalised(reference), normalised(given)) for reference, given in zip(references, hypotheses, strict=True)
+    ]
+    return np.array([word_edits(*pair) for pair in pairs]), np.array([len(pair[0].split()) for pair in pairs])
 
 
 def compare(references: list[str], plain: list[str], compressed: list[str]) -> dict[str, float]:
