@@ -359,7 +359,7 @@ def test_latents_are_decoded_and_left_as_they_are(family):
     for _ in range(2):
         assert torch.equal(generate(model, {"encoder_outputs": latents}, **settings), expected)
     assert latents.keys() == before.keys()
-    assert all(torch.equal(latents[name], before[name]) for name in before)
+    assert all(torch.equal(latents[name], value) for name, value in before.items())
     logits = model(**inputs, decoder_input_ids=decoder_inputs()).logits
     torch.testing.assert_close(model(encoder_outputs=latents, decoder_input_ids=decoder_inputs()).logits, logits)
 

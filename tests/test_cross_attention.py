@@ -382,7 +382,8 @@ def test_conversion_keeps_names_classes_and_self_attention():
 def test_unwrapping_gives_the_base_back(family):
     base, inputs, tokens = tiny_base(family), tiny_inputs(family), torch.tensor([[START, 5, 6]]).expand(3, -1)
     expected = base(**inputs, decoder_input_ids=tokens).logits
-    model = NvibForConditionalGeneration.from_base_pretrained(base, tau_alpha=0.0, tau_sigma=0.5)
+    settings = {"evaluation": "mixture", "tau_alpha": 0.0, "tau_sigma": 0.5}
+    model = NvibForConditionalGeneration.from_base_pretrained(base, **settings)
     assert (model(**inputs, decoder_input_ids=tokens).logits - expected).abs().max() > 1e-2
     assert torch.equal(model.unwrap()(**inputs, decoder_input_ids=tokens).logits, expected)
 
