@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput
 
+from .encoding import STATES
 from .latent import NvibLatents
 
 
@@ -17,8 +19,13 @@ class NvibGenerationMixin(GenerationMixin):
         """As ``GenerationMixin.generate``; ``encoder_outputs`` may be :class:`~nvib_hf.NvibLatents`.
 
         Latents are left as they are. From inputs, the posterior is decoded in ``eval()`` and a sample of it in
-        ``train()``.
+        ``train()``; likewise from ``encoder_last_hidden_state``, which ``encode`` takes too, with the
+        ``attention_mask`` that belongs to it.
         """
+        if kwargs.get(STATES) is not None:
+            states = {name: kwargs.pop(name, None) for name in (STATES, "attention_mask")}
+            with torch.no_grad():
+                kwargs["encoder_outputs"], _ = self._encode_alone(states, decode_only=True)
         if kwargs.get("encoder_outputs") is not None:
             packed = self._packed_encoder_outputs(kwargs["encoder_outputs"])
             if kwargs.get("decoder_input_ids") is not None:

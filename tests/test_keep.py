@@ -375,4 +375,6 @@ def test_the_encoders_output_stands_for_its_inputs(family):
     latents = model.encode(encoder_last_hidden_state=states, **mask)
     assert torch.equal(latents.log_pi, expected.latents.log_pi)
     settings = {"max_new_tokens": 5, "do_sample": False, "num_beams": 1}
-    assert torch.equal(model.generate(encoder_outputs=latents, **settings), model.generate(**inputs, **settings))
+    expected = model.generate(**inputs, **settings)
+    assert torch.equal(model.generate(encoder_outputs=latents, **settings), expected)
+    assert torch.equal(model.generate(encoder_last_hidden_state=states, **mask, **settings), expected)
