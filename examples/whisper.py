@@ -65,7 +65,7 @@ class Recogniser:
 
     def transcribe(self, encoded: Tensor, title: str) -> list[str]:
         batches = tqdm(encoded.split(BATCH), title, leave=False)
-        tokens = [row for batch in batches for row in self.generate(batch)]
+        tokens = [row for batch in batches for row in self.generate(batch).tolist()]
         return self.processor.batch_decode(tokens, skip_special_tokens=True)
 
 
