@@ -193,7 +193,7 @@ class Purpose:
 PURPOSES = {
     "reconstruction": Purpose(cross_entropy=0.8, steps=2600, rate=0.02),
     "samples": Purpose(cross_entropy=2.0, steps=5000),
-    "few-vectors": Purpose(cross_entropy=0.3, steps=8000, keep=0.6),
+    "few-vectors": Purpose(cross_entropy=0.3, steps=5000, keep=0.5),
 }
 
 # Training starts from noisy vectors of moderate weight: there is no pretrained function to keep. A prior that expects
