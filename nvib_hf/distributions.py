@@ -15,8 +15,8 @@ from torch import Tensor
 # The range of log(alpha) in which the noise of a Gamma draw is exact. Below it exp(-log_alpha), the
 # derivative of log(u) / alpha, nears the end of fp32's range. Above it the relative deviation of a draw
 # is below exp(-15 / 2) = 6e-4 and fp32 begins to round it away. Only the noise is clamped, never the
-# log-weight itself.
-MIN_LOG_ALPHA = -60.0
+# log-weight itself. (At -60 the draw is exact still: from PyTorch 2.14 on a clamp has no gradient at its bounds.)
+MIN_LOG_ALPHA = -61.0
 MAX_LOG_ALPHA = 15.0
 
 

@@ -185,17 +185,17 @@ def _stirling_remainder(log_x: Tensor) -> tuple[Tensor, Tensor]:
              \approx \frac1{12 x} - \frac1{360 x^3} + \dots, \qquad
         T(x) = x (\psi(x) - \log x) + \tfrac12
     """
-    log_small = log_x.clamp(max=STIRLING_FROM)
+    large, limit = log_x > STIRLING_FROM, torch.full_like(log_x, STIRLING_FROM)
+    log_small = torch.where(large, limit, log_x)  # a clamp has no gradient at its bounds, from PyTorch 2.14 on
     x = log_small.exp()
     r = torch.lgamma(1 + x) - (x + 0.5) * log_small + x - 0.5 * math.log(2 * math.pi)
     t = x * (torch.digamma(1 + x) - log_small) - 0.5
 
-    y = torch.exp(-log_x.clamp(min=STIRLING_FROM))  # 1 / x
+    y = torch.exp(-torch.where(large, log_x, limit))  # 1 / x
     r_series, t_series = torch.zeros_like(y), torch.zeros_like(y)
     for j, coefficient in reversed(list(enumerate(STIRLING))):  # Horner's scheme in y**2
         r_series = r_series * y.square() + coefficient
         t_series = t_series * y.square() - (2 * j + 1) * coefficient
-    large = log_x > STIRLING_FROM
     return torch.where(large, r_series * y, r), torch.where(large, t_series * y, t)
 
 
