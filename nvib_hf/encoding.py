@@ -16,6 +16,7 @@ from .latent import NvibLatents, interpolate, pack
 from .latent_transport import interpolate_by_transport
 from .latent_variation import blend, vary
 from .nvib_layer import Nvib
+from .validation import check_choice
 
 # What stands for the encoder's inputs: its output.
 STATES = "encoder_last_hidden_state"
@@ -196,8 +197,7 @@ class NvibEncodingMixin:
             ValueError: another method; weights outside [0, 1]; batch sizes that do not fit; latents of another model.
         """
         methods = {"transport": interpolate_by_transport, "mixture": interpolate}
-        if method not in methods:
-            raise ValueError(f"method must be one of {', '.join(map(repr, methods))}, but got {method!r}.")
+        check_choice("method", method, tuple(methods))
         for latents in (first, second):
             self._check_latents(latents)
         return methods[method](first, second, weight)

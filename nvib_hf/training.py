@@ -17,6 +17,7 @@ from .collapse import CollapseCallback
 from .model_card import base_ids, model_card
 from .recording import Recorder, find_nvib_model, nvib_model_in
 from .training_control import MeasuringCallback
+from .validation import check_choice
 
 SCHEDULES = ("constant", "linear", "cosine", "cyclic")
 TERMS = ("gaussian", "dirichlet", "vectors")
@@ -64,8 +65,7 @@ class KLAnnealingCallback(TrainerCallback):
         cycles: int = 4,
         terms: Sequence[str] = TERMS,
     ) -> None:
-        if schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be one of {', '.join(map(repr, SCHEDULES))}, but got {schedule!r}.")
+        check_choice("schedule", schedule, SCHEDULES)
         for name, ratio in (("warmup_ratio", warmup_ratio), ("start_ratio", start_ratio)):
             if not 0 <= ratio <= 1:
                 raise ValueError(f"{name} must be in [0, 1], but got {ratio}.")
