@@ -65,9 +65,9 @@ if rank == 0:
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
-    """The logs of a script under the README's command for two processes without a GPU."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    command = re.search(r"without\s+a GPU `(torchrun [^`]+ train\.py)`", readme)[1].split()
+    """The logs of a script under the command of examples/TOOLS.md for two processes without a GPU."""
+    page = (Path(__file__).parents[1] / "examples" / "TOOLS.md").read_text(encoding="utf-8")
+    command = re.search(r"without\s+a GPU `(torchrun [^`]+ train\.py)`", page)[1].split()
     folder = tmp_path_factory.mktemp("launched")
     (folder / "train.py").write_text(SCRIPT)
     finished = in_this_environment([str(Path(sys.executable).parent / command[0]), *command[1:]], folder)

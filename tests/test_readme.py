@@ -1,5 +1,6 @@
-"""The README's code runs as written and prints what it says."""
+"""The code of README and of the examples' pages runs as written, prints what it says, and the links lead somewhere."""
 
+import ast
 import contextlib
 import io
 import re
@@ -7,28 +8,137 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import TITLES, tiny_base, tiny_inputs, tiny_labels
+from tiny_nvib import tensors, tiny_nvib
+from tiny_text import tiny_examples, tiny_tokenizer
+from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase, Seq2SeqTrainingArguments
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-BLOCKS = [match.groups() for match in re.finditer(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)]
-RUNNABLE = [code for language, code in BLOCKS if language == "python" and "# needs" not in code]
+from nvib_hf import CrossAttention, NvibForConditionalGeneration, architectures
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "examples").glob("*.md"))]
+README = PAGES[0].read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+CODE = [code for language, code in BLOCKS if language == "python"]
+FIRST_LINES, WRAP, TRAIN, WHISPER, EVALUATE, PLAIN_PYTORCH = CODE
+TEXTS = ["w5 w6 w7", "w8 w9", "w10 w11 w12 w13", "w14 w15 w16"]
 
 
-def run(code: str) -> str:
+def run(code: str, names: dict | None = None) -> str:
+    """What the code prints; ``names`` is what it finds, and what it has made afterwards."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(code, "README.md", "exec"), {})
+        exec(compile(code, "README.md", "exec"), {} if names is None else names)
     return printed.getvalue()
 
 
-def test_blocks_are_found_and_nothing_is_left_to_fill_in():
-    assert len(RUNNABLE) == 2
+def printed_after(code: str) -> str:
+    """The text block that follows a block of code."""
+    language, text = BLOCKS[BLOCKS.index(("python", code)) + 1]
+    assert language == "text"
+    return text
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# ------------------------------------------------------------------------------------ the pages
+def test_nothing_is_left_to_fill_in():
     assert "@@" not in README
 
 
-def test_the_first_minute_prints_what_it_says():
-    following = BLOCKS[BLOCKS.index(("python", RUNNABLE[0])) + 1]
-    assert following[0] == "text"
-    assert run(RUNNABLE[0]) == following[1]
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page):
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}, link
+
+
+def test_the_table_of_architectures_has_the_rows_and_columns_of_its_tests():
+    """Its cells are written by ``pytest --architecture-table``."""
+    page = (ROOT / "examples" / "ARCHITECTURES.md").read_text(encoding="utf-8")
+    header, _, *rows = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"^\|.*", page, re.M)
+    )
+    tests = ast.walk(ast.parse((ROOT / "tests" / "test_architectures.py").read_text(encoding="utf-8")))
+    marks = [node for node in tests if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("capability")]
+    assert set(header[1:]) == {mark.args[0].value for mark in marks}
+    assert [row[0] for row in rows] == list(TITLES.values())
+    assert f"{len(rows)} architectures" in README
+
+
+# ------------------------------------------------------------------------------------ the blocks
+def test_the_first_lines_run_on_a_trained_folder(folder):
+    pytest.importorskip("ot")
+    tiny_nvib().save_pretrained("text_vae")
+    tiny_tokenizer().save_pretrained("text_vae")
+    printed, documented = run(FIRST_LINES), printed_after(FIRST_LINES)
+    number = r"\d+"  # the vectors are as many as the tokenizer makes of the texts
+    assert re.sub(number, "", printed.splitlines()[0]) == re.sub(number, "", documented.splitlines()[0])
+    assert printed.count("\n") == documented.count("\n")
+
+
+def test_a_fresh_wrap_prints_what_it_says():
+    assert run(WRAP) == printed_after(WRAP)
+
+
+def test_a_model_is_trained_saved_pushed_and_unwrapped(folder, monkeypatch):
+    """Pushing is only recorded here: tests/test_hub.py pushes to a hub of its own."""
+    pushed = []
+    for owner in (NvibForConditionalGeneration, PreTrainedTokenizerBase):
+        monkeypatch.setattr(owner, "push_to_hub", lambda self, name: pushed.append((type(self).__name__, name)))
+    tiny_base("bart").save_pretrained("bart")
+    tiny_tokenizer().save_pretrained("bart")
+    names = {"dataset": tiny_examples(8)}
+    assert TRAIN.count('"facebook/bart-base"') == 1
+    run(TRAIN.replace("facebook/bart-base", "bart"), names)
+
+    assert pushed == [("NvibForConditionalGeneration", "me/my-nvib"), (type(tiny_tokenizer()).__name__, "me/my-nvib")]
+    saved, before = tensors(AutoModelForSeq2SeqLM.from_pretrained("my-nvib")), tensors(tiny_base("bart"))
+    for name, tensor in tensors(names["base"]).items():
+        assert torch.equal(tensor, saved[f"base.{name}"])
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in tensors(names["base"]).items())
+    assert (folder / "my-nvib" / "README.md").read_text().count("license: mit") == 1
+
+
+def test_whisper_learns_what_to_keep_and_nothing_else(folder):
+    inputs = {**tiny_inputs("whisper"), "labels": tiny_labels("whisper")}
+    names = {
+        "whisper": tiny_base("whisper"),
+        "accepted": 100.0,
+        "args": Seq2SeqTrainingArguments("out", max_steps=12, remove_unused_columns=False, report_to=[]),
+        "data": [{name: tensor[row] for name, tensor in inputs.items()} for row in range(3)],
+        "collate": lambda rows: {name: torch.stack([row[name] for row in rows]) for name in inputs},
+    }
+    exec("from nvib_hf import ConstraintCallback, NvibForConditionalGeneration, NvibTrainer", names)
+    fresh = tensors(NvibForConditionalGeneration.from_base_pretrained(tiny_base("whisper"), dropping="relaxed"))
+    run(WHISPER, names)
+    moved = {name for name, x in names["model"].named_parameters() if not torch.equal(x, fresh[name])}
+    assert moved and all(name.startswith("nvib.keep_") for name in moved)
+
+
+def test_results_go_into_the_model_card(folder):
+    pytest.importorskip("ot")
+    pytest.importorskip("sacrebleu")
+    model = tiny_nvib()
+    model.save_pretrained("my-nvib")
+    names = {"model": model, "tokenizer": tiny_tokenizer(), "held_out_texts": TEXTS, "training_texts": TEXTS[:2]}
+    few = "num_samples=4, num_pairs=2, reverse_steps=3, max_length=8"
+    assert EVALUATE.count("training_texts=training_texts)") == 1
+    run(EVALUATE.replace("training_texts)", f"training_texts, {few})"), names)
+    assert names["results"]["samples"]
+    assert "## Evaluation" in (folder / "my-nvib" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -36,13 +146,13 @@ def test_the_first_minute_prints_what_it_says():
 @pytest.mark.parametrize("padded", [True, False])
 def test_the_plain_pytorch_walk_through_runs_in_every_mode(training, kappa, padded):
     torch.manual_seed(0)
-    code = RUNNABLE[1]
+    code = PLAIN_PYTORCH
     assert "kappa=1" in code and "latent = nvib(" in code
     code = code.replace("kappa=1", f"kappa={kappa}")
     mode = f"for module in (encoder, nvib, decoder):\n    module.train({training})\npadding[1, 7:] = {padded}\n"
     code = code.replace("latent = nvib(", mode + "latent = nvib(")
     names: dict = {}
-    exec(compile(code, "README.md", "exec"), names)
+    run(code, names)
 
     components = 11 * (kappa if training else 1)
     assert names["latent"]["z"].z.shape == (components, 2, 64)
@@ -51,3 +161,24 @@ def test_the_plain_pytorch_walk_through_runs_in_every_mode(training, kappa, padd
     for module in ("encoder", "nvib", "decoder"):
         assert all(parameter.grad.isfinite().all() for parameter in names[module].parameters())
     assert all(parameter.grad.any() for parameter in names["nvib"].parameters())
+
+
+def code_of(page: str) -> str:
+    text = (ROOT / "examples" / page).read_text(encoding="utf-8")
+    [code] = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    return code
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
+def test_an_adapter_is_saved_and_loaded(folder):
+    pytest.importorskip("peft")
+    names = {"model": tiny_nvib()}
+    run(code_of("TOOLS.md"), names)
+    assert any("lora" in name for name in tensors(names["adapter"]))
+
+
+def test_another_architecture_is_a_row(monkeypatch):
+    monkeypatch.setattr(architectures, "_REGISTRY", dict(architectures._REGISTRY))
+    run(code_of("ARCHITECTURES.md"))
+    row = architectures._REGISTRY["MyCrossAttention"]
+    assert isinstance(row, CrossAttention) and (row.query, row.output) == ("query", "dense")
