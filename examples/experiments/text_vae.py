@@ -93,10 +93,8 @@ def nvib_constrained(texts: list[str], kl_weights: str = "drawn", **constraint) 
 
 def nvib_dropping(texts: list[str], dropping: str = "threshold", **constraint) -> Built:
     """As few vectors as the accepted ``cross_entropy`` allows, or as ``target_prop_vectors`` says."""
-    options = {**example.DROPPING, "dropping": dropping}
-    if dropping == "hard":
-        del options["alpha_threshold"]
-    model, tokenizer = example.bart(texts, **options)
+    options = {"threshold": example.DROPPING, "hard": example.HARD_DROPPING}
+    model, tokenizer = example.bart(texts, **options[dropping])
     return model, tokenizer, [ConstraintCallback(**constraint)]
 
 
