@@ -37,6 +37,8 @@ from nvib_hf.versions import CACHE
 
 matplotlib.use("Agg")
 BATCH = 8
+DIFFERENCE = "difference, 95 % interval"  # of word errors
+SECONDS_PER_VECTOR = 0.02
 SHARES = (0.5, 0.3, 0.2, 0.15, 0.1, 0.05)
 # Without the mapping of British to American spelling, which is a file on the Hub.
 normalised = EnglishTextNormalizer({})
@@ -194,25 +196,27 @@ def decoding_time(recognisers: list[Recogniser], encoded: Tensor, num_beams: int
 
 
 @torch.no_grad()
-def share_kept(model: NvibForConditionalGeneration, encoded: Tensor) -> float:
-    """Over all utterances."""
-    shares = [model.encode(encoder_last_hidden_state=batch.float()).prop_vectors for batch in encoded.split(BATCH)]
-    return torch.cat(shares).mean().item()
-
-
-@torch.no_grad()
 def keep_logits(model: NvibForConditionalGeneration, encoded: Tensor) -> Tensor:
-    """``(N, 1500)``."""
+    """``(N, 1500)``; above 0 a vector is kept."""
     return torch.cat([model.nvib.posterior(batch.float()).keep_logit[:, 1:] for batch in encoded.split(BATCH)])
 
 
-def sweep(model, processor, encoded: Tensor, references: list[str], plain: list[str]) -> list[dict[str, float]]:
+def shares_kept(model: NvibForConditionalGeneration, encoded: Tensor, utterances: list[Utterance]) -> dict[str, float]:
+    """Over all utterances: of all vectors, of those of the sound, of those of the padding to 30 seconds."""
+    keep = (keep_logits(model, encoded) > 0).float()
+    seconds = torch.tensor([len(utterance.sound) / RATE for utterance in utterances])
+    sound = (torch.arange(keep.shape[1]) * SECONDS_PER_VECTOR < seconds[:, None]).float()
+    of_sound, of_padding = ((keep * part).sum() / part.sum().clamp(min=1) for part in (sound, 1 - sound))
+    return {"kept": keep.mean().item(), "of_sound": of_sound.item(), "of_padding": of_padding.item()}
+
+
+def sweep(model, processor, encoded: Tensor, test: list[Utterance], references: list[str], plain: list[str]) -> list:
     """Word error by the share that is kept: the same decision, with another bias."""
     logits, bias, rows = keep_logits(model, encoded), model.nvib.keep_bias.data.clone(), []
     for share in SHARES:
         model.nvib.keep_bias.data = bias - torch.quantile(logits.flatten()[:: len(logits) // 50 + 1], 1 - share)
         texts = Recogniser(model, processor).transcribe(encoded, f"{share:.0%} kept")
-        rows.append({"kept": share_kept(model, encoded), **compare(references, plain, texts)})
+        rows.append({**shares_kept(model, encoded, test), **compare(references, plain, texts)})
     model.nvib.keep_bias.data = bias
     return rows
 
@@ -222,7 +226,7 @@ def draw(utterance: Utterance, logits: Tensor, curve: list[dict[str, float]], pr
     features = processor(utterance.sound, sampling_rate=RATE, return_tensors="np").input_features[0]
     figure, (sound, errors) = plt.subplots(1, 2, figsize=(12, 3.6), width_ratios=(2, 1), layout="constrained")
     sound.imshow(features, origin="lower", aspect="auto", cmap="magma", extent=(0, 30, 0, len(features)))
-    at = (np.flatnonzero(logits.numpy() > 0) + 0.5) * 0.02
+    at = (np.flatnonzero(logits.numpy() > 0) + 0.5) * SECONDS_PER_VECTOR
     sound.plot(at, np.full(len(at), -3.0), "|", color="tab:green", markersize=8, clip_on=False)
     sound.set(xlim=(0, min(30, len(utterance.sound) / RATE + 3)), ylim=(-6, len(features)))
     sound.set(xlabel="seconds (of 30)", ylabel="mel channel", title=f"{len(at)} of {len(logits)} vectors kept (green)")
@@ -234,21 +238,23 @@ def draw(utterance: Utterance, logits: Tensor, curve: list[dict[str, float]], pr
     plt.close(figure)
 
 
+def difference(row: dict[str, float]) -> str:
+    return f"{row['difference']:+.1f} ({row['low']:+.1f} to {row['high']:+.1f}) points"
+
+
 def report(results: dict) -> str:
     """Tables in Markdown."""
-    lines = ["| speech | kept | word error, plain | compressed | difference, 95 % interval |", "|---|---|---|---|---|"]
+    titles = ("speech", "kept", "of the sound", "of the padding", "word error, plain", "compressed", DIFFERENCE)
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name, row in results["word error"].items():
-        difference = f"{row['difference']:+.1f} ({row['low']:+.1f} to {row['high']:+.1f})"
-        lines.append(
-            f"| {name} | {row['kept']:.1%} | {row['plain']:.1f} % | {row['compressed']:.1f} % | {difference} points |"
-        )
+        shares = " | ".join(f"{row[part]:.1%}" for part in ("kept", "of_sound", "of_padding"))
+        errors = f"{row['plain']:.1f} % | {row['compressed']:.1f} %"
+        lines.append(f"| {name} | {shares} | {errors} | {difference(row)} |")
     lines += ["", f"| batch of {BATCH} | plain | compressed | ratio |", "|---|---|---|---|"]
     for name, (plain, compressed, unit) in results["cost"].items():
         lines.append(f"| {name} | {plain:.2f} {unit} | {compressed:.2f} {unit} | {compressed / plain:.2f} |")
-    lines += ["", "| kept | word error | difference, 95 % interval |", "|---|---|---|"]
-    for row in results["sweep"]:
-        difference = f"{row['difference']:+.1f} ({row['low']:+.1f} to {row['high']:+.1f})"
-        lines.append(f"| {row['kept']:.1%} | {row['compressed']:.1f} % | {difference} points |")
+    lines += ["", f"| kept | word error | {DIFFERENCE} |", "|---|---|---|"]
+    lines += [f"| {row['kept']:.1%} | {row['compressed']:.1f} % | {difference(row)} |" for row in results["sweep"]]
     return "\n".join(lines)
 
 
@@ -266,7 +272,7 @@ def evaluate(plain: Recogniser, compressed: Recogniser, test: list[Utterance], o
             references = [utterance.text for utterance in test] if annotated else of_plain
             clean, clean_texts = encoded, of_plain
         row = compare(references, of_plain, compressed.transcribe(encoded, f"{name}: compressed"))
-        results["word error"][name] = {"kept": share_kept(model, encoded), **row}
+        results["word error"][name] = {**shares_kept(model, encoded, heard), **row}
     batch, sounds = clean[:BATCH], test[:BATCH]
     sizes = [cache_bytes(recogniser, batch) / 2**20 for recogniser in (plain, compressed)]
     results["cost"]["cross-attention cache"] = (*sizes, "MiB")
@@ -278,7 +284,7 @@ def evaluate(plain: Recogniser, compressed: Recogniser, test: list[Utterance], o
         times = decoding_time([plain, compressed], batch, beams, options.repeats)
         results["cost"][name] = (*times, "s")
         results["cost"][f"{name}, encoder included"] = (*(seconds + encoder for seconds in times), "s")
-    results["sweep"] = sweep(model, processor, clean, references, clean_texts)
+    results["sweep"] = sweep(model, processor, clean, test, references, clean_texts)
     draw(test[0], keep_logits(model, clean[:1])[0], results["sweep"], processor, Path(options.output) / "whisper.png")
     return results
 

@@ -70,7 +70,7 @@ def generate_as_base(model, inputs=None, generation_config: GenerationConfig | N
     """
     if kwargs.get("return_token_timestamps"):
         raise ValueError(
-            "return_token_timestamps=True reads times off cross-attention to every frame, which a latent has not. Pass "
+            "return_token_timestamps=True reads times off cross-attention to every frame, which a latent lacks. Pass "
             "return_timestamps=True for the times of segments."
         )
     packed = kwargs.pop("encoder_outputs", None)
