@@ -12,8 +12,12 @@ espeak-ng (apt-get install flite espeak-ng).
 
 import argparse
 import copy
+import datetime
 import json
+import os
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +26,9 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+import transformers
 from matplotlib import pyplot as plt
+from matplotlib.ticker import NullLocator
 from speech import RATE, Utterance, recorded, spoken, with_noise
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -255,9 +261,11 @@ def draw(utterance: Utterance, logits: Tensor, curve: list[dict[str, float]], pr
     sound.set(xlabel="seconds (of 30)", ylabel="mel channel", title=f"{len(at)} of {len(logits)} vectors kept (green)")
     errors.plot([100 * row["kept"] for row in curve], [row["compressed"] for row in curve], "o-", label="compressed")
     errors.axhline(curve[0]["plain"], color="gray", linestyle="--", label="plain")
-    errors.set(xscale="log", xlabel="vectors kept, %", ylabel="word error, %", ylim=(0, None))
+    errors.set(xscale="log", xlabel="vectors kept, %", ylabel="word error, %", ylim=(0, 100))
+    errors.set_xticks([100 * share for share in SHARES], [f"{100 * share:g}" for share in SHARES], minor=False)
+    errors.xaxis.set_minor_locator(NullLocator())
     errors.legend()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
@@ -279,6 +287,16 @@ def report(results: dict) -> str:
     lines += ["", f"| kept | word error | {DIFFERENCE} |", "|---|---|---|"]
     lines += [f"| {row['kept']:.1%} | {row['compressed']:.1f} % | {difference(row)} |" for row in results["sweep"]]
     return "\n".join(lines)
+
+
+def heading() -> str:
+    """What made the tables."""
+    machine = f"{os.cpu_count()} CPU cores, of which PyTorch used {torch.get_num_threads()}"
+    versions = f"PyTorch {torch.__version__.split('+')[0]}, Transformers {transformers.__version__}"
+    return (
+        f"# Whisper, compressed\n\n- command: `{shlex.join(['python', 'examples/whisper.py', *sys.argv[1:]])}`\n"
+        f"- machine: {machine}; {versions}\n- date: {datetime.date.today().isoformat()}"
+    )
 
 
 def evaluate(plain: Recogniser, compressed: Recogniser, test: list[Utterance], options: argparse.Namespace) -> dict:
@@ -364,9 +382,9 @@ def main(arguments: list[str] | None = None) -> None:
     compressed = Recogniser(NvibForConditionalGeneration.from_pretrained(folder), processor)
     results = {"minutes of training": minutes, **evaluate(plain, compressed, test, options), "log": log}
     (output / "whisper.json").write_text(json.dumps(results, indent=1))
-    tables = report(results)
-    (output / "whisper.md").write_text(tables + "\n")
-    print(f"{len(data)} utterances, {options.steps} steps in {minutes:.1f} minutes.\n\n{tables}\n\nModel: {folder}")
+    text = f"{len(data)} utterances, {options.steps} steps in {minutes:.1f} minutes.\n\n{report(results)}"
+    (output / "whisper.md").write_text(f"{heading()}\n\n{text}\n\n![What is kept of a sound](whisper.png)\n")
+    print(f"{text}\n\nModel: {folder}")
 
 
 if __name__ == "__main__":
