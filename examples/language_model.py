@@ -7,7 +7,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from text_vae import train_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 DOCUMENT_START = "<|endoftext|>"  # what separates texts in its pretraining; its own first token opens a chat
 
@@ -48,3 +56,14 @@ def load(name: str | Path, cache: Path | str | None = None) -> tuple[PreTrainedM
     if name == "smollm2":
         return load_smollm2(cache)
     return AutoModelForCausalLM.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
+
+
+def load_or_tiny(
+    name: str, texts: list[str], cache: Path | str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """As :func:`load`; ``"tiny"`` is one that is as fast as it is ignorant, with a vocabulary of the ``texts``."""
+    if name != "tiny":
+        return load(name, cache)
+    tokenizer = train_tokenizer(texts, vocab_size=512)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=1, bos_token_id=1, eos_token_id=2)
+    return GPT2LMHeadModel(config), tokenizer

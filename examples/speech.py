@@ -13,7 +13,7 @@ from bbe import clauses
 from scipy.signal import resample_poly
 
 RATE = 16000
-# Of each program: voices to train on, and others to test on.
+# Of each program: voices to train on, and others to test on. The first program that is installed speaks.
 VOICES = {
     "flite": (("slt", "rms"), ("awb", "kal16")),
     "espeak-ng": (("en-us", "en-us+f3"), ("en-gb-x-rp", "en-gb-scotland+f4")),
@@ -38,16 +38,16 @@ def spoken(train: int, test: int, seed: int) -> tuple[list[Utterance], list[Utte
     Raises:
         SystemExit: nothing that speaks is installed.
     """
-    programs = [program for program in VOICES if shutil.which(program)]
-    if not programs:
+    program = next((program for program in VOICES if shutil.which(program)), None)
+    if program is None:
         raise SystemExit(NO_VOICES)
     sentences = clauses(6, 14)
     random.Random(seed).shuffle(sentences)
     parts = sentences[:train], sentences[train : train + test]
     made = []
     for part, texts in enumerate(parts):
-        voices = [(program, voice) for program in programs for voice in VOICES[program][part]]
-        made.append([Utterance(speak(text, *voices[i % len(voices)]), text) for i, text in enumerate(texts)])
+        voices = VOICES[program][part]
+        made.append([Utterance(speak(text, program, voices[i % len(voices)]), text) for i, text in enumerate(texts)])
     return made[0], made[1]
 
 

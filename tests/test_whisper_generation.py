@@ -1,0 +1,131 @@
+"""Whisper's own ``generate()`` on a wrapped model, against the base's: prompts, timestamps, long sound, latents."""
+
+import copy
+
+import pytest
+import torch
+from tiny_models import VOCAB_SIZE, tiny_base, tiny_inputs
+from transformers import GenerationConfig
+
+from nvib_hf import NvibForConditionalGeneration
+
+FIRST_TIMESTAMP = VOCAB_SIZE - 33  # as many as a window of 64 frames has steps, and one more
+PROMPTS = {
+    "is_multilingual": True,
+    "lang_to_id": {"<|en|>": 30, "<|fr|>": 31, "<|de|>": 32},
+    "task_to_id": {"transcribe": 33, "translate": 34},
+    "prev_sot_token_id": 35,
+    "no_timestamps_token_id": FIRST_TIMESTAMP - 1,
+    "max_initial_timestamp_index": 10,
+    "max_length": 12,
+    "return_timestamps": False,
+}
+
+
+@pytest.fixture(scope="module")
+def base():
+    base = tiny_base("whisper")
+    # One made from a model's configuration would be read without what is Whisper's own.
+    settings = {**base.generation_config.to_dict(), **PROMPTS, "_from_model_config": False}
+    base.generation_config = GenerationConfig(**settings)
+    return base.eval()
+
+
+@pytest.fixture(scope="module")
+def model(base):
+    return NvibForConditionalGeneration.from_base_pretrained(copy.deepcopy(base)).eval()
+
+
+@pytest.fixture(scope="module")
+def sound():
+    return tiny_inputs("whisper")["input_features"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"language": "fr", "task": "translate"},
+        {"language": ["en", "de", "fr"]},
+        {"return_timestamps": True, "language": "en"},
+        {"num_beams": 3, "language": "en"},
+        {"num_beams": 4, "num_return_sequences": 2},
+        {"prompt_ids": torch.tensor([35, 7, 9]), "language": "en"},
+        {"temperature": (0.0, 0.2), "no_speech_threshold": 0.6, "logprob_threshold": -1.0},
+    ],
+    ids=lambda settings: "-".join(settings) or "detection",
+)
+def test_writes_what_the_base_writes(base, model, sound, settings):
+    results = []
+    for generate in (base.generate, model.generate):
+        torch.manual_seed(0)  # temperatures above 0 draw
+        results.append(generate(input_features=sound, **settings))
+    assert torch.equal(*results)
+
+
+def test_languages_differ(model, sound):
+    """Otherwise the test above would pass with the prompts left out."""
+    english, french = (model.generate(sound, language=language) for language in ("en", "fr"))
+    assert not torch.equal(english, french)
+
+
+def test_long_sound_is_cut_into_windows(base, model):
+    sound = torch.randn(2, 8, 150, generator=torch.Generator().manual_seed(3))
+    mask = (torch.arange(150) < torch.tensor([[150], [90]])).long()
+    settings = {"attention_mask": mask, "return_timestamps": True, "return_segments": True, "language": "en"}
+    expected, found = base.generate(sound, **settings), model.generate(sound, **settings)
+    assert torch.equal(found["sequences"], expected["sequences"])
+    assert len(found["segments"][0]) > 1
+    times = [[float(segment["end"]) for segment in part] for part in found["segments"]]
+    assert times == [[float(segment["end"]) for segment in part] for part in expected["segments"]]
+
+
+@pytest.mark.parametrize("settings", [{}, {"language": "fr"}, {"num_beams": 3}], ids=str)
+def test_latents_are_written_after_the_same_prompt(model, sound, settings):
+    """All in one go, so the prompt is part of the result."""
+    expected = model.generate(sound, **settings)
+    states = model.base.get_encoder()(sound).last_hidden_state
+    for source in ({"encoder_outputs": model.encode(input_features=sound)}, {"encoder_last_hidden_state": states}):
+        found = model.generate(**source, **settings)
+        begin = found[0].tolist().index(FIRST_TIMESTAMP - 1) + 1
+        assert found[0, 0] == model.generation_config.decoder_start_token_id and begin in (3, 4)
+        assert torch.equal(found[:, begin : begin + expected.shape[1]], expected)
+
+
+def test_a_prompt_of_ones_own_is_taken(model, sound):
+    start = torch.tensor([[2, 30, 33, FIRST_TIMESTAMP - 1]] * 3)
+    assert torch.equal(model.generate(sound, decoder_input_ids=start)[:, :4], start)
+
+
+def test_compressed_sound_is_read(base, sound):
+    """The latents are really read: with vectors dropped the result is that of dropping, not the base's."""
+    model = NvibForConditionalGeneration.from_base_pretrained(copy.deepcopy(base), dropping="relaxed").eval()
+    with torch.no_grad():
+        model.nvib.keep_weight.normal_(generator=torch.Generator().manual_seed(0))
+        model.nvib.keep_bias.zero_()
+    latents = model.encode(input_features=sound)
+    assert (latents.prop_vectors < 0.9).all()
+    start = torch.tensor([[model.generation_config.decoder_start_token_id, 30, 33, FIRST_TIMESTAMP - 1]] * 3)
+    expected = model.generate(encoder_outputs=latents, decoder_input_ids=start, max_length=12)[:, 4:]
+    found = model.generate(sound, language="en")
+    length = min(found.shape[1], expected.shape[1])
+    assert torch.equal(found[:, :length], expected[:, :length])
+    assert not torch.equal(found, base.generate(sound, language="en"))
+
+
+def test_the_base_is_left_as_it_is(model, sound):
+    before = dict(vars(model.base)), type(model.base), list(dict(model.base.named_modules()))
+    model.generate(sound, language="en")
+    assert (dict(vars(model.base)), type(model.base), list(dict(model.base.named_modules()))) == before
+
+
+def test_saved_and_loaded(model, sound, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = NvibForConditionalGeneration.from_pretrained(tmp_path).eval()
+    settings = {"language": "fr", "task": "translate"}
+    assert torch.equal(loaded.generate(sound, **settings), model.generate(sound, **settings))
+
+
+def test_times_of_tokens_are_refused(model, sound):
+    with pytest.raises(ValueError, match="return_timestamps=True for the times of segments"):
+        model.generate(sound, return_token_timestamps=True)
