@@ -256,7 +256,7 @@ def draw(utterance: Utterance, logits: Tensor, curve: list[dict[str, float]], pr
     figure, (sound, errors) = plt.subplots(1, 2, figsize=(12, 3.6), width_ratios=(2, 1), layout="constrained")
     sound.imshow(features, origin="lower", aspect="auto", cmap="magma", extent=(0, 30, 0, len(features)))
     at = (np.flatnonzero(logits.numpy() > 0) + 0.5) * SECONDS_PER_VECTOR
-    sound.plot(at, np.full(len(at), -3.0), "|", color="tab:green", markersize=8, clip_on=False)
+    sound.plot(at, np.full(len(at), -3.0), "|", color="tab:green", markersize=8)
     sound.set(xlim=(0, min(30, len(utterance.sound) / RATE + 3)), ylim=(-6, len(features)))
     sound.set(xlabel="seconds (of 30)", ylabel="mel channel", title=f"{len(at)} of {len(logits)} vectors kept (green)")
     errors.plot([100 * row["kept"] for row in curve], [row["compressed"] for row in curve], "o-", label="compressed")
@@ -265,7 +265,7 @@ def draw(utterance: Utterance, logits: Tensor, curve: list[dict[str, float]], pr
     errors.set_xticks([100 * share for share in SHARES], [f"{100 * share:g}" for share in SHARES], minor=False)
     errors.xaxis.set_minor_locator(NullLocator())
     errors.legend()
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, bbox_inches="tight")
     plt.close(figure)
 
 
