@@ -1,69 +1,83 @@
-"""Training that is steered by what a user can name: a reconstruction to keep, or a share of vectors to keep."""
+"""The callbacks: annealing of the KL terms, training under a constraint, dropping, and warnings of a collapse."""
 
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
 
+from .collapse import ChannelMoments, CollapseWarning, EvaluationGapWarning, collapse_message, gap_message
 from .configuration_nvib import NvibConfig
-from .recording import Recorder, find_nvib_model
+from .loss import IGNORED, TERMS
+from .measuring import MeasuringCallback
+from .multipliers import (
+    SCHEDULES,
+    SLOW,
+    annealed,
+    multiplier,
+    reconstruction_error,
+    running_mean,
+    share_error,
+)
+from .recording import find_nvib_model
+from .text_batches import evaluating
+from .validation import check_choice
 
 
-class MeasuringCallback(TrainerCallback, ExportableState):
-    """Sees what the model says in training, with any Trainer, and keeps its own state in the checkpoints.
+# ------------------------------------------------------------------------------------------------ annealing
+class KLAnnealingCallback(TrainerCallback):
+    r"""Anneals the weights of the KL terms: :math:`\beta(t)` in the loss of the model.
 
-    Subclasses name what to keep in ``kept_in_checkpoints``, and the arguments they were made with in ``arguments``.
+    The value follows from the step alone, so it survives a resumed training. The last one stays in the model, and is
+    saved with it: what it is evaluated and trained further with.
+
+    Args:
+        schedule: ``"constant"``, ``"linear"``, ``"cosine"`` or ``"cyclic"``, see
+            :func:`~nvib_hf.multipliers.annealed`.
+        warmup_ratio: length of the warm-up as a share of the training steps (of a cycle, if cyclic), in [0, 1].
+        start_ratio: share of the training steps before it, in [0, 1].
+        cycles: number of cycles.
+        terms: of ``("gaussian", "dirichlet", "vectors")`` those whose ``lambda_*`` it anneals, by default all; use two
+            callbacks for two schedules.
+
+    Raises:
+        ValueError: an argument outside its range.
     """
 
-    kept_in_checkpoints: tuple[str, ...] = ()
+    def __init__(
+        self,
+        schedule: str = "linear",
+        warmup_ratio: float = 0.25,
+        start_ratio: float = 0.0,
+        cycles: int = 4,
+        terms: Sequence[str] = TERMS,
+    ) -> None:
+        check_choice("schedule", schedule, SCHEDULES)
+        for name, ratio in (("warmup_ratio", warmup_ratio), ("start_ratio", start_ratio)):
+            if not 0 <= ratio <= 1:
+                raise ValueError(f"{name} must be in [0, 1], but got {ratio}.")
+        if cycles < 1:
+            raise ValueError(f"cycles must be at least 1, but got {cycles}.")
+        terms = (terms,) if isinstance(terms, str) else tuple(terms)
+        if not terms or not set(terms) <= set(TERMS):
+            raise ValueError(f"terms must be some of {', '.join(map(repr, TERMS))}, but got {terms}.")
+        self.schedule, self.warmup_ratio, self.start_ratio = schedule, warmup_ratio, start_ratio
+        self.cycles, self.terms = cycles, terms
 
-    def __init__(self, arguments: dict) -> None:
-        self.arguments = arguments
-        self._recorder, self._hook = Recorder(), None
+    def beta(self, progress: float) -> float:
+        """The weight at a share ``progress`` in [0, 1] of the training steps."""
+        return annealed(progress, self.schedule, self.warmup_ratio, self.start_ratio, self.cycles)
 
-    def state(self) -> dict:
-        """What the Trainer writes to ``trainer_state.json``."""
-        return {"args": self.arguments, "attributes": {name: getattr(self, name) for name in self.kept_in_checkpoints}}
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
-        saved = state.stateful_callbacks.get(type(self).__name__, {})
-        for entry in saved if isinstance(saved, list) else [saved]:
-            if entry.get("args") == self.arguments:  # a resumed training goes on where it stood
-                vars(self).update(entry["attributes"])
-        self.on_train_end(args, state, control)  # of a training that was broken off
-        self._model = find_nvib_model(model)
-        self._recorder.clear()
-        self._hook = self._model.register_forward_hook(self._see, with_kwargs=True)
-
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-
-    def _see(self, model: nn.Module, args: tuple, inputs: dict, outputs) -> None:
-        if model.training:  # not the evaluations on the way
-            self.record(model, inputs, outputs)
-
-    def record(self, model: nn.Module, inputs: dict, outputs) -> None:
-        """Take note of a forward pass of training."""
-        self._recorder.hook(model, (), inputs, outputs)
-
-    def measured(self, device: torch.device) -> dict[str, float]:
-        """Means over what all processes saw since the last call."""
-        return self._recorder.read(device)
-
-    def trace(self) -> dict[str, float]:
-        """What to log."""
-        return {}
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if logs is not None and "loss" in logs:
-            trace = self.trace()
-            logs.update(trace)
-            state.log_history[-1].update(trace)
+    def on_step_begin(self, args, state, control, model=None, **kwargs) -> None:
+        beta = self.beta(state.global_step / max(state.max_steps, 1))
+        weights = find_nvib_model(model).kl_beta
+        with torch.no_grad():
+            for term in self.terms:
+                weights[TERMS.index(term)] = beta
 
 
 class ThresholdCallback(MeasuringCallback):
@@ -118,8 +132,8 @@ class ThresholdCallback(MeasuringCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if state.global_step % self.interval or not (means := self.measured(args.device)):
             return
-        self.average_cross_entropy = _average(self.average_cross_entropy, means["cross_entropy"])
-        self.average_kept = _average(self.average_kept, means["prop_vectors"])
+        self.average_cross_entropy = running_mean(self.average_cross_entropy, means["cross_entropy"])
+        self.average_kept = running_mean(self.average_kept, means["prop_vectors"])
         if self.started:
             self.steer()
         else:
@@ -133,13 +147,6 @@ class ThresholdCallback(MeasuringCallback):
         return {"threshold_share": self.threshold_share if self.started else 0.0}
 
 
-# The share of vectors is extrapolated by four times what it lost against its mean over about 20 measurements, because
-# vectors that are dropped come back slowly, if at all: with less, simulated trainings pass below the target.
-SLOW, LEAD = 0.05, 4.0
-# Above the tolerance by this much, in log, the share's multiplier does not rise any more.
-MARGIN = 0.1
-
-
 class ConstraintCallback(ThresholdCallback):
     r"""Compresses as far as the reconstruction allows that the user accepts, and no further.
 
@@ -149,28 +156,15 @@ class ConstraintCallback(ThresholdCallback):
 
     The ``lambda_*`` say what counts how much among the terms, the multipliers (the model's ``kl_beta``) how much they
     count against the cross-entropy. These are ``start_beta`` until the constraint is met for the first time; nothing
-    is dropped before. From there :math:`\beta` follows the error :math:`e = \log(\tau / \overline{\mathrm{CE}})`,
-    clipped to [-1, 1], by a slow integral and a proportional part:
-
-    .. math::
-        \log \beta = I + \mathrm{gain} \cdot e, \qquad I \leftarrow I + \mathrm{rate} \cdot e \text{ every step}
-
-    The model's ``alpha_threshold`` drops vectors in ``threshold_share`` of the training examples from the same moment
-    on, and in all of evaluation.
+    is dropped before. From there :math:`\beta` follows the error :math:`\log(\tau / \overline{\mathrm{CE}})`
+    (:func:`~nvib_hf.multipliers.multiplier`), and the model's ``alpha_threshold`` drops vectors in
+    ``threshold_share`` of the training examples, and in all of evaluation.
 
     Without ``target_prop_vectors``, :math:`\beta_V = \beta`. With it, :math:`\beta_V` follows an error of its own by
-    the same law, and :math:`\beta` goes on compressing the vectors that are kept:
-
-    .. math::
-        s = \log \frac{\overline{\mathrm{kept}} - 4 \max(\overline{\overline{\mathrm{kept}}}
-        - \overline{\mathrm{kept}}, 0)}{\mathrm{target}}, \qquad
-        e_V = \min(s, 0) + \max(s, 0) \min(\max(1 + 10 e, 0), 1) + \min(e, 0)
-
-    with the slower mean :math:`\overline{\overline{\mathrm{kept}}}`, so it holds back while the share still falls. It
-    does not rise while the cross-entropy is a tenth above the tolerance, and falls with :math:`e`: the
-    reconstruction comes first, then the share, then the KLs. The share is that of the vectors really kept, which has
-    no gradient where a threshold decides; what trains the pseudo-counts towards it is ``lambda_vectors`` with the
-    relaxed share (:func:`~nvib_hf.dropping.relaxed_share`), so set it above 0.
+    the same law (:func:`~nvib_hf.multipliers.share_error`), and :math:`\beta` goes on compressing the vectors that
+    are kept. The share is that of the vectors really kept, which has no gradient where a threshold decides; what
+    trains the pseudo-counts towards it is ``lambda_vectors`` with the relaxed share
+    (:func:`~nvib_hf.dropping.relaxed_share`), so set it above 0.
 
     Works with any ``Trainer``. Its state is part of the checkpoints, its trace (``constraint_beta``,
     ``constraint_beta_vectors``, ``constraint_cross_entropy``, ``constraint_tolerance``, ``constraint_prop_vectors``)
@@ -182,7 +176,7 @@ class ConstraintCallback(ThresholdCallback):
             ``"eval_bleu"``, at the target by moving :math:`\tau` after each evaluation.
         target_prop_vectors: share of the source vectors to keep, in (0, 1).
         start_beta: both multipliers before the constraint is met.
-        rate: of the integrals, a step.
+        rate: of the integrals, per step.
         gain: of the proportional parts.
         interval: steps between two measurements; the means are over about five of them.
         threshold_share: share of the training examples in which the threshold drops vectors; the others let a dropped
@@ -249,14 +243,14 @@ class ConstraintCallback(ThresholdCallback):
     @property
     def beta(self) -> float:
         """The multiplier of the KLs."""
-        return math.exp(self.integral + self.gain * self.error)
+        return multiplier(self.integral, self.error, self.gain)
 
     @property
     def beta_vectors(self) -> float:
         """The multiplier of the share of vectors."""
         if self.target_prop_vectors is None:
             return self.beta
-        return math.exp(self.integral_vectors + self.gain * self.error_vectors)
+        return multiplier(self.integral_vectors, self.error_vectors, self.gain)
 
     def check(self, config: NvibConfig) -> None:
         if self.target_prop_vectors is not None and config.lambda_vectors == 0:
@@ -274,18 +268,14 @@ class ConstraintCallback(ThresholdCallback):
         self._model.kl_beta.copy_(torch.tensor([self.beta, self.beta, self.beta_vectors]))
 
     def steer(self) -> None:
-        self.error = _clip(math.log(self.tolerance / max(self.average_cross_entropy, 1e-9)))
+        self.error = reconstruction_error(self.average_cross_entropy, self.tolerance)
         self.integral += self.rate * self.interval * self.error
         if self.target_prop_vectors is not None:
-            self.error_vectors = _clip(self._share_error())
+            self.slow_average_kept = running_mean(self.slow_average_kept, self.average_kept, SLOW)
+            self.error_vectors = share_error(
+                self.average_kept, self.slow_average_kept, self.target_prop_vectors, self.error
+            )
             self.integral_vectors += self.rate * self.interval * self.error_vectors
-
-    def _share_error(self) -> float:
-        self.slow_average_kept = _average(self.slow_average_kept, self.average_kept, SLOW)
-        kept = self.average_kept - LEAD * max(self.slow_average_kept - self.average_kept, 0.0)
-        share = math.log(max(kept, 1e-9) / self.target_prop_vectors)
-        allowed = min(max(1 + self.error / MARGIN, 0.0), 1.0)
-        return min(share, 0.0) + allowed * max(share, 0.0) + min(self.error, 0.0)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
         if self.metric is None:
@@ -312,10 +302,133 @@ class ConstraintCallback(ThresholdCallback):
         return trace
 
 
-def _average(average: float | None, value: float, weight: float = 0.2) -> float:
-    """A running mean, over about five values by default."""
-    return value if average is None else average + weight * (value - average)
+class CollapseCallback(MeasuringCallback):
+    """Warns, once for each sign, when a training shows twice in a row that evaluation will be of no use.
 
+    That the decoder ignores the latent (:class:`CollapseWarning`): over the steps since the last log both KLs together
+    below ``min_nats`` per vector (the posterior is the prior), or a share of vectors kept below ``min_prop_vectors``;
+    every ``interval`` steps, a share of active channels below ``min_active_units``.
 
-def _clip(error: float) -> float:
-    return min(max(error, -1.0), 1.0)
+    That it reads in training what it does not in evaluation (:class:`EvaluationGapWarning`): every ``interval`` steps
+    the last batch is decoded as in evaluation, too. Its cross-entropy, the ``evaluation_cross_entropy`` of the logs,
+    is more than ``max_gap`` above what it was in training, and more than twice that. This is one forward pass without
+    gradients, under 1 % of the training by default, and draws nothing: the training is the same with and without.
+
+    ``NvibTrainer`` brings one; with another ``Trainer`` add it to the callbacks.
+
+    Args:
+        min_nats: of ``P * KL_G + KL_D``, nats per latent vector.
+        min_prop_vectors: share of the source vectors.
+        min_active_units: share of the latent channels.
+        max_gap: nats per target token.
+        interval: steps between two looks at a batch.
+
+    Raises:
+        ValueError: an ``interval`` below 1.
+    """
+
+    kept_in_checkpoints = ("warned", "seen", "evaluation_cross_entropy")
+
+    def __init__(
+        self,
+        min_nats: float = 0.1,
+        min_prop_vectors: float = 0.02,
+        min_active_units: float = 0.01,
+        max_gap: float = 0.5,
+        interval: int = 50,
+    ) -> None:
+        super().__init__(
+            {
+                "min_nats": min_nats,
+                "min_prop_vectors": min_prop_vectors,
+                "min_active_units": min_active_units,
+                "max_gap": max_gap,
+                "interval": interval,
+            }
+        )
+        if interval < 1:
+            raise ValueError(f"interval must be at least 1 step, but got {interval}.")
+        self.min_nats, self.min_prop_vectors = min_nats, min_prop_vectors
+        self.min_active_units, self.max_gap, self.interval = min_active_units, max_gap, interval
+        self.warned: list[str] = []
+        self.seen: list[str] = []  # the last time
+        self.evaluation_cross_entropy: float | None = None  # since the last log
+        self._last: tuple[dict, Tensor | None] | None = None
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        super().on_train_end(args, state, control, **kwargs)
+        self._last = None
+
+    def record(self, model: nn.Module, inputs: dict, outputs) -> None:
+        super().record(model, inputs, outputs)
+        cross_entropy = outputs.get("cross_entropy") if hasattr(outputs, "get") else None
+        self._last = inputs, None if cross_entropy is None else cross_entropy.detach().mean()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        last, self._last = self._last, None  # no batch is held beyond its step
+        if state.global_step % self.interval == 0:
+            self._evaluate(args, state, *(last or ({}, None)))
+
+    def _evaluate(self, args, state, inputs: dict, cross_entropy: Tensor | None) -> None:
+        """Decode a batch as in evaluation, beside its cross-entropy in training."""
+        from accelerate.utils import reduce
+
+        sums = torch.zeros(3, device=args.device)
+        if cross_entropy is not None and inputs.get("encoder_outputs") is None:  # else latents take the texts' place
+            outputs = self._outputs(args, inputs)
+            units = self._active_units(outputs.latents)
+            self._warn_below(state, "active units", "of the channels", units, self.min_active_units)
+            both = torch.stack([cross_entropy.to(args.device), outputs.cross_entropy.to(args.device)]).float()
+            tokens = (inputs["labels"] != IGNORED).sum().to(args.device)
+            sums = torch.cat([both * tokens, tokens[None]])
+        training, evaluation, tokens = reduce(sums, "sum").tolist()
+        if tokens:
+            training, self.evaluation_cross_entropy = training / tokens, evaluation / tokens
+            self._warn_of_gap(state, training, self.evaluation_cross_entropy)
+
+    def _outputs(self, args, inputs: dict):
+        model = self._model
+        inputs = {name: x.to(model.device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
+        dtype = torch.float16 if args.fp16 else torch.bfloat16
+        with evaluating(model), torch.autocast(model.device.type, dtype, enabled=args.fp16 or args.bf16):
+            return model(**inputs)
+
+    def _active_units(self, latents) -> float:
+        source = latents.attention_mask.clone()
+        source[:, 0] = False  # the prior's own component
+        moments = ChannelMoments()
+        moments.add(latents.z, source)
+        return moments.active_units(self._model.nvib.prior_logvar.exp())
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        super().on_log(args, state, control, logs=logs, **kwargs)
+        if logs is None or "loss" not in logs:
+            return
+        self.evaluation_cross_entropy = None
+        if means := self.measured(args.device):
+            nats = self._model.nvib.size_out * means["kl_gaussian"] + means["kl_dirichlet"]
+            self._warn_below(state, "KL terms", "nats per vector", nats, self.min_nats)
+            self._warn_below(state, "vectors kept", "of the source", means["prop_vectors"], self.min_prop_vectors)
+
+    def trace(self) -> dict[str, float]:
+        value = self.evaluation_cross_entropy
+        return {} if value is None else {"evaluation_cross_entropy": value}
+
+    def _warn_below(self, state, what: str, unit: str, value: float, least: float) -> None:
+        if self._is_due(what, value < least) and state.is_world_process_zero:
+            message = collapse_message(state.global_step, what, value, unit, least)
+            warnings.warn(message, CollapseWarning, stacklevel=2)
+
+    def _warn_of_gap(self, state, training: float, evaluation: float) -> None:
+        shown = evaluation > max(training + self.max_gap, 2 * training)
+        if self._is_due("evaluation", shown) and state.is_world_process_zero:
+            share = self._model.nvib.threshold_share.item()
+            message = gap_message(state.global_step, training, evaluation, self._model.config, share)
+            warnings.warn(message, EvaluationGapWarning, stacklevel=2)
+
+    def _is_due(self, sign: str, shown: bool) -> bool:
+        """Whether to warn of a sign: it shows for the second time in a row, and there was no warning yet."""
+        due = shown and sign in self.seen and sign not in self.warned
+        self.seen = [other for other in self.seen if other != sign] + [sign] * shown
+        self.warned += [sign] * due
+        return due

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .collapse import ACTIVE_VARIANCE
-from .cross_entropy import IGNORED
 from .latent import NvibLatents
 from .likelihood import divergences, log_importance_weights, mutual_information
+from .loss import IGNORED
 from .sample_quality import (
     DECODINGS,
     interpolation_scores,

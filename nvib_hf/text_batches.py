@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .cross_entropy import IGNORED
+from .loss import IGNORED
 
 MAX_LENGTH = 64  # tokens; longer texts are cut
 

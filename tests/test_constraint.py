@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_training import TRAINERS, WITH_COMPILE, tiny_model, trainer_of
+from test_trainer import TRAINERS, WITH_COMPILE, tiny_model, trainer_of
 from tiny_text import tiny_collator
 from transformers import Trainer
 
