@@ -53,7 +53,7 @@ def token_lengths(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_leng
 
 def encoder_inputs(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int = MAX_LENGTH
-):
+) -> BatchEncoding:
     """The texts as the encoder takes them: token ids and mask, padded, on the model's device."""
     inputs = tokenizer(texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
     return inputs.to(model.device)
