@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .latent import NvibLatents
 
 IGNORED = -100  # the label of what is no target
+# What to do where a Trainer's own smoothing of labels would take the place of this loss.
+SMOOTHING = "Set label_smoothing_factor to 0 in TrainingArguments and use NvibConfig(label_smoothing=...) instead"
 TERMS = ("gaussian", "dirichlet", "vectors")  # what ``lambda_*`` weigh, in the order of the model's ``kl_beta``
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 
 from torch import nn
 from transformers import Seq2SeqTrainer, TrainerState
-from transformers.modelcard import TrainingSummary, make_markdown_table
+from transformers.modelcard import TrainingSummary
 
 from .callbacks import CollapseCallback
+from .loss import SMOOTHING
+from .markdown import markdown_table
 from .measuring import MeasuringCallback
 from .model_card import base_ids, model_card
 from .recording import Recorder, nvib_model_in
@@ -43,7 +45,7 @@ class NvibTrainerMixin:
         if self.args.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor={self.args.label_smoothing_factor} in TrainingArguments replaces the model's "
-                "loss and drops its KL terms. Set it to 0 and NvibConfig(label_smoothing=...) instead."
+                f"loss and drops its KL terms. {SMOOTHING}."
             )
         model = nvib_model_in(self.model)  # None for a plain one, trained beside it
         if model is not None and hasattr(self.model, "peft_config") and not model.name_or_path:
@@ -124,16 +126,16 @@ def training_section(state: TrainerState, summary: TrainingSummary) -> str:
     evaluations = {entry["step"]: _results(entry) for entry in state.log_history if "eval_loss" in entry}
     evaluation = next(reversed(evaluations.values()), {})
     last = [
-        {"": name, "training": training.get(name, ""), "evaluation": evaluation.get(name, "")}
+        (name, *(_rounded(results.get(name, "")) for results in (training, evaluation)))
         for name in dict.fromkeys([*training, *evaluation])
     ]
     on_the_way = [
-        {"step": step, **{name: results.get(name, "") for name in evaluation}} for step, results in evaluations.items()
+        (step, *(_rounded(results.get(name, "")) for name in evaluation)) for step, results in evaluations.items()
     ]
     hyperparameters = [f"- `{name}`: {value}" for name, value in (summary.hyperparameters or {}).items()]
     parts = [
-        f"{state.global_step} steps{on_data}. At the end:\n\n{make_markdown_table(last)}",
-        f"Evaluations:\n\n{make_markdown_table(on_the_way)}" if len(on_the_way) > 1 else "",
+        f"{state.global_step} steps{on_data}. At the end:\n\n{markdown_table(('', 'training', 'evaluation'), *last)}",
+        f"Evaluations:\n\n{markdown_table(('step', *evaluation), *on_the_way)}" if len(on_the_way) > 1 else "",
         "Hyperparameters:\n\n" + "\n".join(hyperparameters),
     ]
     return "\n\n".join(part.strip() for part in parts if part)
@@ -143,6 +145,12 @@ def _results(entry: dict[str, float]) -> dict[str, float]:
     """What a log says of the model, by name."""
     entry = {name.removeprefix("eval_"): value for name, value in entry.items()}
     return {name: value for name, value in entry.items() if name not in NOT_RESULTS}
+
+
+def _rounded(value: object) -> str:
+    """A number to four places where it has more."""
+    text = str(value)
+    return f"{value:.4f}" if isinstance(value, float) and len(text.partition(".")[2]) > 4 else text
 
 
 class NvibTrainer(NvibTrainerMixin, Seq2SeqTrainer):
