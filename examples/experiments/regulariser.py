@@ -41,7 +41,7 @@ from nvib_hf import NvibForConditionalGeneration
 from nvib_hf.evaluation import reconstruct
 from nvib_hf.text_metrics import word_edits
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[1]))  # the examples
 import bbe
 import wordnet
 

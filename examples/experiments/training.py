@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, Seq2SeqTrainingArguments, TrainerCallback
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # `text_vae` is the example, of the experiment's name
+sys.path.append(str(Path(__file__).parents[1]))  # the examples
 import text_vae as example
 
 from nvib_hf import NvibTrainer
