@@ -32,6 +32,8 @@ from pathlib import Path
 import torch
 import transformers
 
+from nvib_hf import markdown
+
 RESULTS = Path(__file__).parent / "results"  # committed reports
 
 
@@ -157,10 +159,8 @@ def summary(group: list[dict], digits: dict[str, int] | None = None) -> dict[str
 
 def markdown_table(rows: list[dict[str, object]]) -> str:
     """A table with a column for each key of the first row; what a row lacks is left empty."""
-    names = list(rows[0])
-    lines = [names, ["---"] * len(names)]
-    lines += [[str(row.get(name, "")).replace("|", "\\|").replace("\n", " ") for name in names] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    cells = ([str(row.get(name, "")).replace("|", "\\|").replace("\n", " ") for name in rows[0]] for row in rows)
+    return markdown.markdown_table(list(rows[0]), *cells)
 
 
 # --------------------------------------------------------------------------------- command and report
