@@ -7,8 +7,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from test_trainer import TRAINERS, WITH_COMPILE, tiny_model, trainer_of
 from tiny_text import tiny_collator, tiny_examples
+from tiny_training import TRAINERS, WITH_COMPILE, tiny_model, trainer_of
 from transformers import Trainer, TrainerCallback
 
 from nvib_hf import CollapseCallback, CollapseWarning, EvaluationGapWarning, NvibTrainer
