@@ -41,7 +41,7 @@ def evaluate(
     batch_size: int = 64,
     max_length: int = MAX_LENGTH,
 ) -> dict:
-    """Everything this module and :mod:`nvib_hf.sample_quality` measure, for ``json.dump``.
+    """Reconstruction, rate and distortion, tokens kept, samples and interpolations, for ``json.dump``.
 
     Samples have as many latent vectors as the texts have; interpolations are between neighbours in the list. The same
     seed gives the same results. A measure that a model has not is left out, one that is not finite is ``None``.
