@@ -178,9 +178,7 @@ class ConstraintCallback(ThresholdCallback):
         start_beta: both multipliers before the constraint is met.
         rate: of the integrals, per step.
         gain: of the proportional parts.
-        interval: steps between two measurements; the means are over about five of them.
-        threshold_share: share of the training examples in which the threshold drops vectors; the others let a dropped
-            vector come back.
+        threshold_share, interval: as of :class:`ThresholdCallback`.
 
     Raises:
         ValueError: an argument outside its range; a model that cannot drop vectors where a share is asked for; an

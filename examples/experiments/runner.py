@@ -214,7 +214,7 @@ def command_line() -> str:
 def write_report(args: argparse.Namespace, title: str, body: str) -> Path:
     """Write ``args.report``: the body under the command that made it, the machine, the date and the seeds."""
     machine = (
-        f"{os.cpu_count()} CPU cores, one thread a run; PyTorch {torch.__version__.split('+')[0]}, "
+        f"{os.cpu_count()} CPU cores, one thread per run; PyTorch {torch.__version__.split('+')[0]}, "
         f"Transformers {transformers.__version__}"
     )
     made_by = [
