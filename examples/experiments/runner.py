@@ -32,8 +32,6 @@ from pathlib import Path
 import torch
 import transformers
 
-from nvib_hf import markdown
-
 RESULTS = Path(__file__).parent / "results"  # committed reports
 
 
@@ -159,6 +157,8 @@ def summary(group: list[dict], digits: dict[str, int] | None = None) -> dict[str
 
 def markdown_table(rows: list[dict[str, object]]) -> str:
     """A table with a column for each key of the first row; what a row lacks is left empty."""
+    from nvib_hf import markdown  # here, so that the process of a run does not wait for it
+
     cells = ([str(row.get(name, "")).replace("|", "\\|").replace("\n", " ") for name in rows[0]] for row in rows)
     return markdown.markdown_table(list(rows[0]), *cells)
 
