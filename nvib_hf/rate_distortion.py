@@ -14,7 +14,6 @@ from .collapse import ChannelMoments
 from .latent import NvibLatents
 from .likelihood import divergences, log_importance_weights, mutual_information
 from .loss import IGNORED
-from .nvib_layer import Nvib
 from .text_batches import (
     MAX_LENGTH,
     check_texts,
@@ -87,7 +86,7 @@ def rate_distortion(
             sampled = model.encode(**inputs, sample=True, generator=generator)
             sums.add("cross_entropy", negative_log_likelihood(model, labels, encoder_outputs=latents))
             sums.add("cross_entropy_sampled", negative_log_likelihood(model, labels, encoder_outputs=sampled))
-            sums.add_latents(model.nvib, latents, tokens)
+            sums.add_latents(model, latents, tokens)
             if importance_samples:
                 weights = log_importance_weights(model, latents, labels, importance_samples, importance_generator)
                 if weights is not None:
@@ -114,12 +113,12 @@ class Sums:
         self.sums[name] += values.double().sum().item()
         self.texts += len(values) * (name == "tokens")
 
-    def add_latents(self, layer: Nvib, latents: NvibLatents, tokens: Tensor) -> None:
+    def add_latents(self, model: PreTrainedModel, latents: NvibLatents, tokens: Tensor) -> None:
         """What posteriors report of themselves, with the target tokens ``(B,)`` that weigh the KLs of the loss."""
         for name in ("kl_gaussian", "kl_dirichlet"):
             if (kl := getattr(latents, name)) is not None:
                 self.add(name, tokens * kl)
-        for name, nats in divergences(layer, latents).items():
+        for name, nats in divergences(model.nvib, latents).items():
             self.add(f"{name}_per_token", nats)
         for name in self.PER_TEXT:
             if (value := getattr(latents, name)) is not None:
