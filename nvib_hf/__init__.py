@@ -47,15 +47,15 @@ if find_spec("transformers") is not None:
     from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
     from .architectures import CrossAttention, register_cross_attention
-    from .collapse import CollapseCallback, CollapseWarning, EvaluationGapWarning
+    from .callbacks import CollapseCallback, ConstraintCallback, KLAnnealingCallback, ThresholdCallback
+    from .collapse import CollapseWarning, EvaluationGapWarning
     from .configuration_nvib import NvibConfig
     from .evaluation import evaluate
     from .evaluation_report import add_to_model_card, evaluation_section
     from .latent import NvibLatents, concatenate_latents
     from .latent_transport import latent_distance
     from .modeling_nvib import NvibForConditionalGeneration
-    from .training import KLAnnealingCallback, NvibTrainer, NvibTrainerMixin
-    from .training_control import ConstraintCallback, ThresholdCallback
+    from .trainer import NvibTrainer, NvibTrainerMixin
 
     AutoConfig.register(NvibConfig.model_type, NvibConfig)
     AutoModelForSeq2SeqLM.register(NvibConfig, NvibForConditionalGeneration)

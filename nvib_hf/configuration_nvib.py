@@ -34,8 +34,6 @@ NUMBERS = (
     "word_dropout",
     "label_smoothing",
 )
-
-
 WEIGHTS = ("lambda_gaussian", "lambda_dirichlet", "lambda_vectors", "free_bits_gaussian", "free_bits_dirichlet")
 
 
@@ -79,10 +77,10 @@ class NvibConfig(PreTrainedConfig):
             model it came from is not touched.
         base_architecture: class of the base model in Transformers, ``"BartForConditionalGeneration"``; by default
             the first of ``base_config.architectures``, or what ``AutoModelForSeq2SeqLM`` makes of it.
-        prior_mu, prior_var: the prior's mean and variance, one number or one value a channel.
+        prior_mu, prior_var: the prior's mean and variance, one number or one value per channel.
         prior_alpha: pseudo-count of the prior's component, above 0.
         delta: conditional prior, in [0, 1]: the share of the source length that the prior expects to keep.
-        kappa: vectors drawn a component in training, at least 1.
+        kappa: vectors drawn per component in training, at least 1.
         alpha_activation: ``"exp"`` (quadratic pseudo-counts) or ``"relu"``.
         dropping: what decides which vectors the decoder does not get. ``"threshold"``: ``alpha_threshold``, under the
             pseudo-counts, if it is not 0. Or a decision that is learned, one linear unit on the encoder's vectors,

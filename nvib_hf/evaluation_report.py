@@ -6,6 +6,8 @@ import os
 import re
 from pathlib import Path
 
+from .markdown import markdown_table, verbatim
+
 BEGIN, END = "<!-- evaluation of nvib_hf: begin -->", "<!-- evaluation of nvib_hf: end -->"
 
 # What a number is called, and how it is written: of each part of the results, in the order of the tables.
@@ -58,8 +60,9 @@ KEPT = {
 
 
 def result_tables(results: dict) -> list[list[tuple[str, ...]]]:
-    """The numbers as tables, of which the first row are the titles: reconstruction and rate; samples by decoding; and
-    interpolations by method, as far as these were measured.
+    """The numbers as tables, as far as they were measured; the first row of each holds its titles.
+
+    They are: reconstruction and rate; samples by decoding; interpolations by method.
     """
     of_texts = [_rows(part, [results.get(part, {})]) for part in ("reconstruction", "rate_distortion")]
     tables = [[("measure", "value"), *of_texts[0], *of_texts[1]]]
@@ -76,7 +79,7 @@ def _walk(paths: dict[str, dict]) -> list[tuple[str, ...]]:
     steps = len(next(iter(paths.values()))["example"])
     columns = {"weight": [f"{i / (steps - 1):.2f}" for i in range(steps)]}
     for method, path in paths.items():
-        columns[method] = [_cell(text) for text in path["example"]]
+        columns[method] = [verbatim(text) for text in path["example"]]
         if "fluency" in path:
             columns[f"perplexity, {method}"] = [_written(value, "{:.1f}") for value in path["fluency"]]
     return [tuple(columns), *zip(*columns.values(), strict=True)]
@@ -97,18 +100,21 @@ def evaluation_section(results: dict) -> str:
     first, *others = result_tables(results)
     parts = [
         f"Over {settings['texts']} held-out texts (greedy decoding, seed {settings['seed']}):",
-        _table(*first),
+        markdown_table(*first),
     ]
     for name, title in KEPT.items():
         if groups := results.get("kept", {}).get(name):
             rows = [(g["group"], f"{g['kept']:.1%}", f"{g['log_alpha']:.2f}", str(g["tokens"])) for g in groups]
-            parts.append(_table((title, "kept", "mean log pseudo-count", "tokens"), *rows))
-    parts += [_table(*table) for table in others]
+            parts.append(markdown_table((title, "kept", "mean log pseudo-count", "tokens"), *rows))
+    parts += [markdown_table(*table) for table in others]
     if paths:
-        parts += ["Between two held-out texts, and the perplexity of all interpolations:", _table(*_walk(paths))]
+        parts += [
+            "Between two held-out texts, and the perplexity of all interpolations:",
+            markdown_table(*_walk(paths)),
+        ]
     for kind, of_kind in samples.items():
         if texts := of_kind.get("examples"):
-            listed = "\n".join(f"- {_cell(text)}" for text in texts)
+            listed = "\n".join(f"- {verbatim(text)}" for text in texts)
             parts.append(f"Samples from the prior, {kind}:\n\n{listed}")
     return "\n\n".join(parts)
 
@@ -136,13 +142,3 @@ def add_to_model_card(folder: str | os.PathLike, results: dict) -> None:
 
 def _written(value: float | None, form: str) -> str:
     return "–" if value is None else form.format(value)
-
-
-def _cell(text: str) -> str:
-    """Text of a model on one line of Markdown, as it stands."""
-    return re.sub(r"([\\`*_|<>\[\]#])", r"\\\1", " ".join(text.split())) or "*(nothing)*"
-
-
-def _table(titles: tuple[str, ...], *rows: tuple[str, ...]) -> str:
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

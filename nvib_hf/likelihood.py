@@ -12,14 +12,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .distributions import gaussian_sample, log_gamma_sample
 from .latent import NvibLatents
 from .nvib_layer import Nvib
-from .text_batches import MAX_LENGTH, check_texts, evaluating, labels_of, negative_log_likelihood, read
+from .text_batches import MAX_LENGTH, check_texts, encode_texts, evaluating, labels_of, negative_log_likelihood
 
 # The log-density of a Dirichlet is a difference of terms alpha * log(alpha): float64 holds it to 1e-3 up to here.
 LOG_ALPHA_MAX = 25.0
 
 
 def divergences(layer: Nvib, latents: NvibLatents) -> dict[str, Tensor]:
-    r"""Nats of each latent, ``(B,)``, with one vector a component.
+    r"""Nats of each latent, ``(B,)``, with one vector per component.
 
     * ``kl_gaussian``: :math:`n' P \, KL_G` of what is drawn, the vectors that are kept, whatever weighs in the loss;
     * ``kl_gaussian_published``: the same as published, where pseudo-counts weigh;
@@ -169,7 +169,7 @@ def mutual_information(
         for first in range(0, len(order) - size + 1, size):
             group = [texts[i] for i in order[first : first + size]]
             labels = labels_of(model, tokenizer, group, max_length)
-            latents = model.encode(**read(model, tokenizer, group, max_length), sample=True, generator=generator)
+            latents = encode_texts(model, tokenizer, group, max_length, sample=True, generator=generator)
             own = torch.arange(size)
             critic = torch.stack(  # (N, N): at 0 the text's own latent, then those of the others
                 [

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from .configuration_nvib import NvibConfig, is_hub_id, setting_names
+from .markdown import markdown_table
 
 PACKAGE = "https://pypi.org/project/nvib-hf/"
 TASKS = {"input_ids": "text2text-generation", "pixel_values": "image-to-text"}  # others: speech
@@ -89,8 +90,6 @@ Transformers. It can be left out where [nvib_hf]({package}), with which this mod
 
 ## Settings
 
-| setting | value |
-|---|---|
 {settings}
 
 {training}## Citation
@@ -123,7 +122,7 @@ def model_card(model, name: str, training: str = "", **metadata) -> ModelCard:
         title=name.rsplit("/", 1)[-1],
         base=_base(model.config),
         snippet=f"{read}\n\n{USE}".format(name=name),
-        settings="\n".join(f"| `{setting}` | {value} |" for setting, value in _settings(model).items()),
+        settings=markdown_table(("setting", "value"), *((f"`{k}`", value) for k, value in _settings(model).items())),
         training=training and f"## Training\n\n{training.strip()}\n\n",
         package=PACKAGE,
         citation=CITATION,

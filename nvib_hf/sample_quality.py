@@ -12,7 +12,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .text_batches import MAX_LENGTH, check_texts, evaluating, length_batches, read, token_lengths, write
+from .text_batches import (
+    MAX_LENGTH,
+    check_texts,
+    encode_texts,
+    encoder_inputs,
+    evaluating,
+    generate_texts,
+    length_batches,
+    token_lengths,
+)
 from .text_metrics import copied, distinct_n, fluency, reverse_perplexity, self_bleu, word_edits
 
 # Ways to write a text of a latent, and generate()'s arguments for them: fluency alone can be bought with sameness.
@@ -37,7 +46,7 @@ def latent_lengths(
     lengths = [0] * len(texts)
     with evaluating(model):
         for batch in length_batches(token_lengths(tokenizer, texts, max_length), batch_size):
-            latents = model.encode(**read(model, tokenizer, [texts[i] for i in batch], max_length), sample=False)
+            latents = encode_texts(model, tokenizer, [texts[i] for i in batch], max_length, sample=False)
             for i, length in zip(batch, (latents.log_pi > -math.inf).sum(-1).tolist(), strict=True):
                 lengths[i] = length
     return lengths
@@ -72,7 +81,7 @@ def sample_texts(
         for i in range(0, num_samples, batch_size):
             some = counts[i : i + batch_size]
             latents = model.sample_latents(len(some), some, generator=generator)
-            texts += write(model, tokenizer, max_length, encoder_outputs=latents, **generate_kwargs)
+            texts += generate_texts(model, tokenizer, max_length, encoder_outputs=latents, **generate_kwargs)
     return texts
 
 
@@ -94,11 +103,9 @@ def interpolations(
         raise ValueError(f"steps must be at least 2, the two ends, but got {steps}.")
     firsts, seconds = (check_texts(side, "pairs") for side in zip(*pairs, strict=True))
     with evaluating(model):
-        first, second = (
-            model.encode(**read(model, tokenizer, side, max_length), sample=False) for side in (firsts, seconds)
-        )
+        first, second = (encode_texts(model, tokenizer, side, max_length, sample=False) for side in (firsts, seconds))
         between = [
-            write(
+            generate_texts(
                 model,
                 tokenizer,
                 max_length,
@@ -117,7 +124,7 @@ def mean_encoder_embedding(
 
     def embed(texts: list[str]) -> Tensor:
         with evaluating(model):
-            inputs = read(model, tokenizer, texts, max_length)
+            inputs = encoder_inputs(model, tokenizer, texts, max_length)
             states = model.get_encoder()(**inputs).last_hidden_state.float()
             mask = inputs["attention_mask"][..., None]
             return (states * mask).sum(1) / mask.sum(1).clamp(min=1)

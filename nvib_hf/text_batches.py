@@ -8,9 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-from .cross_entropy import IGNORED
+from .latent import NvibLatents
+from .loss import IGNORED
 
 MAX_LENGTH = 64  # tokens; longer texts are cut
 
@@ -46,34 +47,57 @@ def length_batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int
 
 
 def token_lengths(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int = MAX_LENGTH) -> list[int]:
+    """How many tokens each text has, once it is cut."""
     return [len(ids) for ids in tokenizer(texts, truncation=True, max_length=max_length).input_ids]
 
 
-def read(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int):
-    """The encoder's inputs, on the model's device."""
+def encoder_inputs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int = MAX_LENGTH
+) -> BatchEncoding:
+    """The texts as the encoder takes them: token ids and mask, padded, on the model's device."""
     inputs = tokenizer(texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
     return inputs.to(model.device)
 
 
-def labels_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int) -> Tensor:
-    """Targets that reproduce the texts, ``(B, Nt)``, padded with -100.
+def encode_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    max_length: int = MAX_LENGTH,
+    **encode_kwargs,
+) -> NvibLatents:
+    """The texts' latents; ``encode_kwargs`` are ``sample`` and ``generator`` of ``model.encode``."""
+    return model.encode(**encoder_inputs(model, tokenizer, texts, max_length), **encode_kwargs)
+
+
+def target_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int
+) -> list[list[int]]:
+    """The tokens of targets that reproduce the texts.
 
     A leading token that the decoder starts with anyway, such as BERT's [CLS], is no target.
     """
     targets = tokenizer(text_target=texts, truncation=True, max_length=max_length).input_ids
     start = model.prepare_decoder_input_ids_from_labels(torch.zeros(1, 1, dtype=torch.long, device=model.device))
-    targets = [ids[1:] if ids[:1] == [start[0, 0].item()] else ids for ids in targets]
-    rows = [torch.tensor(ids, dtype=torch.long) for ids in targets]
+    return [ids[1:] if ids[:1] == [start[0, 0].item()] else ids for ids in targets]
+
+
+def labels_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int) -> Tensor:
+    """:func:`target_ids` as a batch of labels, ``(B, Nt)``, padded with -100."""
+    rows = [torch.tensor(ids, dtype=torch.long) for ids in target_ids(model, tokenizer, texts, max_length)]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED).to(model.device)
 
 
-def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int, **generate_kwargs) -> list[str]:
-    """Texts by greedy decoding of at most ``max_length`` tokens, or as ``generate_kwargs`` say."""
+def generate_texts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int = MAX_LENGTH, **generate_kwargs
+) -> list[str]:
+    """What the model generates, as texts: at most ``max_length`` tokens, greedily, or as ``generate_kwargs`` say."""
     settings = {"max_new_tokens": max_length, "num_beams": 1, "do_sample": False, **generate_kwargs}
     return decoded(tokenizer, model.generate(**settings))
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: Tensor | list[list[int]]) -> list[str]:
+    """Token ids as texts, without special tokens and the space around them."""
     return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
@@ -83,6 +107,9 @@ def as_read(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length
 
 
 def negative_log_likelihood(model: PreTrainedModel, labels: Tensor, **inputs) -> Tensor:
-    """Of each row of labels, in nats, ``(B,)``, teacher-forced; ``inputs`` are the encoder's, or encoder_outputs."""
+    """What each row of labels costs, in nats, ``(B,)``, teacher-forced.
+
+    ``inputs`` are the encoder's, or ``encoder_outputs``.
+    """
     logits = model(**inputs, labels=labels).logits  # (B, Nt, V)
     return F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none").sum(-1)

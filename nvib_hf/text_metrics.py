@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from .cross_entropy import IGNORED
+from .loss import IGNORED
 from .text_batches import check_texts, evaluating, length_batches
 
 

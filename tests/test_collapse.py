@@ -7,12 +7,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from test_training import TRAINERS, WITH_COMPILE, tiny_model, trainer_of
 from tiny_text import tiny_collator, tiny_examples
+from tiny_training import TRAINERS, WITH_COMPILE, tiny_model, trainer_of
 from transformers import Trainer, TrainerCallback
 
 from nvib_hf import CollapseCallback, CollapseWarning, EvaluationGapWarning, NvibTrainer
-from nvib_hf.collapse import active_units
+from nvib_hf.collapse import ChannelMoments
 
 
 def test_active_units_by_hand():
@@ -23,7 +23,21 @@ def test_active_units_by_hand():
     mu[~mask] = 100.0
     active = [mu[mask][:, channel].var(correction=0).item() > 0.01 for channel in range(5)]
     assert active == [True, False, True, False, True]
-    assert active_units(mu, mask).item() == pytest.approx(3 / 5)
+    moments = ChannelMoments()
+    for texts in (slice(0, 1), slice(1, 4)):
+        moments.add(mu[texts], mask[texts])
+    assert moments.active_units() == pytest.approx(3 / 5)
+    assert moments.active_units(prior_var=torch.tensor([1.0, 1.0, 1e3, 1e-2, 1.0])) == pytest.approx(3 / 5)
+    assert ChannelMoments().active_units() == 0
+
+
+def test_a_channel_is_active_by_its_variance_around_the_mean():
+    """Means far from 0 that are the same for every vector tell nothing, in half precision either."""
+    mu = torch.full((8, 16, 2), 300.0, dtype=torch.bfloat16)
+    mu[..., 1] += 2 * torch.arange(16)
+    moments = ChannelMoments()
+    moments.add(mu, torch.ones(8, 16, dtype=torch.bool))
+    assert moments.active_units() == 0.5
 
 
 def collapsed(sign: str):
@@ -68,7 +82,7 @@ def test_a_posterior_that_is_the_prior(tmp_path):
     model.nvib.alpha_bias.data.fill_(math.log(model.config.delta))
     messages = collapse_warnings(model, NvibTrainer, tmp_path)  # which brings the callback along
     assert len(messages) == 1
-    assert "KL terms are" in messages[0] and "nats a vector, below 0.1" in messages[0] and "at step 2" in messages[0]
+    assert "KL terms are" in messages[0] and "nats per vector, below 0.1" in messages[0] and "at step 2" in messages[0]
     with torch.no_grad():  # 0.1 nats more a vector, by each of the two terms, and it is not
         model.nvib.mu_logvar.bias[: model.nvib.size_out] = math.sqrt(2 * 0.15 / model.nvib.size_out)
     assert collapse_warnings(model, NvibTrainer, tmp_path) == []

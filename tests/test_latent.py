@@ -6,50 +6,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from tiny_latents import INF, WIDTH, assert_same, mixture, sample
 from torch.utils import _pytree as pytree
 
 from nvib_hf import NvibLatents, concatenate_latents
 from nvib_hf.denoising_attention import DenoisingMemory
 from nvib_hf.latent import interpolate, pack, unpack
-
-INF = float("inf")
-WIDTH = 6
-
-
-def mixture(batch: int = 4, length: int = 5, seed: int = 0) -> NvibLatents:
-    """Latents as of texts in evaluation: row ``b`` has ``length - b % 3`` vectors."""
-    generator = torch.Generator().manual_seed(seed)
-    mask = torch.arange(length) < torch.tensor([length - row % 3 for row in range(batch)])[:, None]
-    log_alpha = torch.randn(batch, length, generator=generator).masked_fill(~mask, -INF)
-    return NvibLatents(
-        z=torch.randn(batch, length, WIDTH, generator=generator) * mask[..., None],
-        log_pi=log_alpha.log_softmax(-1),
-        logvar=torch.randn(batch, length, WIDTH, generator=generator) * mask[..., None],
-        attention_mask=mask,
-        log_alpha=log_alpha,
-        kl_gaussian=torch.rand(batch, generator=generator),
-        kl_dirichlet=torch.rand(batch, generator=generator),
-        num_vectors=mask.sum(-1) - 1.0,
-        prop_vectors=torch.ones(batch),
-        effective_vectors=torch.rand(batch, generator=generator),
-    )
-
-
-def sample(batch: int = 4, length: int = 3, seed: int = 1) -> NvibLatents:
-    """Latents as from the prior."""
-    generator = torch.Generator().manual_seed(seed)
-    return NvibLatents(
-        z=torch.randn(batch, length, WIDTH, generator=generator),
-        log_pi=torch.randn(batch, length, generator=generator).log_softmax(-1),
-        attention_mask=torch.ones(batch, length, dtype=torch.bool),
-    )
-
-
-def assert_same(a: NvibLatents, b: NvibLatents) -> None:
-    assert list(a.keys()) == list(b.keys())
-    for name, value in a.items():
-        assert value.dtype == b[name].dtype
-        torch.testing.assert_close(value, b[name], rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize(

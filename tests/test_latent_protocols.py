@@ -8,7 +8,7 @@ from collections import OrderedDict
 import accelerate.utils
 import pytest
 import torch
-from test_latent import assert_same, mixture, sample
+from tiny_latents import assert_same, mixture, sample
 from tiny_models import tiny_inputs, tiny_labels
 from tiny_nvib import tiny_nvib
 from torch.distributed.utils import _apply_to_tensors

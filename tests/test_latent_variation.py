@@ -2,15 +2,12 @@
 
 import pytest
 import torch
-from test_latent import assert_same, mixture, sample
-from test_transport import components
+from tiny_latents import INF, assert_same, components, mixture, sample
 from tiny_models import tiny_inputs
 from tiny_nvib import tiny_nvib
 
 from nvib_hf import NvibLatents, latent_distance
 from nvib_hf.latent_variation import blend, vary
-
-INF = float("inf")
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -5,7 +5,7 @@ from itertools import permutations
 
 import pytest
 import torch
-from test_latent import assert_same, mixture, sample
+from tiny_latents import INF, assert_same, components, mixture, sample
 from tiny_nvib import tiny_nvib
 from torch import Tensor
 
@@ -14,7 +14,6 @@ from nvib_hf.latent import pad_latents
 from nvib_hf.latent_transport import interpolate_by_transport
 from nvib_hf.transport import gaussian_points, transport_distance, transport_plan
 
-INF = float("inf")
 ENDS = [(mixture, mixture), (mixture, sample), (sample, mixture), (sample, sample)]
 
 
@@ -25,14 +24,6 @@ def dense(plan, rows: int, columns: int) -> Tensor:
         for i, j, log_weight in zip(*entries, strict=True):
             full[b, i, j] += log_weight.exp()
     return full
-
-
-def components(latents: NvibLatents, row: int) -> list[tuple]:
-    """Weight, mean and deviation of each component that is seen, in order."""
-    logvar = torch.full_like(latents.z, -INF) if latents.logvar is None else latents.logvar
-    seen = latents.log_pi[row] > -INF
-    weights = latents.log_pi[row, seen].exp()
-    return list(zip(weights, latents.z[row, seen], (0.5 * logvar[row, seen]).exp(), strict=True))
 
 
 def only_seen(latents: NvibLatents, row: int) -> NvibLatents:

@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 from textwrap import shorten
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # first: `text_vae` is the example, not the experiment
+sys.path.append(str(Path(__file__).parents[1]))  # the examples
 
 import bbe
 import text_vae

@@ -26,14 +26,10 @@ import numpy as np
 from runner import cell, markdown_table, over_seeds, parser, run_all, write_report
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
-    DataCollatorForSeq2Seq,
     MarianConfig,
     MarianMTModel,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    PrinterCallback,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
     set_seed,
 )
 
@@ -41,9 +37,11 @@ from nvib_hf import NvibForConditionalGeneration
 from nvib_hf.evaluation import reconstruct
 from nvib_hf.text_metrics import word_edits
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[1]))  # the examples
 import bbe
 import wordnet
+from figures import pyplot
+from shared_trainer import make_trainer
 
 # By the percentage of the words: of the checkpoint, and of each fine-tuning.
 STEPS = {"1": (250, 120), "10": (700, 250), "100": (1200, 300)}
@@ -139,25 +137,19 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> MarianMTModel:
 
 def train(model: PreTrainedModel, tokenizer, examples: list[dict], steps: int, learning_rate: float, seed: int):
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Seq2SeqTrainer(
+        trainer = make_trainer(
             model,
-            Seq2SeqTrainingArguments(
-                folder,
-                max_steps=steps,
-                per_device_train_batch_size=64,
-                learning_rate=learning_rate,
-                warmup_steps=0.05,
-                save_strategy="no",
-                logging_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                seed=seed,
-                use_cpu=True,
-            ),
-            train_dataset=examples,
-            data_collator=DataCollatorForSeq2Seq(tokenizer),
+            tokenizer,
+            examples,
+            quiet=True,
+            output_dir=folder,
+            max_steps=steps,
+            learning_rate=learning_rate,
+            warmup_steps=0.05,
+            logging_strategy="no",
+            seed=seed,
+            use_cpu=True,
         )
-        trainer.remove_callback(PrinterCallback)
         trainer.train()
 
 
@@ -287,11 +279,7 @@ def report(groups: list[list[dict]]) -> tuple[str, dict]:
 
 def draw(comparisons: dict, path: Path) -> None:
     """The differences in phone error with their intervals."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     sizes = list(dict.fromkeys(percent for percent, _ in comparisons))
     figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
     for number, test_set in enumerate(TEST_SETS):

@@ -157,10 +157,10 @@ def summary(group: list[dict], digits: dict[str, int] | None = None) -> dict[str
 
 def markdown_table(rows: list[dict[str, object]]) -> str:
     """A table with a column for each key of the first row; what a row lacks is left empty."""
-    names = list(rows[0])
-    lines = [names, ["---"] * len(names)]
-    lines += [[str(row.get(name, "")).replace("|", "\\|").replace("\n", " ") for name in names] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    from nvib_hf import markdown  # here, so that the process of a run does not wait for it
+
+    cells = ([str(row.get(name, "")).replace("|", "\\|").replace("\n", " ") for name in rows[0]] for row in rows)
+    return markdown.markdown_table(list(rows[0]), *cells)
 
 
 # --------------------------------------------------------------------------------- command and report
@@ -214,7 +214,7 @@ def command_line() -> str:
 def write_report(args: argparse.Namespace, title: str, body: str) -> Path:
     """Write ``args.report``: the body under the command that made it, the machine, the date and the seeds."""
     machine = (
-        f"{os.cpu_count()} CPU cores, one thread a run; PyTorch {torch.__version__.split('+')[0]}, "
+        f"{os.cpu_count()} CPU cores, one thread per run; PyTorch {torch.__version__.split('+')[0]}, "
         f"Transformers {transformers.__version__}"
     )
     made_by = [

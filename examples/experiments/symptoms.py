@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 from textwrap import shorten
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # first: `text_vae` is the example, not the experiment
+sys.path.append(str(Path(__file__).parents[1]))  # the examples
 
 import text_vae as example
 from runner import cell, markdown_table, over_seeds, parser, run_all, write_report

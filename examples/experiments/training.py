@@ -4,12 +4,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from transformers import DataCollatorForSeq2Seq, PrinterCallback, Seq2SeqTrainingArguments, TrainerCallback
+from transformers import TrainerCallback
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # `text_vae` is the example, of the experiment's name
+sys.path.append(str(Path(__file__).parents[1]))  # the examples
 import text_vae as example
-
-from nvib_hf import NvibTrainer
 
 SPLIT_SEED = 0  # of the held-out texts, which all runs share
 
@@ -25,28 +23,18 @@ def train(
 ) -> list[dict]:
     """The example's training, with ``steps``, ``batch_size`` and ``seed`` of the settings; returns its log."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = NvibTrainer(
+        trainer = example.train(
             model,
-            Seq2SeqTrainingArguments(
-                output_dir=folder,
-                max_steps=settings["steps"],
-                per_device_train_batch_size=settings["batch_size"],
-                train_sampling_strategy="group_by_length",
-                learning_rate=learning_rate,
-                warmup_steps=0.05,
-                logging_steps=max(settings["steps"] // 20, 1),
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                seed=settings["seed"],
-                dataloader_pin_memory=False,
-                use_cpu=True,
-            ),
-            train_dataset=example.tokens_of(tokenizer, texts),
-            data_collator=DataCollatorForSeq2Seq(tokenizer),
-            processing_class=tokenizer,
-            callbacks=callbacks,
+            tokenizer,
+            texts,
+            callbacks,
+            quiet=True,
+            output_dir=folder,
+            max_steps=settings["steps"],
+            per_device_train_batch_size=settings["batch_size"],
+            learning_rate=learning_rate,
+            logging_steps=max(settings["steps"] // 20, 1),
+            seed=settings["seed"],
+            use_cpu=True,
         )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
     return [entry for entry in trainer.state.log_history if "loss" in entry]

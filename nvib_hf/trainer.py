@@ -1,100 +1,28 @@
-"""Training with the Trainer of Transformers: annealing of the KL terms, and their logs."""
+"""The Trainer of Transformers with the terms of the loss in its logs and in the model card."""
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch import nn
-from transformers import Seq2SeqTrainer, TrainerCallback, TrainerState
-from transformers.modelcard import TrainingSummary, make_markdown_table
+from transformers import Seq2SeqTrainer, TrainerState
+from transformers.modelcard import TrainingSummary
 
-from .collapse import CollapseCallback
+from .callbacks import CollapseCallback
+from .loss import SMOOTHING
+from .markdown import markdown_table
+from .measuring import MeasuringCallback
 from .model_card import base_ids, model_card
-from .recording import Recorder, find_nvib_model, nvib_model_in
-from .training_control import MeasuringCallback
-from .validation import check_choice
+from .recording import Recorder, nvib_model_in
 
-SCHEDULES = ("constant", "linear", "cosine", "cyclic")
-TERMS = ("gaussian", "dirichlet", "vectors")
 NAMELESS = (
     "The NVIB model under this adapter has never been saved, so the adapter will not say what it belongs to. Call "
     "save_pretrained on the model before get_peft_model, or wrap the base again for PeftModel.from_pretrained."
 )
 NOT_RESULTS = {"runtime", "samples_per_second", "steps_per_second", "epoch", "step", "learning_rate", "grad_norm"}
-
-
-class KLAnnealingCallback(TrainerCallback):
-    r"""Anneals the weights of the KL terms: :math:`\beta(t)` in the loss of the model.
-
-    With progress :math:`x` of the warm-up, from 0 at ``start_ratio`` of the training steps to 1 at
-    ``start_ratio + warmup_ratio``:
-
-    * ``"constant"``: 0 before ``start_ratio``, 1 from there;
-    * ``"linear"``: :math:`x`;
-    * ``"cosine"`` (monotonic): :math:`(1 - \cos \pi x) / 2`;
-    * ``"cyclic"``: the steps from ``start_ratio`` are ``cycles`` equal parts, and in each :math:`\beta` rises linearly
-      over the first ``warmup_ratio`` of it, then stays at 1.
-
-    The value follows from the step alone, so it survives a resumed training. The last one stays in the model, and is
-    saved with it: what it is evaluated and trained further with.
-
-    Args:
-        schedule: one of the above.
-        warmup_ratio: length of the warm-up as a share of the training steps (of a cycle, if cyclic), in [0, 1].
-        start_ratio: share of the training steps before it, in [0, 1].
-        cycles: number of cycles.
-        terms: of ``("gaussian", "dirichlet", "vectors")`` those whose ``lambda_*`` it anneals, by default all; use two
-            callbacks for two schedules.
-
-    Raises:
-        ValueError: an argument outside its range.
-
-    Source: Bowman et al. (CoNLL 2016); cyclic: Fu et al. (NAACL 2019).
-    """
-
-    def __init__(
-        self,
-        schedule: str = "linear",
-        warmup_ratio: float = 0.25,
-        start_ratio: float = 0.0,
-        cycles: int = 4,
-        terms: Sequence[str] = TERMS,
-    ) -> None:
-        check_choice("schedule", schedule, SCHEDULES)
-        for name, ratio in (("warmup_ratio", warmup_ratio), ("start_ratio", start_ratio)):
-            if not 0 <= ratio <= 1:
-                raise ValueError(f"{name} must be in [0, 1], but got {ratio}.")
-        if cycles < 1:
-            raise ValueError(f"cycles must be at least 1, but got {cycles}.")
-        terms = (terms,) if isinstance(terms, str) else tuple(terms)
-        if not terms or not set(terms) <= set(TERMS):
-            raise ValueError(f"terms must be some of {', '.join(map(repr, TERMS))}, but got {terms}.")
-        self.schedule, self.warmup_ratio, self.start_ratio = schedule, warmup_ratio, start_ratio
-        self.cycles, self.terms = cycles, terms
-
-    def beta(self, progress: float) -> float:
-        """The weight at a share ``progress`` in [0, 1] of the training steps."""
-        elapsed = progress - self.start_ratio
-        if elapsed < 0:
-            return 0.0
-        if self.schedule == "constant":
-            return 1.0
-        if self.schedule == "cyclic":
-            elapsed = round(elapsed * self.cycles / max(1 - self.start_ratio, 1e-12), 9) % 1.0
-        ramp = min(elapsed / self.warmup_ratio, 1.0) if self.warmup_ratio > 0 else 1.0
-        return 0.5 * (1 - math.cos(math.pi * ramp)) if self.schedule == "cosine" else ramp
-
-    def on_step_begin(self, args, state, control, model=None, **kwargs) -> None:
-        beta = self.beta(state.global_step / max(state.max_steps, 1))
-        weights = find_nvib_model(model).kl_beta
-        with torch.no_grad():
-            for term in self.terms:
-                weights[TERMS.index(term)] = beta
 
 
 class NvibTrainerMixin:
@@ -117,7 +45,7 @@ class NvibTrainerMixin:
         if self.args.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor={self.args.label_smoothing_factor} in TrainingArguments replaces the model's "
-                "loss and drops its KL terms. Set it to 0 and NvibConfig(label_smoothing=...) instead."
+                f"loss and drops its KL terms. {SMOOTHING}."
             )
         model = nvib_model_in(self.model)  # None for a plain one, trained beside it
         if model is not None and hasattr(self.model, "peft_config") and not model.name_or_path:
@@ -198,16 +126,16 @@ def training_section(state: TrainerState, summary: TrainingSummary) -> str:
     evaluations = {entry["step"]: _results(entry) for entry in state.log_history if "eval_loss" in entry}
     evaluation = next(reversed(evaluations.values()), {})
     last = [
-        {"": name, "training": training.get(name, ""), "evaluation": evaluation.get(name, "")}
+        (name, *(_rounded(results.get(name, "")) for results in (training, evaluation)))
         for name in dict.fromkeys([*training, *evaluation])
     ]
     on_the_way = [
-        {"step": step, **{name: results.get(name, "") for name in evaluation}} for step, results in evaluations.items()
+        (step, *(_rounded(results.get(name, "")) for name in evaluation)) for step, results in evaluations.items()
     ]
     hyperparameters = [f"- `{name}`: {value}" for name, value in (summary.hyperparameters or {}).items()]
     parts = [
-        f"{state.global_step} steps{on_data}. At the end:\n\n{make_markdown_table(last)}",
-        f"Evaluations:\n\n{make_markdown_table(on_the_way)}" if len(on_the_way) > 1 else "",
+        f"{state.global_step} steps{on_data}. At the end:\n\n{markdown_table(('', 'training', 'evaluation'), *last)}",
+        f"Evaluations:\n\n{markdown_table(('step', *evaluation), *on_the_way)}" if len(on_the_way) > 1 else "",
         "Hyperparameters:\n\n" + "\n".join(hyperparameters),
     ]
     return "\n\n".join(part.strip() for part in parts if part)
@@ -217,6 +145,12 @@ def _results(entry: dict[str, float]) -> dict[str, float]:
     """What a log says of the model, by name."""
     entry = {name.removeprefix("eval_"): value for name, value in entry.items()}
     return {name: value for name, value in entry.items() if name not in NOT_RESULTS}
+
+
+def _rounded(value: object) -> str:
+    """A number to four places where it has more."""
+    text = str(value)
+    return f"{value:.4f}" if isinstance(value, float) and len(text.partition(".")[2]) > 4 else text
 
 
 class NvibTrainer(NvibTrainerMixin, Seq2SeqTrainer):

@@ -1,7 +1,7 @@
 """Text VAEs on clauses of the Bible in Basic English: NVIB beside an autoencoder and the usual VAEs.
 
-    python examples/experiments/text_vae.py          # all of it, two runs at a time
-    python examples/experiments/text_vae.py --quick  # everything runs, nothing is learnt
+    python examples/experiments/text_vae_comparison.py          # all of it, two runs at a time
+    python examples/experiments/text_vae_comparison.py --quick  # everything runs, nothing is learnt
 
 Corpus, split, tokenizer, model, batches and learning rates are the same for all methods; the number of steps is what
 each setting needs until its curves have stopped moving. Seeds change initial weights, batches and noise. The tables
@@ -14,13 +14,13 @@ import sys
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # first: `text_vae` is the example, of which this is an experiment
+sys.path.append(str(Path(__file__).parents[1]))  # the examples
 
 import text_vae as example
 from baselines import AutoencoderBottleneck, PooledBottleneck, StridedBottleneck, VariableBottleneck, with_bottleneck
 from language_model import load_or_tiny, load_smollm2
 from runner import parser, run_all
-from text_vae_report import METHODS, report
+from text_vae_comparison_report import METHODS, report
 from training import clauses, train
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
@@ -203,7 +203,7 @@ def one(settings: dict, cache: Path) -> dict:
 
 
 def main() -> None:
-    args = parser(__doc__.splitlines()[0], "text_vae", BUILD).parse_args()
+    args = parser(__doc__.splitlines()[0], "text_vae_comparison", BUILD).parse_args()
     cache = args.output / "smollm2"
     if not args.quick:
         load_smollm2(cache)  # by one process, before many want it

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_training import TRAINERS, WITH_COMPILE, tiny_model, trainer_of
 from tiny_text import tiny_collator
+from tiny_training import TRAINERS, WITH_COMPILE, tiny_model, trainer_of
 from transformers import Trainer
 
 from nvib_hf import CollapseCallback, ConstraintCallback, NvibTrainer, ThresholdCallback

