@@ -40,6 +40,7 @@ from transformers.utils import logging
 from whisper_base import load_packaged_whisper
 
 from nvib_hf import ConstraintCallback, NvibForConditionalGeneration, NvibTrainer
+from nvib_hf.loss import IGNORED
 from nvib_hf.text_metrics import word_edits
 from nvib_hf.versions import CACHE
 
@@ -133,7 +134,7 @@ class Transcripts(Dataset):
     def collate(self, rows: list[dict]) -> dict[str, Tensor]:
         """The prompt is given, and is no target."""
         length = max(len(row["tokens"]) for row in rows) - 1
-        inputs, labels = torch.zeros(len(rows), length, dtype=torch.long), torch.full((len(rows), length), -100)
+        inputs, labels = torch.zeros(len(rows), length, dtype=torch.long), torch.full((len(rows), length), IGNORED)
         for i, row in enumerate(rows):
             tokens = torch.tensor(row["tokens"])
             inputs[i, : len(tokens) - 1] = tokens[:-1]
@@ -148,7 +149,7 @@ def cross_entropy(model: NvibForConditionalGeneration, data: Transcripts) -> flo
     total = tokens = 0
     for i in tqdm(range(0, len(data), BATCH), "cross-entropy", leave=False):
         batch = data.collate([data[j] for j in range(i, min(i + BATCH, len(data)))])
-        count = (batch["labels"] != -100).sum().item()
+        count = (batch["labels"] != IGNORED).sum().item()
         total, tokens = total + count * model.eval()(**batch).cross_entropy.item(), tokens + count
     return total / tokens
 

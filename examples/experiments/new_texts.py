@@ -11,20 +11,21 @@ import sys
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # `text_vae` is the example
+sys.path.append(str(Path(__file__).parents[1]))  # the examples
 
 import text_vae as example
 import torch
 from language_model import load_or_tiny, load_smollm2
-from runner import cell, markdown_table, over_seeds, parser, run_all, write_report
+from runner import cell, over_seeds, parser, run_all, write_report
 from training import clauses, train
 from transformers import set_seed
 
-from nvib_hf import ConstraintCallback, NvibForConditionalGeneration, NvibLatents, concatenate_latents
+from nvib_hf import ConstraintCallback, NvibForConditionalGeneration, NvibLatents
 from nvib_hf.evaluation import reconstruct, reconstruction_scores
 from nvib_hf.latent_transport import latent_distance
+from nvib_hf.markdown import markdown_table
 from nvib_hf.sample_quality import interpolation_scores, interpolations, latent_lengths, sample_scores, sample_texts
-from nvib_hf.text_batches import as_read
+from nvib_hf.text_batches import as_read, encode_texts, evaluating, generate_texts
 from nvib_hf.text_metrics import copied, word_edits
 
 FULL = {
@@ -33,7 +34,7 @@ FULL = {
     "steps": None,
     "batch_size": 64,
     "samples": 200,
-    "pairs": 20,
+    "pairs": 40,
     "judge": "smollm2",
 }
 QUICK = {"texts": 400, "held_out": 24, "steps": 4, "batch_size": 8, "samples": 8, "pairs": 2, "judge": "tiny"}
@@ -57,13 +58,14 @@ training; a given text: word for word one of those that the new ones are made of
 """
 
 
-def make(
-    model: NvibForConditionalGeneration, tokenizer, given: list[str], held_out: list[str], settings: dict
-) -> dict:
+def make(model: NvibForConditionalGeneration, tokenizer, given: list[str], held_out: list[str], seed: int) -> dict:
     """New texts by the way in which they were made, as many as ``given``."""
-    count, seed = len(given), settings["seed"]
-    latents = encode(model, tokenizer, given)
-    write = partial(decode, model, tokenizer)
+    count = len(given)
+    with evaluating(model):
+        latents = encode_texts(model, tokenizer, given, sample=False)
+
+    def write(latents: NvibLatents) -> list[str]:
+        return generate_texts(model, tokenizer, encoder_outputs=latents)
 
     def chance() -> torch.Generator:
         return torch.Generator(model.device).manual_seed(seed)
@@ -78,25 +80,10 @@ def make(
     return texts
 
 
-def encode(model: NvibForConditionalGeneration, tokenizer, texts: list[str]) -> NvibLatents:
-    with torch.no_grad():
-        return concatenate_latents(
-            [
-                model.encode(**tokenizer(texts[i : i + 100], padding=True, return_tensors="pt"), sample=False)
-                for i in range(0, len(texts), 100)
-            ]
-        )
-
-
-def decode(model: NvibForConditionalGeneration, tokenizer, latents: NvibLatents) -> list[str]:
-    return tokenizer.batch_decode(
-        model.generate(encoder_outputs=latents, max_new_tokens=example.MAX_TOKENS), skip_special_tokens=True
-    )
-
-
 def neighbours(model: NvibForConditionalGeneration, tokenizer, texts: list[str]) -> list[dict[str, str]]:
     """The texts nearest to each of the first few, by transport between latents and by the distance of their means."""
-    latents, rows = encode(model, tokenizer, texts), []
+    with evaluating(model):
+        latents, rows = encode_texts(model, tokenizer, texts, sample=False), []
     means = latents.pooled()
     for i in range(5):
         by = {
