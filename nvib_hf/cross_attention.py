@@ -16,7 +16,7 @@ from transformers import EncoderDecoderCache
 
 from .architectures import CrossAttention, cross_attention_scale, row_of
 from .denoising_attention import denoising_attention
-from .latent import unpack
+from .packing import unpack
 from .versions import CACHE, installed_and_tested
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .loss import IGNORED
+
 # Means, by what they are counted over.
 COUNTED = {
     "tokens": ("cross_entropy", "kl_gaussian", "kl_dirichlet"),
@@ -41,7 +43,7 @@ class Recorder:
         labels = inputs.get("labels")
         if labels is None or not hasattr(outputs, "get") or outputs.get("kl_gaussian") is None:
             return
-        tokens = (labels != -100).sum(-1)  # (B,)
+        tokens = (labels != IGNORED).sum(-1)  # (B,)
         self._add(
             cross_entropy=outputs.cross_entropy.mean() * tokens.sum(),  # one value, or one a device
             kl_gaussian=(tokens * outputs.kl_gaussian).sum(),
@@ -55,7 +57,7 @@ class Recorder:
 
     def add_loss(self, loss: Tensor, labels: Tensor) -> None:
         """Add the loss of a batch, a mean over its target tokens, by itself: of any model."""
-        tokens = (labels != -100).sum()
+        tokens = (labels != IGNORED).sum()
         self._add(loss=loss * tokens, tokens_of_loss=tokens)
 
     def _add(self, **terms: Tensor) -> None:
