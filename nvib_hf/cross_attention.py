@@ -65,7 +65,7 @@ class DenoisingCrossAttention(nn.Module):
 
     def _by_head(self, x: Tensor) -> Tensor:
         """``(B, N, H * E)`` to ``(B, H, N, E)``."""
-        return x.unflatten(-1, (-1, getattr(self, self.nvib_row.head_dim))).transpose(1, 2)
+        return x.view(*x.shape[:-1], -1, getattr(self, self.nvib_row.head_dim)).transpose(1, 2)
 
     def _projected(self, packed: Tensor, dtype: torch.dtype, cache) -> dict[str, Tensor]:
         """What attention reads of a latent in this layer, once a source: later steps find it in the cache.
@@ -77,12 +77,13 @@ class DenoisingCrossAttention(nn.Module):
             layer = cache.cross_attention_cache.layers[self.layer_idx]
             return {"key": layer.keys, "value": layer.values, **layer.nvib_beside}
         row, memory = self.nvib_row, unpack(packed, self.nvib_width, self.nvib_hard)
-        vectors = memory.vectors.to(dtype)
+        # (B * Nl, P): a slice of the packed tensor is no matrix to a linear map unless it has two dimensions.
+        vectors = memory.vectors.to(dtype).flatten(0, 1)
         if row.key_value is not None:
             key, value = getattr(self, row.key_value)(vectors).chunk(2, dim=-1)
         else:
             key, value = getattr(self, row.key)(vectors), getattr(self, row.value)(vectors)
-        key, value = self._by_head(key), self._by_head(value)
+        key, value = (self._by_head(x.unflatten(0, memory.bias.shape)) for x in (key, value))
         beside = {"bias": memory.bias}
         if memory.dropped is not None and self.training:
             beside["dropped"] = memory.dropped
