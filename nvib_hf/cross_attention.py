@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import EncoderDecoderCache
 
 from .architectures import CrossAttention, cross_attention_scale, row_of
-from .denoising_attention import denoising_attention
+from .denoising_attention import append_bias, denoising_attention, is_half
 from .packing import unpack
 from .versions import CACHE, installed_and_tested
 
@@ -97,6 +97,9 @@ class DenoisingCrossAttention(nn.Module):
                 "value_weight": value_weight,
             }
         if has_cache:
+            plain = memory.shrinkage is None and "dropped" not in beside and row.softcap is None
+            if plain and is_half(dtype):  # once, not at every step, for which fp32 has a mask
+                key, value = append_bias(key, value, beside["bias"], cross_attention_scale(self))
             key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
             cache.is_updated[self.layer_idx] = True
             cache.cross_attention_cache.layers[self.layer_idx].nvib_beside = beside

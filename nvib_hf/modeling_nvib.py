@@ -413,7 +413,7 @@ class NvibForConditionalGeneration(
             if self.training and self.config.word_dropout > 0 and decoder_input_ids is not None:
                 decoder_input_ids = self._drop_words(decoder_input_ids, generator)
 
-        latents, states = None, BaseModelOutput()
+        latents = states = None
         if encoder_outputs is None:
             inputs = {
                 "input_ids": input_ids,
@@ -455,6 +455,7 @@ class NvibForConditionalGeneration(
         check_cache_was_found(cache, self._cached_layers)
         if latents is None and labels is None:  # a step of decoding, to which the rest has nothing to add
             return outputs
+        states = BaseModelOutput() if states is None else states
         loss = cross_entropy = None
         if labels is not None:
             regularisation = None if latents is None else regulariser(latents, self.kl_beta, self.config)

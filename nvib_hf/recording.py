@@ -17,7 +17,9 @@ COUNTED = {
 
 def nvib_model_in(model: nn.Module) -> nn.Module | None:
     """The NVIB model inside whatever wraps it (PEFT, DDP, ``torch.compile``), its code from here or from a hub."""
-    return next((module for module in model.modules() if "kl_beta" in module._buffers), None)
+    # By the type's name: the class itself is another one in code from a hub.
+    configs = ((module, getattr(type(module), "config_class", None)) for module in model.modules())
+    return next((module for module, config in configs if getattr(config, "model_type", None) == "nvib"), None)
 
 
 def find_nvib_model(model: nn.Module) -> nn.Module:
