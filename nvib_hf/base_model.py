@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -157,6 +158,20 @@ def freeze_unused(base: PreTrainedModel) -> None:
 def argument_names(forward) -> frozenset[str]:
     """The names of a function's arguments."""
     return frozenset(inspect.signature(forward).parameters)
+
+
+def gathering(model: nn.Module, name: str) -> Callable:
+    """A method of a model that is called outside of ``forward``, for which FSDP2 gathers parameters only if told."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+        if isinstance(model, FSDPModule):
+            gathered = f"{name}_gathered"
+            if gathered not in vars(model):
+                setattr(model, gathered, getattr(model, name))
+                register_fsdp_forward_method(model, gathered)
+            return getattr(model, gathered)
+    return getattr(model, name)
 
 
 def run_encoder(base: PreTrainedModel, inputs: dict) -> tuple[BaseModelOutput, Tensor | None]:

@@ -68,7 +68,7 @@ class DenoisingCrossAttention(nn.Module):
         return x.view(*x.shape[:-1], -1, getattr(self, self.nvib_row.head_dim)).transpose(1, 2)
 
     def _projected(self, packed: Tensor, dtype: torch.dtype, cache) -> dict[str, Tensor]:
-        """What attention reads of a latent in this layer, once a source: later steps find it in the cache.
+        """What attention reads of a latent in this layer, once per source: later steps find it in the cache.
 
         ``key``, ``value`` ``(B, H, Nl, E)`` and ``bias``; of a mixture also ``shrinkage`` and the matrices.
         """

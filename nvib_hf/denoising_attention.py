@@ -129,7 +129,7 @@ def denoising_attention(
         query: ``(B, H, Nt, E)``.
         key, value: projections of the memory's vectors, ``(B, Hk, Nl, E)``; ``Hk`` divides ``H``. Or those of
             :func:`append_bias`, where the same ones are read many times.
-        bias: ``(B, Nl)``, in fp32 or better; ``-inf`` where masked, at least one a row is not.
+        bias: ``(B, Nl)``, in fp32 or better; ``-inf`` where masked, at least one per row is not.
         scale: the attention's scale ``s``.
         shrinkage: ``r``, ``(B, Nl, P)``; ``None`` where every variance is 0.
         key_weight, value_weight: ``W_k`` and ``W_v``, ``(Hk, E, P)``; needed with ``shrinkage``.

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import Self
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import can_return_tuple
@@ -24,8 +23,7 @@ from .base_model import (
     base_class,
     decoder_positions,
     freeze_unused,
-    join_encoder_decoder,
-    load_base,
+    gathering,
     run_decoder,
     run_decoder_over_source,
     run_encoder,
@@ -43,7 +41,7 @@ from .checks import (
     check_replacement,
 )
 from .configuration_nvib import NvibConfig
-from .cross_attention import check_cache_was_found, convert_cross_attention, restore_cross_attention
+from .cross_attention import check_cache_was_found, convert_cross_attention
 from .generation import NvibGenerationMixin
 from .initialisation import EmpiricalPrior
 from .latent import NvibLatents, interpolate
@@ -52,8 +50,7 @@ from .latent_transport import interpolate_by_transport
 from .latent_variation import blend, vary
 from .loss import nvib_loss, regulariser
 from .model_card import NvibModelCardMixin
-from .nvib_layer import NvibLayer
-from .outputs import MEASURED, LatentOutput, NvibSeq2SeqLMOutput
+from .outputs import LatentOutput, NvibSeq2SeqLMOutput, joined_output
 from .packing import pack
 from .posterior import NvibOutput
 from .precision import SinglePrecisionMixin
@@ -61,7 +58,7 @@ from .pretrained import NvibPretrainedMixin
 from .validation import check_choice, check_prior
 from .versions import CACHE, given_cache, warn_if_untested
 from .word_dropout import drop_words
-from .wrapping import cross_attention_of, split_settings, wrap
+from .wrapping import cross_attention_of, make_layer
 
 RECORDED = {"output_attentions", "output_hidden_states"}
 INTERPOLATIONS = {"transport": interpolate_by_transport, "mixture": interpolate}
@@ -140,18 +137,7 @@ class NvibForConditionalGeneration(
         check_prior(config.prior_mu, config.prior_var, config.prior_alpha, width)
         self.base = base  # first, so that the model's dtype is the base's
         with init.no_init_weights():  # initialize_weights sets all of them
-            self.nvib = NvibLayer(
-                width,
-                width,
-                delta=config.delta,
-                kappa=config.kappa,
-                alpha_activation=config.alpha_activation,
-                dropping=config.dropping,
-                alpha_threshold=config.alpha_threshold,
-                threshold_share=config.threshold_share,
-                kl_weights=config.kl_weights,
-                scale=self.scale,
-            )
+            self.nvib = make_layer(config, width, self.scale)
         self.register_buffer("kl_beta", torch.ones(3))  # of lambda_gaussian, lambda_dirichlet, lambda_vectors
         convert_cross_attention(cross_attention, width, config.exact_attention, config.dropping == "hard")
         freeze_unused(base)
@@ -163,55 +149,6 @@ class NvibForConditionalGeneration(
         self.model_tags = ["nvib"]  # of the model card; pushing adds to the list
         self.card_metadata: dict = {}  # the model card's license, language, datasets, ...
         self.post_init()
-
-    @classmethod
-    def from_base_pretrained(cls, base: str | PreTrainedModel, **kwargs) -> Self:
-        """Wrap a pretrained encoder-decoder model.
-
-        In ``eval()`` a fresh wrap computes what the base computes (for the default ``tau_*``).
-
-        Args:
-            base: name or path of a checkpoint, or a loaded model, which is changed in place.
-            kwargs: settings of :class:`NvibConfig`; the others go to the base's ``from_pretrained``
-                (``dtype``, ``attn_implementation``, ``revision``, ...).
-
-        Raises:
-            ValueError: the base has no cross-attention that is known; a setting outside its range.
-            TypeError: an argument that neither takes.
-        """
-        settings, others = split_settings(kwargs)
-        if isinstance(base, PreTrainedModel):
-            check_known(others, "A loaded model")
-        else:
-            base = load_base(base, **others)
-        return wrap(cls, base, settings)
-
-    @classmethod
-    def from_encoder_decoder_pretrained(
-        cls,
-        encoder: str | PreTrainedModel,
-        decoder: str | PreTrainedModel | PreTrainedConfig,
-        **kwargs,
-    ) -> Self:
-        """Join a pretrained encoder with a decoder that can cross-attend, and wrap the two.
-
-        Args:
-            encoder: name, path or model.
-            decoder: name, path, model, or a configuration for fresh weights.
-            kwargs: settings of :class:`NvibConfig`; the others go to both ``from_pretrained``.
-        """
-        settings, others = split_settings(kwargs)
-        return wrap(cls, join_encoder_decoder(encoder, decoder, **others), settings)
-
-    def unwrap(self) -> PreTrainedModel:
-        """The base model with its trained weights and its own cross-attention. This model is spent afterwards."""
-        restore_cross_attention(self.base)
-        return self.base
-
-    def freeze_base(self) -> Self:
-        """Train the bottleneck alone."""
-        self.base.requires_grad_(False)
-        return self
 
     # Encode
 
@@ -262,16 +199,8 @@ class NvibForConditionalGeneration(
         return NvibLatents.of(output)
 
     def _encode_alone(self, *args, **kwargs) -> tuple[NvibLatents, BaseModelOutput]:
-        """:meth:`_encode` outside of ``forward``, for which FSDP2 gathers parameters only if it is told."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-
-            if isinstance(self, FSDPModule):
-                if "_encode_gathered" not in vars(self):
-                    self._encode_gathered = self._encode
-                    register_fsdp_forward_method(self, "_encode_gathered")
-                return self._encode_gathered(*args, **kwargs)
-        return self._encode(*args, **kwargs)
+        """:meth:`_encode` outside of ``forward``."""
+        return gathering(self, "_encode")(*args, **kwargs)
 
     def _encoder_arguments(self, inputs: dict) -> dict:
         return {k: v for k, v in inputs.items() if k in self._encoder_argument_names and v is not None}
@@ -455,27 +384,14 @@ class NvibForConditionalGeneration(
         check_cache_was_found(cache, self._cached_layers)
         if latents is None and labels is None:  # a step of decoding, to which the rest has nothing to add
             return outputs
-        states = BaseModelOutput() if states is None else states
         loss = cross_entropy = None
         if labels is not None:
             regularisation = None if latents is None else regulariser(latents, self.kl_beta, self.config)
             loss, cross_entropy = nvib_loss(
                 outputs.logits, labels, regularisation, num_items_in_batch, self.config.label_smoothing
             )
-        return NvibSeq2SeqLMOutput(
-            loss=loss,
-            logits=outputs.logits,
-            **{CACHE: cache},
-            decoder_hidden_states=outputs.get("decoder_hidden_states"),
-            decoder_attentions=outputs.get("decoder_attentions"),
-            cross_attentions=outputs.get("cross_attentions"),
-            encoder_last_hidden_state=states.last_hidden_state,
-            encoder_hidden_states=states.hidden_states,
-            encoder_attentions=states.attentions,
-            cross_entropy=cross_entropy,
-            **{name: None if latents is None else getattr(latents, name) for name in MEASURED},
-            latents=None if getattr(self, "_is_replica", False) else latents,
-        )
+        is_replica = getattr(self, "_is_replica", False)
+        return joined_output(outputs, states, latents, loss, cross_entropy, with_latents=not is_replica)
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """The decoder's inputs for these labels, by the base's own rule."""

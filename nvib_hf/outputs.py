@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from .latent import NvibLatents
+from .versions import CACHE
 
 
 @dataclass
@@ -44,5 +45,28 @@ class NvibSeq2SeqLMOutput(Seq2SeqLMOutput):
     latents: NvibLatents | None = None
 
 
-# What the output repeats of the latents.
-MEASURED = ("kl_gaussian", "kl_dirichlet", "num_vectors", "prop_vectors", "effective_vectors")
+def joined_output(
+    outputs: Seq2SeqLMOutput,
+    states: BaseModelOutput | None,
+    latents: NvibLatents | None,
+    loss: Tensor | None,
+    cross_entropy: Tensor | None,
+    with_latents: bool,
+) -> NvibSeq2SeqLMOutput:
+    """What the decoder returned, the encoder's ``states`` and what the latents cost, if they were made here."""
+    states = BaseModelOutput() if states is None else states
+    measured = ("kl_gaussian", "kl_dirichlet", "num_vectors", "prop_vectors", "effective_vectors")
+    return NvibSeq2SeqLMOutput(
+        loss=loss,
+        logits=outputs.logits,
+        **{CACHE: outputs.get(CACHE)},
+        decoder_hidden_states=outputs.get("decoder_hidden_states"),
+        decoder_attentions=outputs.get("decoder_attentions"),
+        cross_attentions=outputs.get("cross_attentions"),
+        encoder_last_hidden_state=states.last_hidden_state,
+        encoder_hidden_states=states.hidden_states,
+        encoder_attentions=states.attentions,
+        cross_entropy=cross_entropy,
+        **{name: None if latents is None else getattr(latents, name) for name in measured},
+        latents=latents if with_latents else None,
+    )

@@ -1,20 +1,73 @@
-"""Hooks of ``PreTrainedModel``: initialisation, loading, embeddings."""
+"""How a model comes to be, from a base or from files, and what it overrides of ``PreTrainedModel`` for that."""
 
 from __future__ import annotations
 
 import math
+from typing import Self
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
-from .base_model import JOINED, damage_explained, joined_vocabularies
-from .checks import check_name_to_load, check_nothing_is_missing
+from .base_model import JOINED, damage_explained, join_encoder_decoder, joined_vocabularies, load_base
+from .checks import check_known, check_name_to_load, check_nothing_is_missing
+from .cross_attention import restore_cross_attention
 from .prior import prior_buffers
+from .wrapping import split_settings, wrap
 
 
 class NvibPretrainedMixin:
-    """Before ``PreTrainedModel``: what the base has is initialised, loaded and resized as the base does it."""
+    """Before ``PreTrainedModel``: wraps a base; what the base has is initialised, loaded and resized as it does it."""
+
+    @classmethod
+    def from_base_pretrained(cls, base: str | PreTrainedModel, **kwargs) -> Self:
+        """Wrap a pretrained encoder-decoder model.
+
+        In ``eval()`` a fresh wrap computes what the base computes (for the default ``tau_*``).
+
+        Args:
+            base: name or path of a checkpoint, or a loaded model, which is changed in place.
+            kwargs: settings of :class:`NvibConfig`; the others go to the base's ``from_pretrained``
+                (``dtype``, ``attn_implementation``, ``revision``, ...).
+
+        Raises:
+            ValueError: the base has no cross-attention that is known; a setting outside its range.
+            TypeError: an argument that neither takes.
+        """
+        settings, others = split_settings(kwargs)
+        if isinstance(base, PreTrainedModel):
+            check_known(others, "A loaded model")
+        else:
+            base = load_base(base, **others)
+        return wrap(cls, base, settings)
+
+    @classmethod
+    def from_encoder_decoder_pretrained(
+        cls,
+        encoder: str | PreTrainedModel,
+        decoder: str | PreTrainedModel | PreTrainedConfig,
+        **kwargs,
+    ) -> Self:
+        """Join a pretrained encoder with a decoder that can cross-attend, and wrap the two.
+
+        Args:
+            encoder: name, path or model.
+            decoder: name, path, model, or a configuration for fresh weights.
+            kwargs: settings of :class:`NvibConfig`; the others go to both ``from_pretrained``.
+        """
+        settings, others = split_settings(kwargs)
+        return wrap(cls, join_encoder_decoder(encoder, decoder, **others), settings)
+
+    def unwrap(self) -> PreTrainedModel:
+        """The base model with its trained weights and its own cross-attention. This model is spent afterwards."""
+        restore_cross_attention(self.base)
+        return self.base
+
+    def freeze_base(self) -> Self:
+        """Train the bottleneck alone."""
+        self.base.requires_grad_(False)
+        return self
 
     def initialize_weights(self) -> None:
         """What was not loaded: the base's by its own rules, which would pass it over in a model from elsewhere."""

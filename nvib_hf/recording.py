@@ -47,7 +47,7 @@ class Recorder:
             return
         tokens = (labels != IGNORED).sum(-1)  # (B,)
         self._add(
-            cross_entropy=outputs.cross_entropy.mean() * tokens.sum(),  # one value, or one a device
+            cross_entropy=outputs.cross_entropy.mean() * tokens.sum(),  # one value, or one per device
             kl_gaussian=(tokens * outputs.kl_gaussian).sum(),
             kl_dirichlet=(tokens * outputs.kl_dirichlet).sum(),
             num_vectors=outputs.num_vectors.sum(),

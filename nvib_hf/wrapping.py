@@ -12,6 +12,7 @@ from .architectures import check_names, cross_attention_scale, find_cross_attent
 from .base_model import check_decoder_call
 from .checks import check_one_scale
 from .configuration_nvib import NvibConfig, refuse_misspelt_settings, setting_names
+from .nvib_layer import NvibLayer
 
 
 class CrossAttentionOf(NamedTuple):
@@ -39,6 +40,22 @@ def cross_attention_of(base: PreTrainedModel) -> CrossAttentionOf:
     check_decoder_call(base, cached=bool(cached_layers))
     check_one_scale(type(base).__name__, modules)
     return CrossAttentionOf(modules, memory_width(modules[0]), cross_attention_scale(modules[0]), cached_layers)
+
+
+def make_layer(config: NvibConfig, width: int, scale: float) -> NvibLayer:
+    """The NVIB layer of a model; its prior is set when its weights are initialised."""
+    return NvibLayer(
+        width,
+        width,
+        delta=config.delta,
+        kappa=config.kappa,
+        alpha_activation=config.alpha_activation,
+        dropping=config.dropping,
+        alpha_threshold=config.alpha_threshold,
+        threshold_share=config.threshold_share,
+        kl_weights=config.kl_weights,
+        scale=scale,
+    )
 
 
 def wrap(model_class: type[PreTrainedModel], base: PreTrainedModel, settings: dict) -> PreTrainedModel:
