@@ -380,8 +380,7 @@ class NvibForConditionalGeneration(
             outputs = run_decoder_over_source(self.base, latent, {**decoder_inputs, "input_ids": input_ids})
         else:
             outputs = run_decoder(self.base, latent, decoder_inputs)
-        cache = outputs.get(CACHE)
-        check_cache_was_found(cache, self._cached_layers)
+        check_cache_was_found(outputs.get(CACHE), self._cached_layers)
         if latents is None and labels is None:  # a step of decoding, to which the rest has nothing to add
             return outputs
         loss = cross_entropy = None
