@@ -7,7 +7,7 @@ from .initialisation import EmpiricalPrior, empirical_prior
 from .kl import kl_dirichlet, kl_gaussian
 from .memory import NvibMemory
 from .multihead_attention import DenoisingMultiheadAttention
-from .nvib_layer import Nvib
+from .published_layer import Nvib
 
 __version__ = "0.1.0"
 

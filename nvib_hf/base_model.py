@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
+import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -26,23 +26,17 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
+from .checks import NOTHING_TO_READ, check_decoder_reads
+from .loss import IGNORED
+from .outputs import LatentOutput
 from .versions import CACHE, installed_and_tested
+
+# What stands for the encoder's inputs: its output.
+STATES = "encoder_last_hidden_state"
 
 # Their decoder is a causal model of its own, which is called directly: the projection between the two must see the
 # encoder's states, not the latent.
 JOINED = (EncoderDecoderModel, SpeechEncoderDecoderModel, VisionEncoderDecoderModel)
-
-
-@dataclass
-class LatentOutput(BaseModelOutput):
-    """A packed latent in the place of an encoder's output.
-
-    Some decoders read more of it than the states: Moonshine its mask, mixtures of experts the encoder's router.
-    Masks stand in the latent, so both are ``None``.
-    """
-
-    attention_mask: Tensor | None = None
-    router_logits: Tensor | None = None
 
 
 def base_class(config: PreTrainedConfig, architecture: str | None = None) -> type[PreTrainedModel]:
@@ -166,6 +160,20 @@ def argument_names(forward) -> frozenset[str]:
     return frozenset(inspect.signature(forward).parameters)
 
 
+def gathering(model: nn.Module, name: str) -> Callable:
+    """A method of a model that is called outside of ``forward``, for which FSDP2 gathers parameters only if told."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+        if isinstance(model, FSDPModule):
+            gathered = f"{name}_gathered"
+            if gathered not in vars(model):
+                setattr(model, gathered, getattr(model, name))
+                register_fsdp_forward_method(model, gathered)
+            return getattr(model, gathered)
+    return getattr(model, name)
+
+
 def run_encoder(base: PreTrainedModel, inputs: dict) -> tuple[BaseModelOutput, Tensor | None]:
     """The encoder's output, projected to the decoder's width, and its mask ``(B, Ns)``, True = padding, or ``None``.
 
@@ -200,7 +208,7 @@ def source_padding(encoder: nn.Module, attention_mask: Tensor | None, length: in
     return attention_mask == 0
 
 
-def run_decoder(base: PreTrainedModel, packed: Tensor, encoder_outputs: BaseModelOutput, inputs: dict):
+def run_decoder(base: PreTrainedModel, latent: LatentOutput, inputs: dict):
     """Logits of the base's decoder over a packed latent, as the base's output.
 
     ``inputs`` are named as in an encoder-decoder's ``forward`` (``decoder_input_ids``, ``use_cache``, ...).
@@ -209,7 +217,7 @@ def run_decoder(base: PreTrainedModel, packed: Tensor, encoder_outputs: BaseMode
     inputs = {name: value for name, value in inputs.items() if value is not None}
     if isinstance(base, JOINED):
         inputs = {name.removeprefix("decoder_"): value for name, value in inputs.items()}
-        outputs = base.decoder(encoder_hidden_states=packed, **inputs, return_dict=True)
+        outputs = base.decoder(encoder_hidden_states=latent.last_hidden_state, **inputs, return_dict=True)
         return Seq2SeqLMOutput(
             logits=outputs.logits,
             **{CACHE: outputs.get(CACHE)},
@@ -217,8 +225,22 @@ def run_decoder(base: PreTrainedModel, packed: Tensor, encoder_outputs: BaseMode
             decoder_attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
         )
-    encoder_outputs = LatentOutput(packed, encoder_outputs.hidden_states, encoder_outputs.attentions)
-    return base(encoder_outputs=encoder_outputs, **inputs, return_dict=True)
+    return base(encoder_outputs=latent, **inputs, return_dict=True)
+
+
+def run_decoder_over_source(base: PreTrainedModel, latent: LatentOutput, inputs: dict):
+    """:func:`run_decoder`, its tokens being what the base makes of ``input_ids``.
+
+    Raises:
+        ValueError: the base has no rule for that, so its decoder has nothing to read.
+    """
+    if isinstance(base, JOINED) or "input_ids" not in argument_names(base.forward):
+        raise ValueError(NOTHING_TO_READ)
+    refusal = base.get_decoder().register_forward_pre_hook(check_decoder_reads, with_kwargs=True)
+    try:
+        return run_decoder(base, latent, inputs)
+    finally:
+        refusal.remove()
 
 
 def shift_right(base: PreTrainedModel, labels: Tensor) -> Tensor:
@@ -228,7 +250,7 @@ def shift_right(base: PreTrainedModel, labels: Tensor) -> Tensor:
     start, pad = base.config.decoder_start_token_id, base.config.pad_token_id
     shifted = labels.roll(1, dims=-1)
     shifted[:, 0] = start
-    return shifted.masked_fill(shifted == -100, pad)
+    return shifted.masked_fill(shifted == IGNORED, pad)
 
 
 def decoder_positions(base: PreTrainedModel) -> int | None:

@@ -40,7 +40,7 @@ class DenoisingMemory(NamedTuple):
 
 def at_least_float32(x: Tensor) -> Tensor:
     """``x`` itself in fp32 and fp64, its fp32 copy in half precision."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.float() if is_half(x.dtype) else x
 
 
 def point_memory(z: Tensor, log_pi: Tensor, scale: float) -> DenoisingMemory:
@@ -55,7 +55,7 @@ def point_memory(z: Tensor, log_pi: Tensor, scale: float) -> DenoisingMemory:
 
     Source: Henderson & Fehr (ICLR 2023), training-time denoising attention.
     """
-    squared_norm = at_least_float32(z).square().sum(-1)
+    squared_norm = torch.linalg.vector_norm(at_least_float32(z), dim=-1).square()
     return DenoisingMemory(z, at_least_float32(log_pi) - 0.5 * scale * squared_norm)
 
 
@@ -127,8 +127,9 @@ def denoising_attention(
 
     Args:
         query: ``(B, H, Nt, E)``.
-        key, value: projections of the memory's vectors, ``(B, Hk, Nl, E)``; ``Hk`` divides ``H``.
-        bias: ``(B, Nl)``, in fp32 or better; ``-inf`` where masked, at least one a row is not.
+        key, value: projections of the memory's vectors, ``(B, Hk, Nl, E)``; ``Hk`` divides ``H``. Or those of
+            :func:`append_bias`, where the same ones are read many times.
+        bias: ``(B, Nl)``, in fp32 or better; ``-inf`` where masked, at least one per row is not.
         scale: the attention's scale ``s``.
         shrinkage: ``r``, ``(B, Nl, P)``; ``None`` where every variance is 0.
         key_weight, value_weight: ``W_k`` and ``W_v``, ``(Hk, E, P)``; needed with ``shrinkage``.
@@ -150,43 +151,27 @@ def denoising_attention(
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
         if shrinkage is not None:
             key_weight, value_weight = (w.repeat_interleave(groups, dim=0) for w in (key_weight, value_weight))
-    if dropped is not None:
-        masked = bias.masked_fill(dropped > 0.5, float("-inf"))
-        output, weights = denoising_attention(
-            query,
-            key,
-            value,
-            masked,
-            scale,
-            shrinkage=shrinkage,
-            key_weight=key_weight,
-            value_weight=value_weight,
-            exact=exact,
-            softcap=softcap,
-            attention_mask=attention_mask,
-            dropout_p=dropout_p,
-            need_weights=need_weights,
-        )
-        if torch.is_grad_enabled() and dropped.requires_grad:
-            with torch.no_grad():
-                scores = _scores(query, key, bias, scale, softcap, attention_mask)
-            output = output + _coming_back(scores, value.detach(), output.detach(), dropped)
-        return output, weights
+    visible = bias if dropped is None else bias.masked_fill(dropped > 0.5, float("-inf"))
     if shrinkage is None and softcap is None and not need_weights:
-        return _fused(query, key, value, bias, scale, attention_mask, dropout_p), None
-
-    scores = _scores(query, key, bias, scale, softcap, attention_mask)
-    if shrinkage is not None:
-        latent_query = _per_head(query, key_weight)  # u, (B, H, Nt, P)
-        if exact:
-            norm_term = latent_query.square().flatten(1, 2) @ shrinkage.transpose(-1, -2)  # (B, H * Nt, Nl)
-            scores = scores + 0.5 * scale * norm_term.view_as(scores)
-    weights = scores.softmax(-1).to(value.dtype)
-    dropped = F.dropout(weights, dropout_p)
-    output = dropped @ value
-    if shrinkage is not None:
-        mean_shrinkage = (dropped.flatten(1, 2) @ shrinkage).view_as(latent_query)
-        output = output + _per_head(latent_query * mean_shrinkage, value_weight.transpose(-1, -2))
+        output, weights = _fused(query, key, value, visible, scale, attention_mask, dropout_p), None
+    else:
+        key, value = key[..., : query.shape[-1]], value[..., : query.shape[-1]]
+        scores = _scores(query, key, visible, scale, softcap, attention_mask)
+        if shrinkage is not None:
+            latent_query = _per_head(query, key_weight)  # u, (B, H, Nt, P)
+            if exact:
+                norm_term = latent_query.square().flatten(1, 2) @ shrinkage.transpose(-1, -2)  # (B, H * Nt, Nl)
+                scores = scores + 0.5 * scale * norm_term.view_as(scores)
+        weights = scores.softmax(-1).to(value.dtype)
+        counted = F.dropout(weights, dropout_p)
+        output = counted @ value
+        if shrinkage is not None:
+            mean_shrinkage = (counted.flatten(1, 2) @ shrinkage).view_as(latent_query)
+            output = output + _per_head(latent_query * mean_shrinkage, value_weight.transpose(-1, -2))
+    if dropped is not None and torch.is_grad_enabled() and dropped.requires_grad:
+        with torch.no_grad():
+            scores = _scores(query, key, bias, scale, softcap, attention_mask)
+        output = output + _coming_back(scores, value.detach(), output.detach(), dropped)
     return output, weights if need_weights else None
 
 
@@ -232,12 +217,12 @@ def _fused(query, key, value, bias, scale, attention_mask, dropout_p) -> Tensor:
     multiples of 8, equal for key and value). Half precision takes this way too: a half-precision mask would round
     the bias, three channels do not. Otherwise the bias is a plain mask: nothing is copied at a decoding step.
     """
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    if half or (torch.is_grad_enabled() and bias.requires_grad):
-        width = query.shape[-1]
-        query, key, value = _append_bias(query, key, value, bias / scale)
+    width = query.shape[-1]
+    if is_half(query.dtype) or (torch.is_grad_enabled() and bias.requires_grad):
+        if key.shape[-1] == query.shape[-1]:
+            key, value = append_bias(key, value, bias, scale)
+        query = F.pad(query, (0, key.shape[-1] - query.shape[-1]), value=1.0)
     else:
-        width = value.shape[-1]
         bias = bias[:, None, None, :].to(query.dtype)
         attention_mask = bias if attention_mask is None else bias + additive_mask(attention_mask, bias.dtype)
     output = F.scaled_dot_product_attention(
@@ -246,20 +231,22 @@ def _fused(query, key, value, bias, scale, attention_mask, dropout_p) -> Tensor:
     return output[..., :width]
 
 
-def _append_bias(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``q' = [q, 1..]``, ``k' = [k, b..]``, ``v' = [v, 0..]``: the scores of ``q'`` and ``k'`` contain the bias."""
-    channels = split_bias(bias) if query.dtype in (torch.float16, torch.bfloat16) else bias[..., None]
-    channels = channels.clamp(min=max(MASKED_BIAS, torch.finfo(query.dtype).min)).to(query.dtype)
-    count = channels.shape[-1]
-    padding = -(query.shape[-1] + count) % 8
-    batch, heads, length, _ = key.shape
-    channels = F.pad(channels, (0, padding))[:, None].expand(batch, heads, length, -1)
-    ones = F.pad(query.new_ones(count), (0, padding)).expand(*query.shape[:-1], -1)
-    return (
-        torch.cat([query, ones], dim=-1),
-        torch.cat([key, channels], dim=-1),
-        F.pad(value, (0, count + padding)),
-    )
+def is_half(dtype: torch.dtype) -> bool:
+    return dtype in (torch.float16, torch.bfloat16)
+
+
+def append_bias(key: Tensor, value: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """``k' = [k, b / s, 0..]`` and ``v' = [v, 0..]``: the scores of ``q' = [q, 1..]`` and ``k'`` contain the bias.
+
+    In half precision the bias takes three channels (:func:`split_bias`). Widths are multiples of 8.
+    """
+    bias = bias / scale
+    channels = split_bias(bias) if is_half(key.dtype) else bias[..., None]
+    channels = channels.clamp(min=max(MASKED_BIAS, torch.finfo(key.dtype).min)).to(key.dtype)
+    batch, heads, length, width = key.shape
+    extra = -(-(width + channels.shape[-1]) // 8) * 8 - width
+    channels = F.pad(channels, (0, extra - channels.shape[-1]))[:, None].expand(batch, heads, length, -1)
+    return torch.cat([key, channels], dim=-1), F.pad(value, (0, extra))
 
 
 def split_bias(bias: Tensor) -> Tensor:

@@ -66,6 +66,7 @@ def log_gamma_sample(log_alpha: Tensor, generator: torch.Generator | None = None
     # weight for a component without any. Half a step of rand's grid keeps u below 1.
     log_u = torch.log1p(-noise(torch.rand, log_alpha, generator))
     log_u = log_u.clamp(max=-torch.finfo(dtype).eps / 4)
+    # Private, but torch.distributions' own sampler, and the only one with implicit gradients that takes a generator.
     g = torch._standard_gamma(torch.where(below_one, alpha_c + 1, alpha_c), generator=generator)
     log_g = g.log() + torch.where(below_one, log_u * torch.exp(-log_alpha_c), 0.0)
     return log_alpha + (log_g - log_alpha_c)

@@ -91,6 +91,11 @@ def learned_keep_logit(hidden_states: Tensor, weight: Tensor, bias: Tensor) -> T
     return (F.layer_norm(hidden_states, weight.shape) * weight).sum(-1) + bias  # autocast leaves this in fp32
 
 
+def everything_kept(width: int) -> dict[str, Tensor]:
+    """Parameters of a learned decision, by name, with which it keeps 95 % of the draws."""
+    return {"keep_weight": torch.zeros(width), "keep_bias": torch.full((1,), KEEP_BIAS)}
+
+
 def relaxed_log_gate(keep_logit: Tensor, generator: torch.Generator | None = None) -> Tensor:
     r"""Draws of what a relaxed decision adds to a vector's log weight in training, shaped as ``keep_logit``.
 

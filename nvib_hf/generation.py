@@ -1,4 +1,4 @@
-"""``generate()`` from inputs or from latents."""
+"""``generate()`` from inputs or from latents: what it overrides of Transformers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput
 
-from .encoding import STATES
+from .base_model import STATES
+from .checks import check_batch, check_encoder_outputs, check_latents
 from .latent import NvibLatents
 from .whisper_generation import generate_as_base, has_prompts
 
@@ -27,27 +28,24 @@ class NvibGenerationMixin(GenerationMixin):
         if kwargs.get(STATES) is not None:
             states = {name: kwargs.pop(name, None) for name in (STATES, "attention_mask")}
             with torch.no_grad():
-                kwargs["encoder_outputs"], _ = self._encode_alone(states, decode_only=True)
-        if kwargs.get("encoder_outputs") is not None:
-            packed = self._packed_encoder_outputs(kwargs["encoder_outputs"])
-            if kwargs.get("decoder_input_ids") is not None:
-                self._check_batch(packed.last_hidden_state, kwargs["decoder_input_ids"])
-            kwargs["encoder_outputs"] = packed
-        if kwargs.get("decoder_input_ids") is None and has_prompts(generation_config or self.generation_config):
-            return generate_as_base(self, inputs, generation_config, **kwargs)
+                latents, _ = self._encode_alone(states, decode_only=True)
+            kwargs["encoder_outputs"] = self._packed(latents)
+        elif kwargs.get("encoder_outputs") is not None:
+            kwargs["encoder_outputs"] = self._packed_encoder_outputs(kwargs["encoder_outputs"])
+        if kwargs.get("decoder_input_ids") is None:
+            if has_prompts(generation_config or self.generation_config):
+                return generate_as_base(self, inputs, generation_config, **kwargs)
+        elif kwargs.get("encoder_outputs") is not None:
+            check_batch(kwargs["encoder_outputs"].last_hidden_state, kwargs["decoder_input_ids"])
         return super().generate(inputs, generation_config, **kwargs)
 
     def _packed_encoder_outputs(self, latents: NvibLatents | BaseModelOutput) -> BaseModelOutput:
         """What decoding reads of the latents. What is packed already is handed on: nothing changes it in place."""
-        if isinstance(latents, NvibLatents):
-            self._check_latents(latents)
-            return BaseModelOutput(last_hidden_state=self._pack(latents.compact()))
-        if not isinstance(latents, BaseModelOutput):
-            raise TypeError(
-                f"encoder_outputs must be latents, but got {type(latents).__name__}. Pass what encode(), "
-                "sample_latents(), interpolate_latents() or concatenate_latents([...]) returned."
-            )
-        return latents
+        check_encoder_outputs(latents)
+        if not isinstance(latents, NvibLatents):
+            return latents
+        check_latents(latents, self.nvib)
+        return self._packed(latents.compact())
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         """What the base's encoder takes is known, too."""
@@ -63,11 +61,9 @@ class NvibGenerationMixin(GenerationMixin):
         }
         name = model_input_name or self.main_input_name
         latents, states = self._encode_alone({**model_kwargs, **recorded, name: inputs_tensor}, decode_only=True)
-        packed = self._packed_encoder_outputs(latents)
         if model_kwargs.get("decoder_input_ids") is not None:
-            self._check_batch(packed.last_hidden_state, model_kwargs["decoder_input_ids"])
-        packed.hidden_states, packed.attentions = states.hidden_states, states.attentions
-        model_kwargs["encoder_outputs"] = packed
+            check_batch(latents.z, model_kwargs["decoder_input_ids"])
+        model_kwargs["encoder_outputs"] = self._packed(latents, states)
         return model_kwargs
 
     def _expand_inputs_for_generation(

@@ -67,21 +67,6 @@ def identity_parameters(
     }
 
 
-def prior_buffers(
-    prior_mu: float | Tensor,
-    prior_var: float | Tensor,
-    prior_log_alpha: float | Tensor,
-    prior_log_alpha_std: float | Tensor = 1.0,
-) -> dict[str, Tensor]:
-    """A prior as :class:`~nvib_hf.Nvib` keeps it: its buffers, by name, or what is broadcast to them."""
-    return {
-        "prior_mu": torch.as_tensor(prior_mu),
-        "prior_logvar": torch.as_tensor(prior_var, dtype=torch.float32).log(),
-        "prior_log_alpha": torch.as_tensor(prior_log_alpha),
-        "prior_log_alpha_std": torch.as_tensor(prior_log_alpha_std),
-    }
-
-
 class EmpiricalPrior(NamedTuple):
     """Statistics of an encoder's output: arguments of :meth:`nvib_hf.Nvib.set_prior`."""
 

@@ -11,10 +11,11 @@ import math
 import torch
 from torch import Tensor
 
+from .prior import prior_log_total
 from .validation import KL_WEIGHTS, check_choice
 
 # Log pseudo-counts below this count as this: a row whose total is 0 (log 0 = -inf) stays finite.
-MIN_LOG_ALPHA = -1e4
+LOG_ALPHA_FLOOR = -1e4
 # Above exp of this the remainder of lgamma comes from Stirling's series: the first term left out is
 # about 1e-16 there.
 STIRLING_FROM = math.log(16.0)
@@ -82,18 +83,31 @@ def kl_gaussian(
         mu, logvar = mu.transpose(0, 1), logvar.transpose(0, 1)  # (B, Nl, P)
     mu = mu.to(dtype).masked_fill(padding.unsqueeze(-1), 0.0)
     logvar = logvar.to(dtype).masked_fill(padding.unsqueeze(-1), 0.0)
-    prior_mu = torch.as_tensor(prior_mu, dtype=dtype, device=mu.device)
-    prior_var = torch.as_tensor(prior_var, dtype=dtype, device=mu.device)
+    prior_mu, prior_var = (torch.as_tensor(x, dtype=dtype, device=mu.device) for x in (prior_mu, prior_var))
+    divergence = gaussian_divergence(mu, logvar, prior_mu, prior_var)
+    return kappa * (component_weights(weights, log_alpha, ~padding, keep) * divergence).sum(-1)
 
+
+def gaussian_divergence(mu: Tensor, logvar: Tensor, prior_mu: Tensor, prior_var: Tensor) -> Tensor:
+    """The mean over the channels of :func:`kl_gaussian`, for every component: ``(B, Nl, P)`` to ``(B, Nl)``."""
+    dtype = torch.promote_types(mu.dtype, torch.float32)
+    mu, logvar, prior_mu, prior_var = (x.to(dtype) for x in (mu, logvar, prior_mu, prior_var))
+    distance = torch.linalg.vector_norm((mu - prior_mu).mul_(prior_var.rsqrt()), dim=-1)  # (B, Nl)
     log_v = logvar - prior_var.log()
-    distance = torch.linalg.vector_norm((mu - prior_mu) * prior_var.rsqrt(), dim=-1)  # (B, Nl)
-    divergence = 0.5 * ((torch.expm1(log_v) - log_v).mean(-1) + distance.square() / mu.shape[-1])
+    mean_log_v = log_v.mean(-1)
+    # In place, as half of the time goes to fresh memory: 0.9 ms for 1.7 ms at (4, 513, 256) on a CPU.
+    return 0.5 * (log_v.expm1_().mean(-1) - mean_log_v + distance.square() / mu.shape[-1])
+
+
+def component_weights(weights: str, log_alpha: Tensor, mask: Tensor, keep: Tensor | None) -> Tensor:
+    """What :func:`kl_gaussian` weighs components by, ``(B, Nl)``.
+
+    Args:
+        mask: True = a component, False = padding. keep: as ``mask``, less what is dropped; ``None`` is all.
+    """
     if weights == "pseudo_counts":
-        w = log_alpha.softmax(-1)
-    else:
-        counted = ~padding if keep is None else keep & ~padding
-        w = counted / (~padding).sum(-1, keepdim=True)
-    return kappa * (w * divergence).sum(-1)
+        return log_alpha.clamp(min=LOG_ALPHA_FLOOR).masked_fill(~mask, -math.inf).softmax(-1)
+    return (mask if keep is None else keep & mask) / mask.sum(-1, keepdim=True)
 
 
 def kl_dirichlet(
@@ -115,13 +129,21 @@ def kl_dirichlet(
                + k_0 \big( \log\Gamma(\alpha_0^p / k_0) - \log\Gamma(\alpha_0 / k_0) \big) \Big\}
 
     with :math:`\alpha_0 = \sum_i \alpha_i` and :math:`\alpha_0^p = \alpha^p + \delta (n' - 1)`. Written like
-    this its terms cancel beyond what float64 holds once the totals are large. With the remainder
-    :math:`R(x) = \log\Gamma(x) - (x - \tfrac12) \log x + x - \tfrac12 \log 2\pi` of Stirling's formula,
-    :math:`T(x) = x R'(x)` and :math:`d = \log\alpha_0^p - \log\alpha_0` the same is
+    this its terms cancel beyond what float64 holds once the totals are large. So, first, Stirling's formula with its
+    remainder :math:`R` is put in,
 
     .. math::
-        n' KL_D = \tfrac{k_0 - 1}{2} (e^d - 1 - d) + k_0 D(\alpha_0^p / k_0, \alpha_0 / k_0)
-                  - D(\alpha_0^p, \alpha_0), \qquad D(p, a) = R(p) - R(a) - (e^d - 1) T(a)
+        \log\Gamma(x) = (x - \tfrac12) \log x - x + \tfrac12 \log 2\pi + R(x), \qquad
+        \psi(x) = \log x - \tfrac1{2x} + R'(x)
+
+    whereupon all that is large cancels exactly, and of the rest :math:`\tfrac{k_0 - 1}{2} (e^d - 1 - d)` remains, with
+    :math:`d = \log\alpha_0^p - \log\alpha_0`. Second, the remainders are collected by their argument, once the parts
+    :math:`\alpha_0 / k_0`, once the whole: with :math:`T(x) = x R'(x)` and
+    :math:`(\alpha_0^p - \alpha_0) R'(\alpha_0) = (e^d - 1) \, T(\alpha_0)`. What is computed is
+
+    .. math::
+        KL_D = \frac1{n'} \Big\{ \tfrac{k_0 - 1}{2} (e^d - 1 - d) + k_0 D(\alpha_0^p / k_0, \alpha_0 / k_0)
+               - D(\alpha_0^p, \alpha_0) \Big\}, \qquad D(p, a) = R(p) - R(a) - (e^d - 1) \, T(a)
 
     where every term goes to 0 with ``d``, and ``R`` and ``T`` also with ``1 / x``. It is computed from the
     logarithms of the totals in float64 (float32 on devices without it), so totals of ``exp(1e4)`` are fine.
@@ -163,7 +185,7 @@ def kl_dirichlet(
     n = k0 / kappa
     log_total = log_alpha.to(wide).logsumexp(-1)
     prior_log_alpha = torch.as_tensor(prior_log_alpha, dtype=wide, device=log_alpha.device)
-    log_prior_total = torch.logaddexp(prior_log_alpha, torch.log(delta * (n - 1)))
+    log_prior_total = prior_log_total(prior_log_alpha, delta, n - 1)
     log_prior_total = log_prior_total.minimum(log_total.detach() + math.log(torch.finfo(dtype).max) - 8)
 
     d = log_prior_total - log_total
@@ -228,7 +250,7 @@ def _unpadded_log_alpha(
     counts = counts.to(torch.promote_types(counts.dtype, torch.float32))
     if log_alpha is None:
         counts = counts.clamp(min=torch.finfo(counts.dtype).tiny).log()  # the gradient of log(0) is 0 / 0
-    return counts.clamp(min=MIN_LOG_ALPHA).masked_fill(padding, -math.inf), padding
+    return counts.clamp(min=LOG_ALPHA_FLOOR).masked_fill(padding, -math.inf), padding
 
 
 def _check(name: str, value: float, holds: bool, remedy: str) -> None:

@@ -1,15 +1,4 @@
-r"""The latent of a text (image, sound): first-class, and packed for its way through a decoder.
-
-The only tensor that reaches every cross-attention of every architecture is ``encoder_hidden_states``. What
-attention reads of a latent therefore travels as its last axis:
-
-    [ vectors (P) | bias (3, padded to 8) ]                       points: a sample, or the means
-    [ vectors (P) | shrinkage (P) | bias (3, padded to 8) ]       a mixture of Gaussians
-
-The bias is split in three summands that a cast to half precision does not round, so the packed tensor can have
-the model's dtype and survives autocast and mixed-precision wrappers. The channel after them is 1 where a draw in
-training dropped a vector, and carries the gradient of that.
-"""
+"""The latents of texts (images, sounds): first-class, saved, joined, interpolated."""
 
 from __future__ import annotations
 
@@ -27,41 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
-from .denoising_attention import DenoisingMemory, mean_memory, mixture_memory, point_memory, split_bias
+from .denoising_attention import DenoisingMemory, mean_memory, mixture_memory, point_memory
 from .dropping import kept_first
-
-BIAS_WIDTH = 8  # three channels, or four, padded so that the packed rows stay aligned
-
-
-def pack(memory: DenoisingMemory) -> Tensor:
-    """One tensor ``(B, Nl, P + 8)``, or ``(B, Nl, 2 P + 8)`` with shrinkage, in the vectors' dtype."""
-    dtype = memory.vectors.dtype
-    channels = split_bias(memory.bias)
-    if memory.dropped is not None:
-        channels = torch.cat([channels, memory.dropped[..., None].to(channels.dtype)], dim=-1)
-    bias = F.pad(channels, (0, BIAS_WIDTH - channels.shape[-1])).to(dtype)
-    parts = [memory.vectors, bias] if memory.shrinkage is None else [memory.vectors, memory.shrinkage, bias]
-    return torch.cat(parts, dim=-1)
-
-
-def unpack(packed: Tensor, width: int, dropped: bool = False) -> DenoisingMemory:
-    """The memory in a packed tensor, for latent vectors of ``width`` ``P``; with ``dropped``, that is read too.
-
-    Raises:
-        ValueError: the last axis is neither ``P + 8`` nor ``2 P + 8``.
-    """
-    size = packed.shape[-1]
-    if size not in (width + BIAS_WIDTH, 2 * width + BIAS_WIDTH):
-        raise ValueError(
-            f"The decoder of an NVIB model reads latents, but encoder_hidden_states is {size} wide where a latent "
-            f"of this model is {width + BIAS_WIDTH} or {2 * width + BIAS_WIDTH}. Pass the model's inputs, or "
-            "encoder_outputs from encode(), sample_latents() or interpolate_latents() of this model."
-        )
-    three = packed[..., -BIAS_WIDTH : -BIAS_WIDTH + 3]
-    bias = (three if three.dtype == torch.float64 else three.float()).sum(-1)
-    shrinkage = None if size == width + BIAS_WIDTH else packed[..., width : 2 * width]
-    mark = packed[..., -BIAS_WIDTH + 3] if dropped else None
-    return DenoisingMemory(packed[..., :width], bias, shrinkage, mark)
+from .posterior import NvibOutput
 
 
 @dataclasses.dataclass
@@ -83,7 +40,7 @@ class NvibLatents(ModelOutput):
         num_vectors: ``(B,)`` source vectors kept, the prior's excluded; prop_vectors: their share of the source
             length; effective_vectors: ``exp(entropy(pi))``. ``None`` as above.
         relaxed_prop_vectors: ``(B,)``, :func:`~nvib_hf.dropping.relaxed_share`; ``None`` where nothing is dropped.
-        kappa: ``(B,)`` vectors drawn a component, of a sample; ``None`` otherwise.
+        kappa: ``(B,)`` vectors drawn per component, of a sample; ``None`` otherwise.
         dropped, full_log_pi: ``(B, Nl)``, of hard draws in training, those of
             :class:`~nvib_hf.posterior.Posterior`; ``None`` otherwise.
     """
@@ -102,6 +59,33 @@ class NvibLatents(ModelOutput):
     kappa: Tensor | None = None
     dropped: Tensor | None = None
     full_log_pi: Tensor | None = None
+
+    @classmethod
+    def of(cls, output: NvibOutput) -> NvibLatents:
+        """What the NVIB layer made, and what is told of it unless it was asked for what decoding reads alone."""
+        posterior, drawn, kappa = output.posterior, output.drawn, output.kappa
+        latents = cls(
+            z=output.z,
+            log_pi=output.log_pi,
+            logvar=posterior.logvar if kappa is None else None,
+            attention_mask=drawn.mask,
+            dropped=drawn.dropped,
+            full_log_pi=drawn.full_log_pi,
+        )
+        if output.kl_gaussian is None:
+            return latents
+        statistics = posterior.statistics()
+        return cls(
+            **latents,
+            log_alpha=drawn.log_alpha.masked_fill(~drawn.mask, float("-inf")),
+            kl_gaussian=output.kl_gaussian,
+            kl_dirichlet=output.kl_dirichlet,
+            num_vectors=statistics["num_vec"],
+            prop_vectors=statistics["prop_vec"],
+            relaxed_prop_vectors=output.relaxed_share,
+            effective_vectors=statistics["effective_num_vec"],
+            kappa=None if kappa is None else torch.full_like(statistics["num_vec"], kappa, dtype=torch.long),
+        )
 
     def __getitem__(self, index):
         if isinstance(index, str):
@@ -134,13 +118,9 @@ class NvibLatents(ModelOutput):
 
     def to(self, *args, **kwargs) -> NvibLatents:
         """A copy on another device or in another dtype; fp32 quantities and masks keep their dtype."""
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
-
-        def move(name: str, value: Tensor) -> Tensor:
-            target = dtype if name in ("z", "logvar") else None
-            return value.to(device=device, dtype=target or value.dtype, non_blocking=non_blocking)
-
-        return type(self)(**{name: move(name, value) for name, value in self.items()})
+        moved = {name: x.to(*args, **kwargs) for name, x in self.items() if name in ("z", "logvar")}
+        where = {"device": moved["z"].device, "non_blocking": kwargs.get("non_blocking", False)}
+        return type(self)(**{name: moved[name] if name in moved else x.to(**where) for name, x in self.items()})
 
     def detach(self) -> NvibLatents:
         return type(self)(**{name: value.detach() for name, value in self.items()})

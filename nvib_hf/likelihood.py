@@ -10,15 +10,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .distributions import gaussian_sample, log_gamma_sample
+from .kl import kl_gaussian
 from .latent import NvibLatents
-from .nvib_layer import Nvib
+from .nvib_layer import NvibLayer
 from .text_batches import MAX_LENGTH, check_texts, encode_texts, evaluating, labels_of, negative_log_likelihood
 
 # The log-density of a Dirichlet is a difference of terms alpha * log(alpha): float64 holds it to 1e-3 up to here.
 LOG_ALPHA_MAX = 25.0
 
 
-def divergences(layer: Nvib, latents: NvibLatents) -> dict[str, Tensor]:
+def divergences(layer: NvibLayer, latents: NvibLatents) -> dict[str, Tensor]:
     r"""Nats of each latent, ``(B,)``, with one vector per component.
 
     * ``kl_gaussian``: :math:`n' P \, KL_G` of what is drawn, the vectors that are kept, whatever weighs in the loss;
@@ -37,7 +38,8 @@ def divergences(layer: Nvib, latents: NvibLatents) -> dict[str, Tensor]:
         posterior = {"mu": latents.z, "logvar": latents.logvar, "log_alpha": latents.log_alpha, "batch_first": True}
         masks = {"memory_key_padding_mask": ~latents.attention_mask, "keep": visible}
         weights = {"kl_gaussian": "drawn", "kl_gaussian_published": "pseudo_counts"}
-        gaussian = {k: layer.kl_gaussian(kappa=1, weights=w, **posterior, **masks) for k, w in weights.items()}
+        prior = {"prior_mu": layer.prior_mu, "prior_var": layer.prior_logvar.exp()}
+        gaussian = {k: kl_gaussian(weights=w, **posterior, **masks, **prior) for k, w in weights.items()}
         components = latents.attention_mask.sum(-1)
     nats = {name: components * channels * kl for name, kl in gaussian.items() if kl is not None}
     return nats if latents.kl_dirichlet is None else {**nats, "kl_dirichlet": components * latents.kl_dirichlet}
@@ -55,7 +57,9 @@ def dirichlet_log_density(log_pi: Tensor, log_alpha: Tensor, mask: Tensor) -> Te
     return torch.lgamma(total) + terms.masked_fill(~mask, 0).sum(-1)
 
 
-def draw_and_log_ratio(layer: Nvib, latents: NvibLatents, generator: torch.Generator) -> tuple[NvibLatents, Tensor]:
+def draw_and_log_ratio(
+    layer: NvibLayer, latents: NvibLatents, generator: torch.Generator
+) -> tuple[NvibLatents, Tensor]:
     r"""A draw :math:`w = (\pi, z)` from posteriors, and :math:`\log p(w) - \log q(w)`, ``(B,)`` in float64.
 
     .. math::

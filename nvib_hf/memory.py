@@ -27,6 +27,9 @@ class NvibMemory(_Fields):
     ``full_log_pi``, ``(Nl, B)`` or ``(B, Nl)``, are those of :class:`~nvib_hf.posterior.Posterior`, ``None`` but for
     hard draws in training.
 
+    A tuple of four, as published code unpacks it and ``nn.TransformerDecoder`` hands it on; what is beside them are
+    attributes, which a NamedTuple's own ``__new__`` and ``_replace`` would not set.
+
     Raises:
         ValueError: ``pi`` or ``log_pi`` is not one weight for each vector of ``z``.
     """
@@ -62,9 +65,6 @@ class NvibMemory(_Fields):
         if "pi" not in fields:
             memory.dropped, memory.full_log_pi = self.dropped, self.full_log_pi
         return memory
-
-    def __reduce__(self):
-        return type(self), (*self, self.log_pi, self.points)
 
 
 def _column(name: str, weights: Tensor, z: Tensor) -> Tensor:

@@ -1,51 +1,67 @@
-"""``NvibForConditionalGeneration``: a pretrained encoder-decoder with a bottleneck between its halves."""
+"""``NvibForConditionalGeneration``: a pretrained encoder-decoder with a bottleneck between its halves.
+
+The way of the data: ``encode`` (encoder, NVIB layer, latents), then ``forward`` (packed latents, decoder, loss) or
+``generate``.
+"""
 
 from __future__ import annotations
 
 import copy
-import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import can_return_tuple
 
-from .architectures import check_names, cross_attention_scale, find_cross_attention, memory_width, row_of
 from .base_model import (
     JOINED,
+    STATES,
     argument_names,
     base_class,
-    check_decoder_call,
-    damage_explained,
     decoder_positions,
     freeze_unused,
-    joined_vocabularies,
+    gathering,
     run_decoder,
+    run_decoder_over_source,
+    run_encoder,
     shift_right,
+    source_padding,
+)
+from .checks import (
+    NOTHING_TO_READ,
+    check_base,
+    check_batch,
+    check_known,
+    check_labels_were_left,
+    check_latents,
+    check_positions,
+    check_replacement,
 )
 from .configuration_nvib import NvibConfig
 from .cross_attention import check_cache_was_found, convert_cross_attention
-from .encoding import STATES, NvibBottleneck, NvibEncodingMixin
 from .generation import NvibGenerationMixin
-from .initialisation import prior_buffers
-from .latent import NvibLatents
+from .initialisation import EmpiricalPrior
+from .latent import NvibLatents, interpolate
+from .latent_prior import fit_prior, sample_from_prior
+from .latent_transport import interpolate_by_transport
+from .latent_variation import blend, vary
 from .loss import nvib_loss, regulariser
 from .model_card import NvibModelCardMixin
+from .outputs import LatentOutput, NvibSeq2SeqLMOutput, joined_output
+from .packing import pack
+from .posterior import NvibOutput
 from .precision import SinglePrecisionMixin
-from .validation import check_prior
+from .pretrained import NvibPretrainedMixin
+from .validation import check_choice, check_prior
 from .versions import CACHE, given_cache, warn_if_untested
 from .word_dropout import drop_words
-from .wrapping import NvibWrappingMixin, check_base
+from .wrapping import cross_attention_of, make_layer
 
 RECORDED = {"output_attentions", "output_hidden_states"}
-MEASURED = ("kl_gaussian", "kl_dirichlet", "num_vectors", "prop_vectors", "effective_vectors")
-NOTHING_TO_READ = (
-    "The decoder has nothing to read. Pass labels, decoder_input_ids or decoder_inputs_embeds; to write text call "
-    "generate()."
-)
+INTERPOLATIONS = {"transport": interpolate_by_transport, "mixture": interpolate}
 FOLLOWS_THE_BASE = (
     "_supports_sdpa",
     "_supports_flash_attn",
@@ -57,35 +73,8 @@ FOLLOWS_THE_BASE = (
 OF_THE_DECODER = {"use_cache", CACHE, "encoder_hidden_states", "encoder_attention_mask"}
 
 
-@dataclass
-class NvibSeq2SeqLMOutput(Seq2SeqLMOutput):
-    """Output of :class:`NvibForConditionalGeneration`: that of a sequence-to-sequence model, and
-
-    Args:
-        cross_entropy: the reconstruction term of the loss, nats per target token, scalar.
-        kl_gaussian, kl_dirichlet: the two KL terms, ``(B,)``, unweighted.
-        num_vectors, prop_vectors, effective_vectors: of the latents, ``(B,)``: source vectors kept, their share of
-            the source length, and ``exp(entropy(pi))``.
-        latents: the :class:`~nvib_hf.NvibLatents` that were decoded; ``None`` at a step of generation, and from
-            ``nn.DataParallel``, which gathers a mapping by what it iterates over.
-    """
-
-    cross_entropy: Tensor | None = None
-    kl_gaussian: Tensor | None = None
-    kl_dirichlet: Tensor | None = None
-    num_vectors: Tensor | None = None
-    prop_vectors: Tensor | None = None
-    effective_vectors: Tensor | None = None
-    latents: NvibLatents | None = None
-
-
 class NvibForConditionalGeneration(
-    NvibModelCardMixin,
-    SinglePrecisionMixin,
-    PreTrainedModel,
-    NvibWrappingMixin,
-    NvibEncodingMixin,
-    NvibGenerationMixin,
+    NvibModelCardMixin, NvibPretrainedMixin, SinglePrecisionMixin, PreTrainedModel, NvibGenerationMixin
 ):
     r"""An encoder-decoder model whose decoder reads a distribution instead of the encoder's vectors.
 
@@ -144,37 +133,11 @@ class NvibForConditionalGeneration(
         config.base_config, config.base_architecture = base.config, architecture.__name__
         self.main_input_name = base.main_input_name
 
-        cross_attention = find_cross_attention(base)
-        for module in cross_attention:
-            check_names(module)
-        # Their places in the cache.
-        self._cached_layers = tuple(module.layer_idx for module in cross_attention if row_of(module).cache)
-        check_decoder_call(base, cached=bool(self._cached_layers))
-        width = memory_width(cross_attention[0])
+        cross_attention, width, self.scale, self._cached_layers = cross_attention_of(base)
         check_prior(config.prior_mu, config.prior_var, config.prior_alpha, width)
-        scales = {cross_attention_scale(module) for module in cross_attention}
-        if len(scales) > 1:
-            raise ValueError(
-                f"The cross-attention layers of {architecture.__name__} have different scales ({sorted(scales)}), "
-                "but one latent with one norm term serves them all. For GPT-2 set "
-                "scale_attn_by_inverse_layer_idx=False."
-            )
-        self.scale = scales.pop()
         self.base = base  # first, so that the model's dtype is the base's
         with init.no_init_weights():  # initialize_weights sets all of them
-            self.nvib = NvibBottleneck(
-                width,
-                width,
-                delta=config.delta,
-                kappa=config.kappa,
-                alpha_activation=config.alpha_activation,
-                dropping=config.dropping,
-                alpha_threshold=config.alpha_threshold,
-                threshold_share=config.threshold_share,
-                kl_weights=config.kl_weights,
-                scale=self.scale,
-                batch_first=True,
-            )
+            self.nvib = make_layer(config, width, self.scale)
         self.register_buffer("kl_beta", torch.ones(3))  # of lambda_gaussian, lambda_dirichlet, lambda_vectors
         convert_cross_attention(cross_attention, width, config.exact_attention, config.dropping == "hard")
         freeze_unused(base)
@@ -187,61 +150,135 @@ class NvibForConditionalGeneration(
         self.card_metadata: dict = {}  # the model card's license, language, datasets, ...
         self.post_init()
 
-    def initialize_weights(self) -> None:
-        """What was not loaded: the base's by its own rules, which would pass it over in a model from elsewhere."""
-        self.base.initialize_weights()
-        if not getattr(self.nvib, "_is_hf_initialized", False):
-            self._initialize_nvib()
-        super().initialize_weights()
+    # Encode
 
-    @torch.no_grad()
-    def _initialize_nvib(self) -> None:
-        """Prior and identity of the NVIB layer, tensor by tensor, but for those that were loaded."""
-        config, layer = self.config, self.nvib
-        buffers = prior_buffers(config.prior_mu, config.prior_var, math.log(config.prior_alpha))
-        for name, value in (buffers | {"threshold_share": config.threshold_share}).items():
-            init.copy_(layer.get_buffer(name), torch.as_tensor(value))
-        parameters = layer.identity_parameters(config.tau_alpha, config.tau_sigma, config.tau_mu)
-        for name, value in parameters.items():
-            init.copy_(layer.get_parameter(name), value)
-        for module in layer.modules():
-            module._is_hf_initialized = True
+    def encode(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        sample: bool | None = None,
+        generator: torch.Generator | None = None,
+        **inputs,
+    ) -> NvibLatents:
+        """Inputs to latents.
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if module is self:
-            init.ones_(self.kl_beta)
+        Args:
+            input_ids, attention_mask, inputs: what the base's encoder takes. Or, in place of them, what an earlier
+                call of the model returned as ``encoder_last_hidden_state`` ``(B, Ns, H)``, with its mask if it has one
+                (``(B, Ns)``, or as the encoder took it): a frozen encoder need not run again.
+            sample: draw from the posterior (``kappa`` vectors per component), or take the posterior itself; by
+                default as in training or evaluation, whichever mode the model is in.
+            generator: for the draws.
+        """
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
+        self._check_names(inputs)
+        return self._encode_alone(inputs, sample, generator)[0]
+
+    def _encode(
+        self,
+        inputs: dict,
+        sample: bool | None = None,
+        generator: torch.Generator | None = None,
+        decode_only: bool = False,
+    ) -> tuple[NvibLatents, BaseModelOutput]:
+        """Latents, and the encoder's own output; with ``decode_only`` what decoding reads of them, and can see."""
+        states = inputs.get(STATES)
+        if states is None:
+            outputs, padding = run_encoder(self.base, self._encoder_arguments(inputs))
         else:
-            super()._init_weights(module)
+            outputs = BaseModelOutput(last_hidden_state=states)
+            padding = source_padding(self.base.get_encoder(), inputs.get("attention_mask"), states.shape[1])
+        latents = self._latents(self.nvib(outputs.last_hidden_state, padding, sample, generator, decode_only))
+        if decode_only and latents.logvar is None:  # of a sample, draws decide what there is to see
+            latents = latents.compact()
+        return latents, outputs
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """As in ``PreTrainedModel``, of a saved NVIB model: one whose files are damaged or incomplete is refused.
+    def _latents(self, output: NvibOutput) -> NvibLatents:
+        """Latents of what the layer returned."""
+        return NvibLatents.of(output)
+
+    def _encode_alone(self, *args, **kwargs) -> tuple[NvibLatents, BaseModelOutput]:
+        """:meth:`_encode` outside of ``forward``."""
+        return gathering(self, "_encode")(*args, **kwargs)
+
+    def _encoder_arguments(self, inputs: dict) -> dict:
+        return {k: v for k, v in inputs.items() if k in self._encoder_argument_names and v is not None}
+
+    def _check_names(self, inputs: dict) -> None:
+        given = [name for name, value in inputs.items() if value is not None]
+        check_known(given, type(self).__name__, self._argument_names)
+
+    def _packed(self, latents: NvibLatents, states: BaseModelOutput | None = None) -> LatentOutput:
+        """What the decoder reads of latents, in the place of the encoder's output, with its other ``states``."""
+        packed = pack(latents.memory(self.scale, self.config.evaluation))
+        return (
+            LatentOutput(packed) if states is None else LatentOutput(packed, states.hidden_states, states.attentions)
+        )
+
+    # Latents that come from no text, and new ones from old
+
+    @torch.no_grad()
+    def sample_latents(
+        self,
+        num_samples: int,
+        num_vectors: int | Sequence[int] | Tensor,
+        generator: torch.Generator | None = None,
+    ) -> NvibLatents:
+        """Latents from the prior: new text from nothing; see :func:`~nvib_hf.latent_prior.sample_from_prior`."""
+        return sample_from_prior(self, num_samples, num_vectors, generator)
+
+    @torch.no_grad()
+    def fit_prior(self, batches: Iterable[dict[str, Tensor]]) -> EmpiricalPrior:
+        """Take the prior from the encoder's output over a corpus; see :func:`~nvib_hf.latent_prior.fit_prior`."""
+        return fit_prior(self, batches)
+
+    def interpolate_latents(
+        self, first: NvibLatents, second: NvibLatents, weight: float | Tensor, method: str = "transport"
+    ) -> NvibLatents:
+        """Between two batches of latents: ``weight`` 0 is ``first``, 1 is ``second``; a number or ``(B,)``.
+
+        A batch of one is repeated: ``weight=torch.linspace(0, 1, 5)`` between two latents is a walk of five steps.
+
+        Args:
+            method: ``"transport"`` moves the components of the one to those of the other
+                (:func:`~nvib_hf.latent_transport.interpolate_by_transport`); ``"mixture"`` puts both side by side, as
+                published (:func:`~nvib_hf.latent.interpolate`).
 
         Raises:
-            OSError: files that are missing or cut short, or weights that are missing, unless they are given
-                (``state_dict``), looked at (``output_loading_info``) or not expected (``ignore_mismatched_sizes``).
-            ValueError: another kind of model, or one saved by a newer version; no name at all.
+            ImportError: ``"transport"`` without the package POT.
+            ValueError: another method; weights outside [0, 1]; batch sizes that do not fit; latents of another model.
         """
-        if pretrained_model_name_or_path is None and kwargs.get("state_dict") is None:
-            raise ValueError(
-                "There is no name to load an NVIB model by. If this is for an adapter, the model had not been saved "
-                "when that was put on it: wrap the base again and call PeftModel.from_pretrained(model, adapter)."
-            )
-        with damage_explained(pretrained_model_name_or_path):
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
-        if output_loading_info:
-            return model, info
-        missing = sorted(info["missing_keys"])
-        if missing and kwargs.get("state_dict") is None and not kwargs.get("ignore_mismatched_sizes"):
-            raise OSError(
-                f"The checkpoint {pretrained_model_name_or_path} lacks {len(missing)} of the model's weights "
-                f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}). Fetch it again, or pass "
-                "ignore_mismatched_sizes=True to start those weights afresh."
-            )
-        return model
+        check_choice("method", method, tuple(INTERPOLATIONS))
+        for latents in (first, second):
+            check_latents(latents, self.nvib)
+        return INTERPOLATIONS[method](first, second, weight)
+
+    @torch.no_grad()
+    def vary_latents(
+        self,
+        latents: NvibLatents,
+        temperature: float = 1.0,
+        redraw_weights: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> NvibLatents:
+        """New text close to old one: a draw around each latent; see :func:`~nvib_hf.latent_variation.vary`."""
+        check_latents(latents, self.nvib)
+        return vary(latents, temperature, redraw_weights, generator)
+
+    @torch.no_grad()
+    def blend_latents(
+        self,
+        latents: NvibLatents,
+        num_samples: int,
+        num_parents: int = 2,
+        generator: torch.Generator | None = None,
+    ) -> NvibLatents:
+        """New text between old ones: random latents on the way; see :func:`~nvib_hf.latent_variation.blend`."""
+        check_latents(latents, self.nvib)
+        return blend(latents, num_samples, num_parents, generator)
+
+    # Forward
 
     @can_return_tuple
     def forward(
@@ -288,25 +325,24 @@ class NvibForConditionalGeneration(
             ValueError: nothing for the decoder to read; latents of another model; labels longer than the decoder's
                 positions, or taken away by the Trainer's own label smoothing.
         """
-        if labels is None and num_items_in_batch is not None:
-            raise ValueError(
-                "The Trainer took the labels out of the inputs, so its loss would lack the KL terms. Set "
-                "label_smoothing_factor to 0 in TrainingArguments and use NvibConfig(label_smoothing=...) instead; "
-                "in place of a compute_loss_func, override Trainer.compute_loss."
-            )
+        check_labels_were_left(labels, num_items_in_batch)
+        self._check_names(kwargs)
         cache = given_cache(cache, past_key_values)
+        recorded = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         repeats_source = labels is None and decoder_input_ids is None and decoder_inputs_embeds is None
         if repeats_source and (input_ids is None or isinstance(self.base, JOINED)):
             raise ValueError(NOTHING_TO_READ)
-        self._check_targets(labels, input_ids if repeats_source else decoder_input_ids, cache)
+        if cache is None:
+            name, read = ("decoder_input_ids", decoder_input_ids) if labels is None else ("labels", labels)
+            check_positions(name, input_ids if repeats_source else read, self._decoder_positions)
         if labels is not None:
             use_cache = False
             if decoder_input_ids is None and decoder_inputs_embeds is None:
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
             if self.training and self.config.word_dropout > 0 and decoder_input_ids is not None:
                 decoder_input_ids = self._drop_words(decoder_input_ids, generator)
-        recorded = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-        latents, states = None, BaseModelOutput()
+
+        latents = states = None
         if encoder_outputs is None:
             inputs = {
                 "input_ids": input_ids,
@@ -317,18 +353,19 @@ class NvibForConditionalGeneration(
                 "pixel_values": pixel_values,
                 STATES: encoder_last_hidden_state,
                 **kwargs,
+                **recorded,
             }
-            latents, states = self._encode({**inputs, **recorded}, generator=generator)
-            packed = self._pack(latents)
+            latents, states = self._encode(inputs, generator=generator)
+            latent = self._packed(latents, states)
         elif isinstance(encoder_outputs, NvibLatents):
             latents = encoder_outputs
-            self._check_latents(latents)
-            packed = self._pack(latents)
+            check_latents(latents, self.nvib)
+            latent = self._packed(latents)
         else:
-            packed = encoder_outputs[0]
+            latent = encoder_outputs if isinstance(encoder_outputs, LatentOutput) else LatentOutput(encoder_outputs[0])
         if latents is not None or labels is not None:  # only while decoding do the beams of a source share its latent
             read = (x for x in (decoder_input_ids, decoder_inputs_embeds, input_ids) if x is not None)
-            self._check_batch(packed, next(read))
+            check_batch(latent.last_hidden_state, next(read))
 
         decoder_inputs = {
             "decoder_input_ids": decoder_input_ids,
@@ -337,42 +374,23 @@ class NvibForConditionalGeneration(
             CACHE: cache,
             "use_cache": use_cache,
             **recorded,
-            **self._decoder_arguments(kwargs),
+            **{name: value for name, value in kwargs.items() if name not in self._encoder_argument_names},
         }
         if repeats_source:
-            outputs = self._decode_source(packed, states, {**decoder_inputs, "input_ids": input_ids})
+            outputs = run_decoder_over_source(self.base, latent, {**decoder_inputs, "input_ids": input_ids})
         else:
-            outputs = run_decoder(self.base, packed, states, decoder_inputs)
-        cache = outputs.get(CACHE)
-        check_cache_was_found(cache, self._cached_layers)
+            outputs = run_decoder(self.base, latent, decoder_inputs)
+        check_cache_was_found(outputs.get(CACHE), self._cached_layers)
         if latents is None and labels is None:  # a step of decoding, to which the rest has nothing to add
             return outputs
-        measured = {name: None if latents is None else getattr(latents, name) for name in MEASURED}
         loss = cross_entropy = None
         if labels is not None:
             regularisation = None if latents is None else regulariser(latents, self.kl_beta, self.config)
             loss, cross_entropy = nvib_loss(
                 outputs.logits, labels, regularisation, num_items_in_batch, self.config.label_smoothing
             )
-        return NvibSeq2SeqLMOutput(
-            loss=loss,
-            logits=outputs.logits,
-            **{CACHE: cache},
-            decoder_hidden_states=outputs.get("decoder_hidden_states"),
-            decoder_attentions=outputs.get("decoder_attentions"),
-            cross_attentions=outputs.get("cross_attentions"),
-            encoder_last_hidden_state=states.last_hidden_state,
-            encoder_hidden_states=states.hidden_states,
-            encoder_attentions=states.attentions,
-            cross_entropy=cross_entropy,
-            **measured,
-            latents=None if getattr(self, "_is_replica", False) else latents,
-        )
-
-    def _decoder_arguments(self, inputs: dict) -> dict:
-        """Further inputs of the decoder."""
-        self._refuse_unknown_inputs(inputs)
-        return {k: v for k, v in inputs.items() if k not in self._encoder_argument_names}
+        is_replica = getattr(self, "_is_replica", False)
+        return joined_output(outputs, states, latents, loss, cross_entropy, with_latents=not is_replica)
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """The decoder's inputs for these labels, by the base's own rule."""
@@ -382,66 +400,5 @@ class NvibForConditionalGeneration(
         token_id = self.config.word_dropout_token_id
         if token_id is None:
             token_id = self.config.pad_token_id
-        if token_id is None:
-            raise ValueError("word_dropout needs a token in place of words: set word_dropout_token_id.")
+        check_replacement(token_id)
         return drop_words(decoder_input_ids, self.config.word_dropout, token_id, generator)
-
-    def _decode_source(self, packed: Tensor, states: BaseModelOutput, inputs: dict):
-        """The decoder over what the base makes of ``input_ids`` by its own rule; many have none, and raise."""
-        try:
-            return run_decoder(self.base, packed, states, inputs)
-        except (TypeError, ValueError) as error:
-            raise ValueError(NOTHING_TO_READ) from error
-
-    def _check_targets(self, labels, decoder_input_ids, cache) -> None:
-        name, tokens = ("decoder_input_ids", decoder_input_ids) if labels is None else ("labels", labels)
-        positions = self._decoder_positions
-        if tokens is None or positions is None or cache is not None:
-            return
-        if tokens.shape[-1] > positions:
-            raise ValueError(
-                f"{name} are {tokens.shape[-1]} tokens long, but the decoder has {positions} positions. Truncate "
-                f"them: tokenizer(..., max_length={positions}, truncation=True)."
-            )
-
-    def _check_batch(self, packed: Tensor, decoder_inputs: Tensor) -> None:
-        """One latent would be broadcast to all targets without a word."""
-        if len(packed) != len(decoder_inputs):
-            raise ValueError(
-                f"There are {len(packed)} latents but {len(decoder_inputs)} decoder inputs. Pass one latent for each "
-                "row of labels or decoder_input_ids: latents[[0] * n] repeats the first n times."
-            )
-
-    def get_encoder(self, modality: str | None = None) -> nn.Module:
-        return self.base.get_encoder() if modality is None else self.base.get_encoder(modality=modality)
-
-    def get_decoder(self) -> nn.Module:
-        return self.base.get_decoder()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.base.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.base.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        return self.base.get_output_embeddings()
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.base.set_output_embeddings(new_embeddings)
-
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
-        """As of the base. Where an encoder and a decoder were joined: of both, if their vocabularies are as large.
-
-        Raises:
-            ValueError: the two have vocabularies of their own.
-        """
-        if isinstance(self.base, JOINED) and new_num_tokens is not None:
-            halves = joined_vocabularies(self.base)
-        else:
-            halves = [self.base]
-        for half in halves:
-            embeddings = half.resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        self.vocab_size = embeddings.num_embeddings
-        self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
-        return embeddings

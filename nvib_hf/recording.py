@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .loss import IGNORED
+
 # Means, by what they are counted over.
 COUNTED = {
     "tokens": ("cross_entropy", "kl_gaussian", "kl_dirichlet"),
@@ -15,7 +17,9 @@ COUNTED = {
 
 def nvib_model_in(model: nn.Module) -> nn.Module | None:
     """The NVIB model inside whatever wraps it (PEFT, DDP, ``torch.compile``), its code from here or from a hub."""
-    return next((module for module in model.modules() if "kl_beta" in module._buffers), None)
+    # By the type's name: the class itself is another one in code from a hub.
+    configs = ((module, getattr(type(module), "config_class", None)) for module in model.modules())
+    return next((module for module, config in configs if getattr(config, "model_type", None) == "nvib"), None)
 
 
 def find_nvib_model(model: nn.Module) -> nn.Module:
@@ -41,9 +45,9 @@ class Recorder:
         labels = inputs.get("labels")
         if labels is None or not hasattr(outputs, "get") or outputs.get("kl_gaussian") is None:
             return
-        tokens = (labels != -100).sum(-1)  # (B,)
+        tokens = (labels != IGNORED).sum(-1)  # (B,)
         self._add(
-            cross_entropy=outputs.cross_entropy.mean() * tokens.sum(),  # one value, or one a device
+            cross_entropy=outputs.cross_entropy.mean() * tokens.sum(),  # one value, or one per device
             kl_gaussian=(tokens * outputs.kl_gaussian).sum(),
             kl_dirichlet=(tokens * outputs.kl_dirichlet).sum(),
             num_vectors=outputs.num_vectors.sum(),
@@ -55,7 +59,7 @@ class Recorder:
 
     def add_loss(self, loss: Tensor, labels: Tensor) -> None:
         """Add the loss of a batch, a mean over its target tokens, by itself: of any model."""
-        tokens = (labels != -100).sum()
+        tokens = (labels != IGNORED).sum()
         self._add(loss=loss * tokens, tokens_of_loss=tokens)
 
     def _add(self, **terms: Tensor) -> None:

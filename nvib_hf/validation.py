@@ -1,4 +1,4 @@
-"""Early refusal of settings outside their range, shared by the layer and the configuration."""
+"""Checks of settings, shared by the layer and the configuration, and of what the layer is given."""
 
 from __future__ import annotations
 
@@ -86,3 +86,26 @@ def check_taus(tau_alpha: float, tau_sigma: float, tau_mu: float) -> None:
         raise ValueError(f"tau_mu must be in [0, 1], but got {tau_mu}.")
     if not abs(tau_alpha) < float("inf"):
         raise ValueError(f"tau_alpha must be finite, but got {tau_alpha}.")
+
+
+def check_source(hidden_states: Tensor, padding_mask: Tensor | None, width: int) -> None:
+    """Raise ValueError unless vectors are ``(B, Ns, width)`` and their mask, if any, is ``(B, Ns)``."""
+    batch, length, given = hidden_states.shape
+    if given != width:
+        raise ValueError(f"The input is {given} wide, but this layer was made with size_in={width}.")
+    if padding_mask is not None and padding_mask.shape != (batch, length):
+        raise ValueError(
+            f"The padding mask has shape {tuple(padding_mask.shape)}, but the input needs {(batch, length)}: "
+            "one entry per source vector, batch first."
+        )
+
+
+def check_rows_of_prior(padding_mask: Tensor, number_samples: int) -> None:
+    """Raise ValueError unless a mask has one row per sample, each with a vector at least."""
+    if padding_mask.shape[0] != number_samples:
+        raise ValueError(
+            f"memory_key_padding_mask has {padding_mask.shape[0]} rows, but number_samples is {number_samples}. Give "
+            "one row per sample."
+        )
+    if padding_mask.bool().all(-1).any():
+        raise ValueError("memory_key_padding_mask has a row that is all padding. Leave it at least one vector.")

@@ -12,7 +12,7 @@ from tiny_models import tiny_inputs, tiny_labels
 from tiny_nvib import tensors, tiny_nvib
 from torch import Tensor
 
-from nvib_hf import CollapseCallback, NvibForConditionalGeneration, NvibTrainer, nvib_layer
+from nvib_hf import CollapseCallback, NvibForConditionalGeneration, NvibTrainer, posterior
 
 FAMILIES = ["bart", "t5", "bert2bert", "bert2gpt2"]
 LENGTH = {"min_new_tokens": 5, "max_new_tokens": 5}
@@ -42,7 +42,7 @@ def fix_draws(rows: slice = slice(None)) -> None:
         z = mu + (0.5 * logvar).exp() * epsilon[:, : mu.shape[1]]
         return z.masked_fill(~mask[..., None], 0)
 
-    nvib_layer.log_dirichlet_sample, nvib_layer.gaussian_sample = log_dirichlet, gaussian
+    posterior.log_dirichlet_sample, posterior.gaussian_sample = log_dirichlet, gaussian
 
 
 def model_of(family: str) -> NvibForConditionalGeneration:

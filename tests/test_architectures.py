@@ -17,7 +17,7 @@ from nvib_hf.architectures import find_cross_attention
 from nvib_hf.base_model import base_class, run_encoder
 from nvib_hf.cross_attention import DenoisingCrossAttention
 from nvib_hf.denoising_attention import mixture_memory, point_memory
-from nvib_hf.latent import pack
+from nvib_hf.packing import pack
 
 # What a base model of Transformers 5.23 gets wrong by itself. Nothing else may be skipped for the base's sake.
 FAULTS = {

@@ -53,7 +53,7 @@ from nvib_hf.cross_attention import (
     restore_cross_attention,
 )
 from nvib_hf.denoising_attention import mixture_memory
-from nvib_hf.latent import pack
+from nvib_hf.packing import pack
 from nvib_hf.versions import CACHE, TESTED_TRANSFORMERS
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from nvib_hf.denoising_attention import (
+    append_bias,
     denoising_attention,
     mean_memory,
     mixture_memory,
@@ -405,3 +406,15 @@ def test_bfloat16_latents_are_close_to_their_float64_attention(sampled):
     output, _ = attend(half, 0.5, sampled)
     assert output.dtype == torch.bfloat16
     assert_close(output.double(), expected, rtol=0.03, atol=0.15)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_appended_to_the_keys_before_is_the_bias(dtype, need_weights):
+    p = random_problem(head_dim=6)
+    query, key, value = (x.to(dtype) for x in (p.query, torch.randn(3, 4, 6, 6), torch.randn(3, 4, 6, 6)))
+    bias, scale = point_memory(p.mu.float(), p.log_pi.float(), 0.3).bias.requires_grad_(), 0.3
+    expected = denoising_attention(query, key, value, bias, scale, need_weights=need_weights)
+    wider = append_bias(key, value, bias, scale)
+    assert [x.shape[-1] for x in wider] == [8 if dtype == torch.float32 else 16] * 2
+    assert_close(denoising_attention(query, *wider, bias, scale, need_weights=need_weights), expected, rtol=0, atol=0)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nvib_hf import nvib_layer
+from nvib_hf import posterior
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
 
@@ -81,7 +81,7 @@ def launched(tmp_path_factory):
 def test_trainer_in_two_processes_logs_what_one_does(how, request, tmp_path, monkeypatch):
     logs = request.getfixturevalue(how)["trainer"]["logs"]
     for name in ("log_dirichlet_sample", "gaussian_sample"):
-        monkeypatch.setattr(nvib_layer, name, getattr(nvib_layer, name))  # put back afterwards
+        monkeypatch.setattr(posterior, name, getattr(posterior, name))  # put back afterwards
     worker.fix_draws()
     expected = worker.run_trainer(tmp_path / "one", worker.examples(), worker.BATCH)
     compared = ("loss", "grad_norm", "cross_entropy", "kl_gaussian", "kl_dirichlet", "num_vectors")

@@ -168,6 +168,22 @@ def test_generated_attention_spans_the_latent():
     assert len(outputs.encoder_hidden_states) == 3 and outputs.encoder_attentions[0].shape == (3, 4, 9, 9)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_cached_keys_in_half_precision_are_those_of_one_pass(implementation):
+    """Steps read keys to which the bias was appended once; one pass over all tokens appends it by itself."""
+    model, inputs = tiny_nvib().bfloat16(), tiny_inputs("bart")
+    model.set_attn_implementation(implementation)
+    packed = model._packed_encoder_outputs(model.encode(**inputs))
+    tokens, cache, logits = tiny_labels("bart").clamp(min=1), None, []
+    with torch.no_grad():
+        for token in tokens.T:
+            step = model(decoder_input_ids=token[:, None], encoder_outputs=packed, use_cache=True, **{CACHE: cache})
+            cache = step[CACHE]
+            logits.append(step.logits)
+        expected = model(decoder_input_ids=tokens, encoder_outputs=packed, use_cache=False).logits
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=0.05, atol=0.05)
+
+
 def test_vectors_that_a_threshold_drops_are_not_cached():
     model, inputs = tiny_nvib(alpha_threshold=1.0), tiny_inputs("bart")
     log_alpha = model.encode(**inputs).log_alpha.detach()

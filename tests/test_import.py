@@ -44,7 +44,8 @@ def test_the_layer_needs_torch_alone():
         """
 import importlib
 modules = ["denoising_attention", "distributions", "dropping", "initialisation", "kl", "loss", "memory",
-           "multihead_attention", "nvib_layer", "posterior", "transport", "validation"]
+           "multihead_attention", "nvib_layer", "posterior", "prior", "published_layer", "transport",
+           "validation"]
 for name in modules:
     importlib.import_module("nvib_hf." + name)
 import torch, nvib_hf

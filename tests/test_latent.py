@@ -11,7 +11,8 @@ from torch.utils import _pytree as pytree
 
 from nvib_hf import NvibLatents, concatenate_latents
 from nvib_hf.denoising_attention import DenoisingMemory
-from nvib_hf.latent import interpolate, pack, unpack
+from nvib_hf.latent import interpolate
+from nvib_hf.packing import pack, unpack
 
 
 @pytest.mark.parametrize(

@@ -323,11 +323,16 @@ def test_kl_gaussian_counts_each_of_kappa_draws():
     assert_close(in_training, 4 * in_evaluation)
 
 
-def test_kl_of_the_gaussians_is_computed_once_a_component(monkeypatch):
+def test_kl_of_the_gaussians_is_computed_once_per_component(monkeypatch):
     layer = random_layer(kappa=4)
     posterior = layer.posterior(*inputs())
     shapes = []
-    monkeypatch.setattr("nvib_hf.nvib_layer.kl_gaussian", lambda mu, **_: shapes.append(mu.shape))
+
+    def divergence(mu, *_):
+        shapes.append(mu.shape)
+        return mu[..., 0]
+
+    monkeypatch.setattr("nvib_hf.posterior.gaussian_divergence", divergence)
     layer.kl(posterior, layer.draw(posterior, sample=True)[2], kappa=4)
     assert shapes == [posterior.mu.shape]
 

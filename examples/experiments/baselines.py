@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 
 from nvib_hf import NvibForConditionalGeneration, NvibLatents
 from nvib_hf.distributions import gaussian_sample
-from nvib_hf.encoding import NvibBottleneck
 from nvib_hf.kl import kl_gaussian
+from nvib_hf.nvib_layer import NvibLayer
 
 
-class VariableBottleneck(NvibBottleneck):
+class VariableBottleneck(NvibLayer):
     """A Gaussian for every vector of the encoder, and no weights.
 
     ``kl_gaussian`` of the latents is normalised as NVIB's: a mean over the vectors that the decoder sees, and over
@@ -43,8 +43,8 @@ class VariableBottleneck(NvibBottleneck):
         generator: torch.Generator | None = None,
         decode_only: bool = False,
     ) -> NvibLatents:
-        """As of :class:`~nvib_hf.encoding.NvibBottleneck`; always points, so without ``logvar`` in evaluation, and
-        with nothing that ``decode_only`` would leave out.
+        """As of :class:`~nvib_hf.nvib_layer.NvibLayer`, but latents at once; always points, so without ``logvar`` in
+        evaluation, and with nothing that ``decode_only`` would leave out.
         """
         sample = self.training if sample is None else sample
         mask = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool)
@@ -140,6 +140,9 @@ class AutoencoderBottleneck(VariableBottleneck):
 class BaselineModel(NvibForConditionalGeneration):
     """A model whose latents have no weights: transport moves equal ones, and they are read by plain attention."""
 
+    def _latents(self, output: NvibLatents) -> NvibLatents:
+        return output
+
     def interpolate_latents(
         self, first: NvibLatents, second: NvibLatents, weight: float | Tensor, method: str = "transport"
     ) -> NvibLatents:
@@ -171,6 +174,6 @@ def with_bottleneck(
     """
     model = BaselineModel.from_base_pretrained(base, lambda_gaussian=lambda_gaussian)
     width = model.nvib.size_in
-    model.nvib = bottleneck(width, width, scale=model.scale, batch_first=True, **options)
+    model.nvib = bottleneck(width, width, scale=model.scale, **options)
     model.nvib.identity_init(tau_sigma=tau_sigma)
     return model
