@@ -40,7 +40,6 @@ CODE = {
     "latent_variation.py",
     "loss.py",
     "markdown.py",
-    "memory.py",
     "model_card.py",
     "modeling_nvib.py",
     "nvib_layer.py",
