@@ -63,7 +63,7 @@ def values(group: list[dict], name: str, factor: float = 1) -> list[float]:
 def label(group: list[dict]) -> str:
     settings = group[0]["settings"]
     named = [f"`{name}={value}`" for name, value in settings["setting"].items()]
-    return ", ".join([*named, f"{settings['steps']} steps"])
+    return ", ".join([*named, f"{settings['steps']} steps"] if "steps" in settings else named)  # real texts take none
 
 
 def row(group: list[dict], columns: list[tuple], prefix: str = "", **more: str) -> dict[str, str]:
