@@ -76,8 +76,8 @@ class DenoisingCrossAttention(nn.Module):
         if has_cache and cache.is_updated.get(self.layer_idx):
             layer = cache.cross_attention_cache.layers[self.layer_idx]
             return {"key": layer.keys, "value": layer.values, **layer.nvib_beside}
-        row, memory = self.nvib_row, unpack(packed, self.nvib_width, self.nvib_hard)
-        vectors = memory.vectors.to(dtype)
+        row, latent = self.nvib_row, unpack(packed, self.nvib_width, self.nvib_hard)
+        vectors = latent.vectors.to(dtype)
         if not torch.is_grad_enabled():  # which would keep the copy: each projection of a slice takes 7 % longer
             vectors = vectors.contiguous()
         if row.key_value is not None:
@@ -85,20 +85,20 @@ class DenoisingCrossAttention(nn.Module):
         else:
             key, value = getattr(self, row.key)(vectors), getattr(self, row.value)(vectors)
         key, value = self._by_head(key), self._by_head(value)
-        beside = {"bias": memory.bias}
-        if memory.dropped is not None and self.training:
-            beside["dropped"] = memory.dropped
-        elif memory.dropped is not None:
-            beside["bias"] = memory.bias.masked_fill(memory.dropped > 0.5, float("-inf"))
-        if memory.shrinkage is not None:
+        beside = {"bias": latent.bias}
+        if latent.dropped is not None and self.training:
+            beside["dropped"] = latent.dropped
+        elif latent.dropped is not None:
+            beside["bias"] = latent.bias.masked_fill(latent.dropped > 0.5, float("-inf"))
+        if latent.shrinkage is not None:
             key_weight, value_weight = self._matrices(vectors)
             beside |= {
-                "shrinkage": memory.shrinkage.to(dtype),
+                "shrinkage": latent.shrinkage.to(dtype),
                 "key_weight": key_weight,
                 "value_weight": value_weight,
             }
         if has_cache:
-            plain = memory.shrinkage is None and "dropped" not in beside and row.softcap is None
+            plain = latent.shrinkage is None and "dropped" not in beside and row.softcap is None
             if plain and is_half(dtype):  # once, not at every step, for which fp32 has a mask
                 key, value = append_bias(key, value, beside["bias"], cross_attention_scale(self))
             key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)

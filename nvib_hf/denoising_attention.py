@@ -3,8 +3,9 @@ r"""Denoising attention: attention to a mixture of Gaussians instead of a set of
 A query, projected into the latent space (:math:`u = W_k^\top q`), is taken for a noisy observation with
 variance ``1 / s`` of a vector drawn from the mixture; attention returns the posterior mean of that vector.
 
-* :func:`point_memory`, :func:`mean_memory` and :func:`mixture_memory` turn a latent into what attention reads of it:
-  vectors to project to keys and values, a bias for each of them, and (for the mixture) how far each channel is shrunk;
+* :func:`attended_points`, :func:`attended_means` and :func:`attended_mixture` turn a latent into what attention reads
+  of it: vectors to project to keys and values, a bias for each of them, and (for the mixture) how far each channel is
+  shrunk;
 * :func:`denoising_attention` is the one attention core, on projected queries, keys and values;
 * :func:`naive_denoising_attention` is the definition, slow and obvious, that the tests hold the core to.
 
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 MASKED_BIAS = -1e30
 
 
-class DenoisingMemory(NamedTuple):
+class AttendedLatent(NamedTuple):
     """What denoising attention reads of a latent, the same for all layers and heads.
 
     ``vectors`` ``(B, Nl, P)`` are projected to keys and values; ``bias`` ``(B, Nl)`` is added to every score,
@@ -43,7 +44,7 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if is_half(x.dtype) else x
 
 
-def point_memory(z: Tensor, log_pi: Tensor, scale: float) -> DenoisingMemory:
+def attended_points(z: Tensor, log_pi: Tensor, scale: float) -> AttendedLatent:
     r"""Training: points with weights, for instance sampled vectors with sampled weights.
 
     .. math:: b_j = \log \pi_j - \tfrac{s}{2} \lVert z_j \rVert^2
@@ -56,10 +57,10 @@ def point_memory(z: Tensor, log_pi: Tensor, scale: float) -> DenoisingMemory:
     Source: Henderson & Fehr (ICLR 2023), training-time denoising attention.
     """
     squared_norm = torch.linalg.vector_norm(at_least_float32(z), dim=-1).square()
-    return DenoisingMemory(z, at_least_float32(log_pi) - 0.5 * scale * squared_norm)
+    return AttendedLatent(z, at_least_float32(log_pi) - 0.5 * scale * squared_norm)
 
 
-def mean_memory(mu: Tensor, logvar: Tensor, log_pi: Tensor, scale: float) -> DenoisingMemory:
+def attended_means(mu: Tensor, logvar: Tensor, log_pi: Tensor, scale: float) -> AttendedLatent:
     r"""Evaluation by the means: the training form at the means, with the score that a sample has on average.
 
     .. math::
@@ -76,10 +77,10 @@ def mean_memory(mu: Tensor, logvar: Tensor, log_pi: Tensor, scale: float) -> Den
     Source: this project; what training with one vector per component fits.
     """
     variance = at_least_float32(logvar).exp().sum(-1)
-    return point_memory(mu, log_pi - 0.5 * scale * variance, scale)
+    return attended_points(mu, log_pi - 0.5 * scale * variance, scale)
 
 
-def mixture_memory(mu: Tensor, logvar: Tensor, log_pi: Tensor, scale: float) -> DenoisingMemory:
+def attended_mixture(mu: Tensor, logvar: Tensor, log_pi: Tensor, scale: float) -> AttendedLatent:
     r"""Evaluation by the mixture: the posterior itself, a mixture of Gaussians.
 
     .. math:: r_j = \frac{s \sigma_j^2}{1 + s \sigma_j^2}, \qquad
@@ -99,7 +100,7 @@ def mixture_memory(mu: Tensor, logvar: Tensor, log_pi: Tensor, scale: float) -> 
     shrunken = torch.sigmoid(-log_ratio) * mean
     log_normaliser = -F.logsigmoid(-log_ratio)  # log(1 + s sigma^2)
     bias = at_least_float32(log_pi) - 0.5 * (scale * shrunken * mean + log_normaliser).sum(-1)
-    return DenoisingMemory(shrunken.to(mu.dtype), bias, torch.sigmoid(log_ratio).to(mu.dtype))
+    return AttendedLatent(shrunken.to(mu.dtype), bias, torch.sigmoid(log_ratio).to(mu.dtype))
 
 
 def denoising_attention(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .denoising_attention import mixture_memory
+from .denoising_attention import attended_mixture
 from .validation import check_taus
 
 # log(tau_sigma ** 2) for tau_sigma = 0: without effect in fp32, and a KL that training can climb down from.
@@ -52,7 +52,7 @@ def identity_parameters(
     width = prior_mu.shape[0]
     prior_mu, prior_logvar = prior_mu.float(), prior_logvar.float()
     # What attention adds to the score of the prior's component: all of it, at a query of 0.
-    prior_score = mixture_memory(
+    prior_score = attended_mixture(
         prior_mu[None, None], prior_logvar[None, None], prior_log_alpha.float()[None], scale
     ).bias[0]
     log_tau_sigma = 2 * math.log(tau_sigma) if tau_sigma > 0 else LOG_TAU_SIGMA_FLOOR

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
-from .denoising_attention import DenoisingMemory, mean_memory, mixture_memory, point_memory
+from .denoising_attention import AttendedLatent, attended_means, attended_mixture, attended_points
 from .dropping import kept_first
 from .posterior import NvibOutput
 
@@ -188,7 +188,7 @@ class NvibLatents(ModelOutput):
     def __reduce__(self):  # without items to set one by one, which torch.load(..., weights_only=True) refuses
         return type(self), tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
-    def memory(self, scale: float, evaluation: str) -> DenoisingMemory:
+    def attended(self, scale: float, evaluation: str) -> AttendedLatent:
         """What denoising attention with this ``scale`` reads of the latents: points, or a mixture of Gaussians.
 
         Args:
@@ -196,10 +196,10 @@ class NvibLatents(ModelOutput):
             evaluation: ``"means"`` reads a posterior's means, ``"mixture"`` the posterior; a sample is points to both.
         """
         if self.dropped is not None:
-            return point_memory(self.z, self.full_log_pi, scale)._replace(dropped=self.dropped)
+            return attended_points(self.z, self.full_log_pi, scale)._replace(dropped=self.dropped)
         if self.logvar is None:
-            return point_memory(self.z, self.log_pi, scale)
-        of_posterior = mean_memory if evaluation == "means" else mixture_memory
+            return attended_points(self.z, self.log_pi, scale)
+        of_posterior = attended_means if evaluation == "means" else attended_mixture
         return of_posterior(self.z, self.logvar, self.log_pi, scale)
 
 

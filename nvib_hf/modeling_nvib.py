@@ -16,12 +16,13 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import can_return_tuple
 
+from .base_loading import base_class
 from .base_model import (
     JOINED,
     STATES,
     argument_names,
-    base_class,
     decoder_positions,
+    drop_words,
     freeze_unused,
     gathering,
     run_decoder,
@@ -57,7 +58,6 @@ from .precision import SinglePrecisionMixin
 from .pretrained import NvibPretrainedMixin
 from .validation import check_choice, check_prior
 from .versions import CACHE, given_cache, warn_if_untested
-from .word_dropout import drop_words
 from .wrapping import cross_attention_of, make_layer
 
 RECORDED = {"output_attentions", "output_hidden_states"}
@@ -211,7 +211,7 @@ class NvibForConditionalGeneration(
 
     def _packed(self, latents: NvibLatents, states: BaseModelOutput | None = None) -> LatentOutput:
         """What the decoder reads of latents, in the place of the encoder's output, with its other ``states``."""
-        packed = pack(latents.memory(self.scale, self.config.evaluation))
+        packed = pack(latents.attended(self.scale, self.config.evaluation))
         return (
             LatentOutput(packed) if states is None else LatentOutput(packed, states.hidden_states, states.attentions)
         )

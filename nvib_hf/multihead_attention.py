@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .denoising_attention import additive_mask, denoising_attention, mean_memory, mixture_memory, point_memory
+from .denoising_attention import additive_mask, attended_means, attended_mixture, attended_points, denoising_attention
 from .memory import NvibMemory, as_memory
 from .validation import EVALUATIONS, check_choice
 
@@ -116,9 +116,9 @@ class DenoisingMultiheadAttention(nn.MultiheadAttention):
 
         heads, width, scale = self.num_heads, self.head_dim, self.head_dim**-0.5
         if self.training or memory.points:
-            attended = point_memory(z, log_pi, scale)
+            attended = attended_points(z, log_pi, scale)
         else:
-            of_posterior = mean_memory if self.evaluation == "means" else mixture_memory
+            of_posterior = attended_means if self.evaluation == "means" else attended_mixture
             attended = of_posterior(mu, logvar, log_pi, scale)
         (query_weight, key_weight, value_weight), (query_bias, key_bias, value_bias) = self._projections()
 

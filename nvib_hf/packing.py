@@ -17,24 +17,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .denoising_attention import DenoisingMemory, split_bias
+from .denoising_attention import AttendedLatent, split_bias
 
 BIAS_WIDTH = 8  # three channels, or four, padded so that the packed rows stay aligned
 
 
-def pack(memory: DenoisingMemory) -> Tensor:
+def pack(latent: AttendedLatent) -> Tensor:
     """One tensor ``(B, Nl, P + 8)``, or ``(B, Nl, 2 P + 8)`` with shrinkage, in the vectors' dtype."""
-    dtype = memory.vectors.dtype
-    channels = split_bias(memory.bias)
-    if memory.dropped is not None:
-        channels = torch.cat([channels, memory.dropped[..., None].to(channels.dtype)], dim=-1)
+    dtype = latent.vectors.dtype
+    channels = split_bias(latent.bias)
+    if latent.dropped is not None:
+        channels = torch.cat([channels, latent.dropped[..., None].to(channels.dtype)], dim=-1)
     bias = F.pad(channels, (0, BIAS_WIDTH - channels.shape[-1])).to(dtype)
-    parts = [memory.vectors, bias] if memory.shrinkage is None else [memory.vectors, memory.shrinkage, bias]
+    parts = [latent.vectors, bias] if latent.shrinkage is None else [latent.vectors, latent.shrinkage, bias]
     return torch.cat(parts, dim=-1)
 
 
-def unpack(packed: Tensor, width: int, dropped: bool = False) -> DenoisingMemory:
-    """The memory in a packed tensor, for latent vectors of ``width`` ``P``; with ``dropped``, that is read too.
+def unpack(packed: Tensor, width: int, dropped: bool = False) -> AttendedLatent:
+    """What :func:`pack` was given, for latent vectors of ``width`` ``P``; with ``dropped``, that is read too.
 
     Raises:
         ValueError: the last axis is neither ``P + 8`` nor ``2 P + 8``.
@@ -50,4 +50,4 @@ def unpack(packed: Tensor, width: int, dropped: bool = False) -> DenoisingMemory
     bias = (three if three.dtype == torch.float64 else three.float()).sum(-1)
     shrinkage = None if size == width + BIAS_WIDTH else packed[..., width : 2 * width]
     mark = packed[..., -BIAS_WIDTH + 3] if dropped else None
-    return DenoisingMemory(packed[..., :width], bias, shrinkage, mark)
+    return AttendedLatent(packed[..., :width], bias, shrinkage, mark)

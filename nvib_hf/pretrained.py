@@ -10,7 +10,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
-from .base_model import JOINED, damage_explained, join_encoder_decoder, joined_vocabularies, load_base
+from .base_loading import damage_explained, join_encoder_decoder, load_base
+from .base_model import JOINED, joined_vocabularies
 from .checks import check_known, check_name_to_load, check_nothing_is_missing
 from .cross_attention import restore_cross_attention
 from .prior import prior_buffers

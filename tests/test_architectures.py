@@ -14,9 +14,10 @@ from transformers import GenerationMixin
 
 from nvib_hf import NvibForConditionalGeneration, NvibLatents, architectures, naive_denoising_attention
 from nvib_hf.architectures import find_cross_attention
-from nvib_hf.base_model import base_class, run_encoder
+from nvib_hf.base_loading import base_class
+from nvib_hf.base_model import run_encoder
 from nvib_hf.cross_attention import DenoisingCrossAttention
-from nvib_hf.denoising_attention import mixture_memory, point_memory
+from nvib_hf.denoising_attention import attended_mixture, attended_points
 from nvib_hf.packing import pack
 
 # What a base model of Transformers 5.23 gets wrong by itself. Nothing else may be skipped for the base's sake.
@@ -178,10 +179,10 @@ def test_each_layer_is_denoising_attention_by_definition(family, form):
     log_pi = torch.randn(batch, num_vectors).double().log_softmax(-1)
     log_pi[1, 3:] = float("-inf")
     if form == "training":
-        memory = point_memory(mu, log_pi, model.scale)
+        memory = attended_points(mu, log_pi, model.scale)
         logvar = torch.full_like(logvar, float("-inf"))
     else:
-        memory = mixture_memory(mu, logvar, log_pi, model.scale)
+        memory = attended_mixture(mu, logvar, log_pi, model.scale)
 
     for module in modules:
         row = module.nvib_row
@@ -224,7 +225,7 @@ def test_dropout_works_in_training_alone(family):
         row, width = module.nvib_row, module.nvib_width
         hidden_states = torch.randn(2, 3, width if row.key_value else getattr(module, row.query).in_features)
         mu, logvar = torch.randn(2, 2, 5, width)
-        packed = pack(mixture_memory(mu, logvar, torch.zeros(2, 5), model.scale))
+        packed = pack(attended_mixture(mu, logvar, torch.zeros(2, 5), model.scale))
         if row.time_major:
             hidden_states, packed = hidden_states.transpose(0, 1), packed.transpose(0, 1)
 

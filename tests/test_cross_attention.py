@@ -52,7 +52,7 @@ from nvib_hf.cross_attention import (
     projection_matrix,
     restore_cross_attention,
 )
-from nvib_hf.denoising_attention import mixture_memory
+from nvib_hf.denoising_attention import attended_mixture
 from nvib_hf.packing import pack
 from nvib_hf.versions import CACHE, TESTED_TRANSFORMERS
 
@@ -435,7 +435,7 @@ def test_matrices_are_computed_once_a_source():
     module.k_proj.register_forward_hook(lambda *_: calls.append(1))
     convert_cross_attention([module], 32)
     mu, logvar = torch.randn(2, 1, 4, 32)
-    packed = pack(mixture_memory(mu, logvar, torch.zeros(1, 4), 8**-0.5))
+    packed = pack(attended_mixture(mu, logvar, torch.zeros(1, 4), 8**-0.5))
     hidden_states = torch.randn(1, 3, 32)
     together = module(hidden_states, packed)[0]
     calls.clear()
@@ -450,7 +450,7 @@ def test_a_cache_that_is_used_again_does_not_keep_old_matrices():
     (module, _) = find_cross_attention(tiny_base("bert2gpt2"))
     convert_cross_attention([module], 32)
     mu, logvar = torch.randn(2, 1, 4, 32)
-    packed, hidden_states = pack(mixture_memory(mu, logvar, torch.zeros(1, 4), 8**-0.5)), torch.randn(1, 1, 32)
+    packed, hidden_states = pack(attended_mixture(mu, logvar, torch.zeros(1, 4), 8**-0.5)), torch.randn(1, 1, 32)
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     module(hidden_states, encoder_hidden_states=packed, **{CACHE: cache})
     module.c_attn.weight.mul_(0.5)

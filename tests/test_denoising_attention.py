@@ -12,11 +12,11 @@ from torch.testing import assert_close
 
 from nvib_hf.denoising_attention import (
     append_bias,
+    attended_means,
+    attended_mixture,
+    attended_points,
     denoising_attention,
-    mean_memory,
-    mixture_memory,
     naive_denoising_attention,
-    point_memory,
     split_bias,
 )
 
@@ -56,9 +56,9 @@ def random_problem(heads=4, key_heads=4, logvar=None, batch=3, targets=4, length
 def attend(problem: Problem, scale: float, sampled: bool = False, means: bool = False, **kwargs):
     """What a cross-attention module does: project the memory's vectors, then the core."""
     if sampled:
-        memory = point_memory(problem.mu, problem.log_pi, scale)
+        memory = attended_points(problem.mu, problem.log_pi, scale)
     else:
-        of_posterior = mean_memory if means else mixture_memory
+        of_posterior = attended_means if means else attended_mixture
         memory = of_posterior(problem.mu, problem.logvar, problem.log_pi, scale)
     key, value = (
         torch.einsum("bjp,hep->bhje", memory.vectors, weight) + bias[None, :, None]
@@ -177,8 +177,8 @@ def test_means_are_the_definition_at_the_means(scale, key_heads, softcap, need_w
 def test_means_are_scored_as_their_samples_are_on_average():
     p, scale = moderate_problem(), 0.7
     z = p.mu + (0.5 * p.logvar).exp() * torch.randn(20000, *p.mu.shape, dtype=torch.float64)
-    scores = point_memory(z, p.log_pi, scale).bias
-    memory, finite = mean_memory(p.mu, p.logvar, p.log_pi, scale), p.log_pi > float("-inf")
+    scores = attended_points(z, p.log_pi, scale).bias
+    memory, finite = attended_means(p.mu, p.logvar, p.log_pi, scale), p.log_pi > float("-inf")
     error = scores.std(0)[finite] / 20000**0.5
     assert ((memory.bias - scores.mean(0))[finite].abs() <= 5 * error + 1e-9).all() and error.max() < 0.1
     assert memory.shrinkage is None and torch.equal(memory.vectors, p.mu)
@@ -225,7 +225,7 @@ def test_attention_mask_is_a_weight_of_zero_for_one_query(boolean, sampled):
 def test_weights_are_the_attention_paid():
     """With one-hot values the output is the weights."""
     p = random_problem(logvar=NO_VARIANCE)
-    memory = point_memory(p.mu, p.log_pi, 0.5)
+    memory = attended_points(p.mu, p.log_pi, 0.5)
     key = torch.einsum("bjp,hep->bhje", memory.vectors, p.key_weight)
     value = torch.eye(6, dtype=torch.float64).expand(3, 4, 6, 6)
     query, key = F.pad(p.query, (0, 1)), F.pad(key, (0, 1))  # the kernels want equal widths
@@ -413,7 +413,7 @@ def test_bfloat16_latents_are_close_to_their_float64_attention(sampled):
 def test_a_bias_appended_to_the_keys_before_is_the_bias(dtype, need_weights):
     p = random_problem(head_dim=6)
     query, key, value = (x.to(dtype) for x in (p.query, torch.randn(3, 4, 6, 6), torch.randn(3, 4, 6, 6)))
-    bias, scale = point_memory(p.mu.float(), p.log_pi.float(), 0.3).bias.requires_grad_(), 0.3
+    bias, scale = attended_points(p.mu.float(), p.log_pi.float(), 0.3).bias.requires_grad_(), 0.3
     expected = denoising_attention(query, key, value, bias, scale, need_weights=need_weights)
     wider = append_bias(key, value, bias, scale)
     assert [x.shape[-1] for x in wider] == [8 if dtype == torch.float32 else 16] * 2

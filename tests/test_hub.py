@@ -23,6 +23,7 @@ from nvib_hf import Nvib, NvibConfig, NvibForConditionalGeneration
 
 # What a model needs to run: neither training nor the parts for plain PyTorch.
 CODE = {
+    "base_loading.py",
     "base_model.py",
     "checks.py",
     "configuration_nvib.py",
@@ -53,7 +54,6 @@ CODE = {
     "validation.py",
     "versions.py",
     "whisper_generation.py",
-    "word_dropout.py",
     "wrapping.py",
 }
 AUTO_MAP = {

@@ -17,7 +17,7 @@ from nvib_hf import (
     NvibForConditionalGeneration,
     ThresholdCallback,
 )
-from nvib_hf.denoising_attention import denoising_attention, point_memory
+from nvib_hf.denoising_attention import attended_points, denoising_attention
 from nvib_hf.dropping import hard_draw, relaxed_log_gate
 
 LEARNED = pytest.mark.parametrize("dropping", ["relaxed", "hard"])
@@ -317,7 +317,7 @@ def test_it_learns_which_vectors_the_text_needs(dropping):
         posterior = model.posterior(x)
         _, log_pi, drawn = model.sample_posterior(posterior)
         log_pi = log_pi if drawn.dropped is None else drawn.full_log_pi
-        memory = point_memory(posterior.mu, log_pi, 1.0)
+        memory = attended_points(posterior.mu, log_pi, 1.0)
         vectors = memory.vectors[:, None]
         output, _ = denoising_attention(query, vectors, vectors, memory.bias, 1.0, dropped=drawn.dropped)
         loss = (output[..., 0] - 4).square().mean() + model.relaxed_share(posterior).mean()

@@ -10,7 +10,7 @@ from tiny_latents import INF, WIDTH, assert_same, mixture, sample
 from torch.utils import _pytree as pytree
 
 from nvib_hf import NvibLatents, concatenate_latents
-from nvib_hf.denoising_attention import DenoisingMemory
+from nvib_hf.denoising_attention import AttendedLatent
 from nvib_hf.latent import interpolate
 from nvib_hf.packing import pack, unpack
 
@@ -128,7 +128,7 @@ def test_packing_keeps_vectors_and_24_bits_of_the_bias(dtype, with_shrinkage):
     bias = -1000 * torch.rand(2, 7)
     bias[0, 3] = -INF
     shrinkage = torch.rand(2, 7, WIDTH).to(dtype) if with_shrinkage else None
-    packed = pack(DenoisingMemory(vectors, bias, shrinkage))
+    packed = pack(AttendedLatent(vectors, bias, shrinkage))
     assert packed.dtype == dtype
     memory = unpack(packed, WIDTH)
     assert torch.equal(memory.vectors, vectors)
@@ -140,21 +140,21 @@ def test_packing_keeps_vectors_and_24_bits_of_the_bias(dtype, with_shrinkage):
 def test_means_pack_no_shrinkage():
     """Points, as a sample: ``P + 8`` wide, where a mixture is ``2 P + 8``; a sample is points in both."""
     latents, drawn = mixture(), sample()
-    widths = {kind: pack(latents.memory(0.5, kind)).shape[-1] for kind in ("means", "mixture")}
+    widths = {kind: pack(latents.attended(0.5, kind)).shape[-1] for kind in ("means", "mixture")}
     assert widths == {"means": WIDTH + 8, "mixture": 2 * WIDTH + 8}
-    means, of_sample = latents.memory(0.5, "means"), [drawn.memory(0.5, kind) for kind in widths]
+    means, of_sample = latents.attended(0.5, "means"), [drawn.attended(0.5, kind) for kind in widths]
     assert means.shrinkage is None and torch.equal(means.vectors, latents.z)
     squares = latents.z.square() + latents.logvar.exp()  # E z^2
     torch.testing.assert_close(means.bias, latents.log_pi - 0.25 * squares.sum(-1))
     for memory in of_sample:
         assert memory.shrinkage is None and torch.equal(memory.bias, of_sample[0].bias)
-    both = concatenate_latents([latents, drawn]).memory(0.5, "means")  # the sample, now a mixture without variance
+    both = concatenate_latents([latents, drawn]).attended(0.5, "means")  # the sample, now a mixture without variance
     torch.testing.assert_close(both.bias[4:, :3], of_sample[0].bias)
 
 
 def test_packing_carries_gradients_to_vectors_and_bias():
     vectors, bias = torch.randn(1, 4, WIDTH, requires_grad=True), torch.randn(1, 4, requires_grad=True)
-    memory = unpack(pack(DenoisingMemory(vectors, bias)), WIDTH)
+    memory = unpack(pack(AttendedLatent(vectors, bias)), WIDTH)
     memory.bias[0, 2].backward(retain_graph=True)
     assert bias.grad[0, 2] == 1
     memory.vectors[0, 1, 3].backward()
