@@ -5,6 +5,7 @@ import contextlib
 import io
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,8 +20,9 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "examples").glob("*.md"))]
 README = PAGES[0].read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
-CODE = [code for language, code in BLOCKS if language == "python"]
-FIRST_LINES, WRAP, TRAIN, WHISPER, EVALUATE, PLAIN_PYTORCH = CODE
+FIRST_LINES, WRAP, TRAIN, EVALUATE, PLAIN_PYTORCH = (code for language, code in BLOCKS if language == "python")
+EXAMPLES = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+WHISPER, TRANSCRIBE = re.findall(r"```python\n(.*?)```", EXAMPLES, flags=re.DOTALL)
 TEXTS = ["w5 w6 w7", "w8 w9", "w10 w11 w12 w13", "w14 w15 w16"]
 
 
@@ -126,6 +128,28 @@ def test_whisper_learns_what_to_keep_and_nothing_else(folder):
     run(WHISPER, names)
     moved = {name for name, x in names["model"].named_parameters() if not torch.equal(x, fresh[name])}
     assert moved and all(name.startswith("nvib.keep_") for name in moved)
+
+
+class Processor:
+    """Hands over features, and says how much comes back."""
+
+    @classmethod
+    def from_pretrained(cls, folder: str):
+        return cls()
+
+    def __call__(self, sound, sampling_rate: int, return_tensors: str):
+        return SimpleNamespace(**tiny_inputs("whisper"))
+
+    def batch_decode(self, tokens, skip_special_tokens: bool) -> list[str]:
+        return [f"{len(row)} tokens" for row in tokens]
+
+
+def test_what_whisper_has_learnt_is_loaded_and_transcribes(folder):
+    tiny_nvib("whisper").save_pretrained("whisper_kept/model")
+    imports = "from transformers import AutoProcessor\n"
+    assert TRANSCRIBE.count(imports) == 1
+    printed = run(TRANSCRIBE.replace(imports, ""), {"sound": None, "AutoProcessor": Processor})
+    assert printed.count("tokens") == len(tiny_inputs("whisper")["input_features"])
 
 
 def test_results_go_into_the_model_card(folder):
