@@ -49,8 +49,9 @@ class ChannelMoments:
 
         Source: Burda, Grosse & Salakhutdinov (ICLR 2016), section 5.1, over vectors in place of examples.
         """
-        count = max(self.count, 1)
-        variance = self.square / count - (self.mean / count).square()
+        if self.count < 2:
+            return 0.0
+        variance = self.square / self.count - (self.mean / self.count).square()
         prior_var = torch.as_tensor(prior_var).cpu().double()
         return (variance > ACTIVE_VARIANCE * prior_var).double().mean().item()
 

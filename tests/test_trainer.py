@@ -442,8 +442,8 @@ def test_model_is_found_in_its_wrappers():
     assert find_nvib_model(torch.nn.DataParallel(model)) is model
     assert find_nvib_model(torch.compile(model)) is model
     assert find_nvib_model(torch.compile(with_adapter(model))) is model
-    downloaded = torch.nn.Module()  # its class comes with a checkpoint's own code: another of the same name
-    downloaded.register_buffer("kl_beta", torch.ones(2))
+    config_class = type("NvibConfig", (), {"model_type": "nvib"})  # both come with a checkpoint's own code
+    downloaded = type("NvibForConditionalGeneration", (torch.nn.Module,), {"config_class": config_class})()
     assert find_nvib_model(torch.nn.Sequential(downloaded)) is downloaded
     with pytest.raises(ValueError, match="Linear contains no NvibForConditionalGeneration"):
         find_nvib_model(torch.nn.Linear(1, 1))
