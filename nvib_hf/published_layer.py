@@ -16,10 +16,10 @@ class Nvib(NvibLayer):
     r"""Nonparametric variational information bottleneck: :class:`~nvib_hf.nvib_layer.NvibLayer`, for plain PyTorch.
 
     Args:
-        args, settings: those of :class:`~nvib_hf.nvib_layer.NvibLayer`: ``size_in``, ``size_out``, ``prior_mu``,
-            ``prior_var``, ``prior_alpha``, ``delta``, ``kappa``, and by name ``alpha_activation``, ``dropping``,
-            ``alpha_threshold``, ``threshold_share``, ``kl_weights``, ``scale``.
+        size_in, size_out, prior_mu, prior_var, prior_alpha, delta, kappa: see :class:`~nvib_hf.nvib_layer.NvibLayer`.
         batch_first: ``(B, Ns, H)`` instead of ``(Ns, B, H)``, inputs and outputs.
+        settings: its others: ``alpha_activation``, ``dropping``, ``alpha_threshold``, ``threshold_share``,
+            ``kl_weights``, ``scale``.
 
     Raises:
         ValueError: for an argument outside its range.
@@ -35,8 +35,20 @@ class Nvib(NvibLayer):
     Source: Henderson & Fehr (ICLR 2023), section 3.1; the quadratic term: Fehr & Henderson (COLM 2024).
     """
 
-    def __init__(self, *args, batch_first: bool = False, **settings) -> None:
-        super().__init__(*args, **settings)
+    def __init__(
+        self,
+        size_in: int,
+        size_out: int,
+        prior_mu: float | Tensor = 0.0,
+        prior_var: float | Tensor = 1.0,
+        prior_alpha: float = 1.0,
+        delta: float = 1.0,
+        kappa: int = 1,
+        *,
+        batch_first: bool = False,
+        **settings,
+    ) -> None:
+        super().__init__(size_in, size_out, prior_mu, prior_var, prior_alpha, delta, kappa, **settings)
         self.batch_first = batch_first
 
     def forward(

@@ -37,7 +37,7 @@ FULL = {
     "pairs": 40,
     "judge": "smollm2",
 }
-QUICK = {"texts": 400, "held_out": 24, "steps": 4, "batch_size": 8, "samples": 8, "pairs": 2, "judge": "tiny"}
+QUICK = {"texts": 400, "held_out": 12, "steps": 2, "batch_size": 8, "samples": 8, "pairs": 1, "judge": "tiny"}
 TEMPERATURES = (0.5, 1.0, 1.5)
 SHOWN = ("from the prior", "around a text, temperature 1.0", "between 2 texts")
 PARENTS = (2, 3)
