@@ -323,18 +323,14 @@ def test_kl_gaussian_counts_each_of_kappa_draws():
     assert_close(in_training, 4 * in_evaluation)
 
 
-def test_kl_of_the_gaussians_is_computed_once_per_component(monkeypatch):
-    layer = random_layer(kappa=4)
+def test_kl_of_the_gaussians_is_computed_once_per_component():
+    """Nothing as wide as the vectors is kept for the backward pass once per draw."""
+    layer, sizes = random_layer(kappa=4), []
     posterior = layer.posterior(*inputs())
-    shapes = []
-
-    def divergence(mu, *_):
-        shapes.append(mu.shape)
-        return mu[..., 0]
-
-    monkeypatch.setattr("nvib_hf.posterior.gaussian_divergence", divergence)
-    layer.kl(posterior, layer.draw(posterior, sample=True)[2], kappa=4)
-    assert shapes == [posterior.mu.shape]
+    drawn = layer.draw(posterior, sample=True)[2]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        layer.kl(posterior, drawn, kappa=4)
+    assert max(sizes) == posterior.mu.numel()
 
 
 @pytest.mark.parametrize("kl_weights", ["drawn", "pseudo_counts"])
@@ -438,39 +434,62 @@ def test_samples_are_reproducible_and_need_a_vector_in_each_row():
 # What is counted
 
 
-@pytest.mark.parametrize("activation", ["exp", "relu"])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("kappa", [1, 3])
-def test_a_threshold_drops_in_training_as_in_evaluation(kappa, training, activation):
-    alpha = torch.tensor([[3.0, 0.1, 0.05, 0.11, 0.0], [0.0, 1.0, 9.0, 9.0, 9.0], [9.0] * 5])
+DROPPING_ALPHA = torch.tensor([[3.0, 0.1, 0.05, 0.11, 0.0], [0.0, 1.0, 9.0, 9.0, 9.0], [9.0] * 5])
+DROPPING_KEPT = [[1, 1, 0, 0, 1, 0], [1, 0, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0]]  # the prior's component first
+
+
+@pytest.fixture(params=["exp", "relu"])
+def activation(request):
+    return request.param
+
+
+@pytest.fixture(params=[True, False], ids=["training", "evaluation"])
+def training(request):
+    return request.param
+
+
+@pytest.fixture(params=[1, 3], ids="kappa={}".format)
+def dropping(request, activation, training):
+    """A layer with a threshold, one without, inputs of ``DROPPING_ALPHA``, their padding, vectors per component."""
     x, padding = inputs()
-    x[..., 0] = alpha.log().clamp(min=-80) if activation == "exp" else alpha
-    kwargs = {"kappa": kappa, "prior_alpha": 0.05, "alpha_activation": activation}
-    layer = layer_of_given_counts(alpha_threshold=0.1001, **kwargs).train(training)
+    x[..., 0] = DROPPING_ALPHA.log().clamp(min=-80) if activation == "exp" else DROPPING_ALPHA
+    settings = {"kappa": request.param, "prior_alpha": 0.05, "alpha_activation": activation}
+    layer = layer_of_given_counts(alpha_threshold=0.1001, **settings).train(training)
+    all_kept = layer_of_given_counts(**settings).train(training)
+    all_kept.load_state_dict(layer.state_dict())
+    return layer, all_kept, x, padding, request.param if training else 1
+
+
+def test_a_threshold_drops_in_training_as_in_evaluation(dropping):
+    layer, _, x, padding, step = dropping
     latent = layer(x, padding)
-    step = kappa if training else 1
     kept = ((latent["pi"] > 0) | (latent["z"].log_pi > float("-inf")))[:, ::step, 0]
-    assert kept.int().tolist() == [[1, 1, 0, 0, 1, 0], [1, 0, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0]]
+    assert kept.int().tolist() == DROPPING_KEPT
     assert (latent["pi"][:, ::step][~kept] == 0).all()
     assert_close(latent["avg_num_vec"].item(), (2 + 1 + 0) / 3)
     assert_close(latent["avg_prop_vec"].item(), (2 / 5 + 1 / 2 + 0) / 3)
-    # Dropped components still count in the totals and both divergences; only padding does not.
+
+
+def test_dropped_components_count_in_the_totals_and_in_both_divergences(dropping):
+    """Only padding does not."""
+    layer, all_kept, x, padding, step = dropping
+    latent = layer(x, padding)
     assert_close(latent["memory_key_padding_mask"][:, ::step][:, 1:], padding)
-    total = 0.05 + alpha.masked_fill(padding, 0).sum(1)
+    total = 0.05 + DROPPING_ALPHA.masked_fill(padding, 0).sum(1)
     assert_close(latent["avg_alpha0"], total.mean())
     assert_close(latent["alpha"].sum((1, 2)), total)
-    all_kept = layer_of_given_counts(**kwargs).train(training)
-    all_kept.load_state_dict(layer.state_dict())
     for kl in ("kl_gaussian", "kl_dirichlet"):
         assert_close(getattr(layer, kl)(**latent), getattr(all_kept, kl)(**all_kept(x, padding)))
-    # And that is where their gradient comes from.
+
+
+def test_dropped_components_have_their_gradient_from_the_divergences(dropping):
+    layer, _, x, padding, _ = dropping
     x.requires_grad_()
-    latent = layer(x, padding)
-    (grad,) = torch.autograd.grad(latent["z"].pi.square().sum(), x, retain_graph=True)
-    dropped = ~kept[:, 1:] & ~padding
+    (grad,) = torch.autograd.grad(layer(x, padding)["z"].pi.square().sum(), x)
+    dropped = ~torch.tensor(DROPPING_KEPT).bool()[:, 1:] & ~padding
     assert (grad[dropped] == 0).all()
     (grad,) = torch.autograd.grad(layer.kl_dirichlet(**layer(x, padding)).sum(), x)
-    positive = dropped & (alpha > 0)
+    positive = dropped & (DROPPING_ALPHA > 0)
     assert (grad[positive][:, 0] != 0).all() and grad.isfinite().all()
 
 
