@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import EncoderDecoderModel, PreTrainedModel, SpeechEncoderDecoderModel, VisionEncoderDecoderModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
-from .checks import NOTHING_TO_READ, check_decoder_reads
+from .checks import check_decoder_reads
 from .distributions import noise
 from .loss import IGNORED
 from .outputs import LatentOutput
@@ -125,8 +125,6 @@ def run_decoder_over_source(base: PreTrainedModel, latent: LatentOutput, inputs:
     Raises:
         ValueError: the base has no rule for that, so its decoder has nothing to read.
     """
-    if isinstance(base, JOINED) or "input_ids" not in argument_names(base.forward):
-        raise ValueError(NOTHING_TO_READ)
     refusal = base.get_decoder().register_forward_pre_hook(check_decoder_reads, with_kwargs=True)
     try:
         return run_decoder(base, latent, inputs)

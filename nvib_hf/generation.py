@@ -33,7 +33,7 @@ class NvibGenerationMixin(GenerationMixin):
         elif kwargs.get("encoder_outputs") is not None:
             kwargs["encoder_outputs"] = self._packed_encoder_outputs(kwargs["encoder_outputs"])
         if kwargs.get("decoder_input_ids") is None:
-            if has_prompts(generation_config or self.generation_config):
+            if has_prompts(self.generation_config):
                 return generate_as_base(self, inputs, generation_config, **kwargs)
         elif kwargs.get("encoder_outputs") is not None:
             check_batch(kwargs["encoder_outputs"].last_hidden_state, kwargs["decoder_input_ids"])

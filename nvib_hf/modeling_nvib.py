@@ -144,6 +144,7 @@ class NvibForConditionalGeneration(
         # Read once: a forward pass that inspects signatures cannot be compiled.
         self._encoder_argument_names = (argument_names(base.get_encoder().forward) - OF_THE_DECODER) | RECORDED
         self._argument_names = self._encoder_argument_names | argument_names(base.forward) | {STATES}
+        self._takes_source_tokens = not isinstance(base, JOINED) and "input_ids" in argument_names(base.forward)
         self._decoder_positions = decoder_positions(base)
         self.generation_config = copy.deepcopy(base.generation_config)
         self.model_tags = ["nvib"]  # of the model card; pushing adds to the list
@@ -330,7 +331,7 @@ class NvibForConditionalGeneration(
         cache = given_cache(cache, past_key_values)
         recorded = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         repeats_source = labels is None and decoder_input_ids is None and decoder_inputs_embeds is None
-        if repeats_source and (input_ids is None or isinstance(self.base, JOINED)):
+        if repeats_source and (input_ids is None or not self._takes_source_tokens):
             raise ValueError(NOTHING_TO_READ)
         if cache is None:
             name, read = ("decoder_input_ids", decoder_input_ids) if labels is None else ("labels", labels)

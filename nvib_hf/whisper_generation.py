@@ -9,8 +9,11 @@ from __future__ import annotations
 import copy
 import functools
 
+import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
+
+from .outputs import LatentOutput
 
 
 def has_prompts(generation_config: GenerationConfig) -> bool:
@@ -19,19 +22,24 @@ def has_prompts(generation_config: GenerationConfig) -> bool:
 
 
 class LatentView:
-    """Mixed in before a base's own class by :func:`view_of_base`: it encodes, expands and reorders as ``model``."""
+    """Mixed in before a base's own class by :func:`view_of_base`: what it encodes and runs is the NVIB model."""
 
     def __call__(self, *args, encoder_outputs=None, input_features=None, **kwargs):
-        if encoder_outputs is None:  # asked for a language, outside of plain generation
-            encoder_outputs = self.packed
-        if encoder_outputs is None:
-            latents = self.model_of_latents.encode(input_features=input_features)
-            encoder_outputs = self.model_of_latents._packed_encoder_outputs(latents)
-        return super().__call__(*args, encoder_outputs=encoder_outputs, **kwargs)
+        if encoder_outputs is None and self.packed is not None:  # asked for a language, outside of plain generation
+            encoder_outputs, input_features = self._of_rows(input_features), None
+        source = {"encoder_outputs": encoder_outputs, "input_features": input_features}
+        return self.model_of_latents(*args, **source, **kwargs)
+
+    def get_compiled_call(self, *args, **kwargs):
+        return self.model_of_latents.get_compiled_call(*args, **kwargs)
+
+    def _of_rows(self, sound: Tensor) -> LatentOutput:
+        """The latents of the rows that are left: each value of the sound that stands for them is a row's number."""
+        return LatentOutput(self.packed.last_hidden_state[sound[:, 0, 0].long()])
 
     def _prepare_text_encoder_decoder_kwargs_for_generation(self, inputs_tensor, model_kwargs, *args, **kwargs):
         if self.packed is not None:
-            return {**model_kwargs, "encoder_outputs": self.packed}
+            return {**model_kwargs, "encoder_outputs": self._of_rows(inputs_tensor)}
         prepare = self.model_of_latents._prepare_text_encoder_decoder_kwargs_for_generation
         return prepare(inputs_tensor, model_kwargs, *args, **kwargs)
 
@@ -47,7 +55,7 @@ def _view_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return type(base.__name__, (LatentView, base), {"__module__": base.__module__})
 
 
-def view_of_base(model, packed: BaseModelOutput | None = None) -> PreTrainedModel:
+def view_of_base(model, packed: LatentOutput | None = None) -> PreTrainedModel:
     """The base of an NVIB model, of the same parameters, that generates from latents; the base is left as it is.
 
     Args:
@@ -76,8 +84,10 @@ def generate_as_base(model, inputs=None, generation_config: GenerationConfig | N
     packed = kwargs.pop("encoder_outputs", None)
     if packed is not None:
         config, latents = model.base.config, packed.last_hidden_state
-        # What Whisper measures the sound by: a window of it.
-        inputs = latents.new_zeros(()).expand(len(latents), config.num_mel_bins, 2 * config.max_source_positions)
+        # What Whisper measures the sound by, and takes rows out of: a window of it.
+        rows = torch.arange(len(latents), device=latents.device, dtype=torch.float32)
+        inputs = rows[:, None, None].expand(-1, config.num_mel_bins, 2 * config.max_source_positions)
+        kwargs.pop("input_features", None)
         kwargs["force_unique_generate_call"] = True
     given = () if inputs is None else (inputs,)
     return view_of_base(model, packed).generate(*given, generation_config=generation_config, **kwargs)

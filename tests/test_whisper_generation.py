@@ -92,6 +92,39 @@ def test_latents_are_written_after_the_same_prompt(model, sound, settings):
         assert torch.equal(found[:, begin : begin + expected.shape[1]], expected)
 
 
+def test_a_configuration_for_one_call_keeps_the_prompt(base, model, sound):
+    settings = {"generation_config": GenerationConfig(max_new_tokens=5), "language": "en"}
+    assert torch.equal(model.generate(sound, **settings), base.generate(sound, **settings))
+
+
+def test_another_temperature_for_some_latents(model, sound):
+    """Those that the first is good enough for are left as they are; the others are read again."""
+    latents = model.encode(input_features=sound)
+    greedy = model.generate(encoder_outputs=latents, language="en", return_dict_in_generate=True, output_logits=True)
+    log_prob = torch.stack(greedy.logits, dim=1).log_softmax(-1).max(-1).values.mean(1)
+    threshold = log_prob.sort().values[:2].mean().item()
+    torch.manual_seed(0)
+    settings = {"language": "en", "temperature": (0.0, 5.0), "logprob_threshold": threshold}
+    found = model.generate(encoder_outputs=latents, **settings)
+    same = (found == greedy.sequences[:, : found.shape[1]]).all(-1)
+    assert 0 < same.sum() < 3
+
+
+def test_rows_of_latents_are_their_own(model, sound):
+    latents = model.encode(input_features=sound)
+    settings = {"language": ["en", "de", "fr"], "num_beams": 4, "num_return_sequences": 2}
+    together = model.generate(encoder_outputs=latents, **settings)
+    for row, language in enumerate(settings["language"]):
+        alone = model.generate(encoder_outputs=latents[[row]], **{**settings, "language": language})
+        assert torch.equal(together[2 * row : 2 * row + 2, : alone.shape[1]], alone)
+
+
+def test_latents_come_before_the_sound(model, sound):
+    latents = model.encode(input_features=sound.flip(0))
+    expected = model.generate(encoder_outputs=latents, language="en")
+    assert torch.equal(model.generate(input_features=sound, encoder_outputs=latents, language="en"), expected)
+
+
 def test_a_prompt_of_ones_own_is_taken(model, sound):
     start = torch.tensor([[2, 30, 33, FIRST_TIMESTAMP - 1]] * 3)
     assert torch.equal(model.generate(sound, decoder_input_ids=start)[:, :4], start)
