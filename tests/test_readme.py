@@ -22,7 +22,7 @@ README = PAGES[0].read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 FIRST_LINES, WRAP, TRAIN, EVALUATE, PLAIN_PYTORCH = (code for language, code in BLOCKS if language == "python")
 EXAMPLES = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
-WHISPER, TRANSCRIBE = re.findall(r"```python\n(.*?)```", EXAMPLES, flags=re.DOTALL)
+WHISPER, TRANSCRIBE, NEIGHBOURS = re.findall(r"```python\n(.*?)```", EXAMPLES, flags=re.DOTALL)
 TEXTS = ["w5 w6 w7", "w8 w9", "w10 w11 w12 w13", "w14 w15 w16"]
 
 
@@ -150,6 +150,14 @@ def test_what_whisper_has_learnt_is_loaded_and_transcribes(folder):
     assert TRANSCRIBE.count(imports) == 1
     printed = run(TRANSCRIBE.replace(imports, ""), {"sound": None, "AutoProcessor": Processor})
     assert printed.count("tokens") == len(tiny_inputs("whisper")["input_features"])
+
+
+def test_a_text_is_its_own_nearest_neighbour():
+    pytest.importorskip("ot")
+    names = {"model": tiny_nvib(), "tokenizer": tiny_tokenizer(), "texts": TEXTS}
+    run(NEIGHBOURS, names)
+    for order in (names["nearest"], names["quick"]):
+        assert order[0] == 0 and sorted(order.tolist()) == list(range(len(TEXTS)))
 
 
 def test_results_go_into_the_model_card(folder):
