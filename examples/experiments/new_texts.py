@@ -16,14 +16,13 @@ sys.path.append(str(Path(__file__).parents[1]))  # the examples
 import text_vae as example
 import torch
 from language_model import load_or_tiny, load_smollm2
-from runner import cell, over_seeds, parser, run_all, write_report
+from runner import cell, markdown_table, over_seeds, parser, run_all, write_report
 from training import clauses, train
 from transformers import set_seed
 
 from nvib_hf import ConstraintCallback, NvibForConditionalGeneration, NvibLatents
 from nvib_hf.evaluation import reconstruct, reconstruction_scores
 from nvib_hf.latent_transport import latent_distance
-from nvib_hf.markdown import markdown_table
 from nvib_hf.sample_quality import interpolation_scores, interpolations, latent_lengths, sample_scores, sample_texts
 from nvib_hf.text_batches import as_read, encode_texts, evaluating, generate_texts
 from nvib_hf.text_metrics import copied, word_edits

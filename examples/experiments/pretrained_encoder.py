@@ -22,7 +22,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # the examples
 import bbe
 import text_vae
 import wordnet
-from runner import cell, over_seeds, parser, run_all, write_report
+from runner import cell, markdown_table, over_seeds, parser, run_all, write_report
 from training import train
 from transformers import (
     AutoTokenizer,
@@ -33,7 +33,6 @@ from transformers import (
 
 from nvib_hf import ConstraintCallback, NvibForConditionalGeneration
 from nvib_hf.evaluation import kept_by_length, kept_tokens, rate_distortion, reconstruct, reconstruction_scores
-from nvib_hf.markdown import markdown_table
 from nvib_hf.text_batches import as_read
 
 NUM_PIECES = 4000  # a softmax over all 18k that the examples use would take most of the time
