@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from .architectures import cross_attention_scale, find_cross_attention
 from .cross_attention import DenoisingCrossAttention
 from .latent import NvibLatents
+from .loss import SMOOTHING
 
 NOTHING_TO_READ = (
     "The decoder has nothing to read. Pass labels, decoder_input_ids or decoder_inputs_embeds; to write text call "
@@ -89,8 +90,7 @@ def check_labels_were_left(labels: Tensor | None, num_items_in_batch: int | Tens
     """Raise ValueError where the Trainer has taken the labels to compute the loss itself."""
     if labels is None and num_items_in_batch is not None:
         raise ValueError(
-            "The Trainer took the labels out of the inputs, so its loss would lack the KL terms. Set "
-            "label_smoothing_factor to 0 in TrainingArguments and use NvibConfig(label_smoothing=...) instead; "
+            f"The Trainer took the labels out of the inputs, so its loss would lack the KL terms. {SMOOTHING}; "
             "in place of a compute_loss_func, override Trainer.compute_loss."
         )
 
