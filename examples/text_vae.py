@@ -137,28 +137,6 @@ class Recipe:
 RECIPES = {"bart": Recipe(bart, learning_rate=1e-3), "minilm": Recipe(minilm, learning_rate=5e-4)}
 
 
-@dataclass
-class Purpose:
-    """What is accepted and what is asked for, and the steps in which a small BART reaches it.
-
-    Args:
-        cross_entropy: of training, in nats per token, which the KLs are raised to.
-        rate: by how much the multiplier of the KLs may rise in a step, in log.
-        keep: share of the vectors to keep; ``None`` keeps all.
-    """
-
-    cross_entropy: float
-    steps: int
-    rate: float = 0.005
-    keep: float | None = None
-
-
-PURPOSES = {
-    "reconstruction": Purpose(cross_entropy=0.8, steps=2600, rate=0.02),
-    "samples": Purpose(cross_entropy=2.0, steps=5000),
-    "few-vectors": Purpose(cross_entropy=0.3, steps=5000, keep=0.5),
-}
-
 # Training starts from noisy vectors of moderate weight: there is no pretrained function to keep. A prior that expects
 # less than one pseudo-count per token (delta) keeps the weights balanced: a vector of small weight is often lost.
 NVIB = {"lambda_gaussian": 0.05, "lambda_dirichlet": 0.05, "delta": 0.3, "tau_alpha": 0.0, "tau_sigma": 0.3}
@@ -174,6 +152,37 @@ DROPPING = {
 }
 # The same with a decision of its own in place of the threshold.
 HARD_DROPPING = {name: value for name, value in DROPPING.items() if name != "alpha_threshold"} | {"dropping": "hard"}
+
+
+@dataclass
+class Purpose:
+    """What is accepted and what is asked for, and the steps in which a small BART reaches it.
+
+    Args:
+        cross_entropy: of training, in nats per token, which the KLs are raised to.
+        rate: by how much the multiplier of the KLs may rise in a step, in log.
+        keep: share of the vectors to keep; ``None`` keeps all.
+    """
+
+    cross_entropy: float
+    steps: int
+    rate: float = 0.005
+    keep: float | None = None
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """Of the model."""
+        return CONSTRAINED if self.keep is None else DROPPING
+
+    def steering(self) -> ConstraintCallback:
+        return ConstraintCallback(self.cross_entropy, target_prop_vectors=self.keep, rate=self.rate)
+
+
+PURPOSES = {
+    "reconstruction": Purpose(cross_entropy=0.8, steps=2600, rate=0.02),
+    "samples": Purpose(cross_entropy=2.0, steps=5000),
+    "few-vectors": Purpose(cross_entropy=0.3, steps=5000, keep=0.5),
+}
 
 
 # -------------------------------------------------------------------------------------------- training
@@ -290,7 +299,7 @@ def main() -> None:
         texts, held_out = split(read_texts(args.text), num_held_out=40 if args.quick else 1000, seed=args.seed)
         recipe = RECIPES[args.base]
         purpose = purpose_of(args)
-        model, tokenizer = recipe.build(texts, **(CONSTRAINED if purpose.keep is None else DROPPING))
+        model, tokenizer = recipe.build(texts, **purpose.settings)
         print(
             f"{len(texts)} texts to train on, {len(held_out)} held out, {model.num_parameters() / 1e6:.1f}M parameters"
         )
@@ -298,7 +307,7 @@ def main() -> None:
             model,
             tokenizer,
             texts,
-            [ConstraintCallback(purpose.cross_entropy, target_prop_vectors=purpose.keep, rate=purpose.rate)],
+            [purpose.steering()],
             output_dir=args.output,
             max_steps=purpose.steps,
             per_device_train_batch_size=16 if args.quick else 64,

@@ -81,7 +81,7 @@ def test_seeds_of_a_setting_make_one_row():
 
 def test_markdown_table_keeps_cells_apart():
     rows = [{"a": "x|y", "b": 1}, {"a": "two\nlines"}]
-    assert runner.markdown_table(rows) == "| a | b |\n| --- | --- |\n| x\\|y | 1 |\n| two lines |  |"
+    assert runner.table_of_rows(rows) == "| a | b |\n| --- | --- |\n| x\\|y | 1 |\n| two lines |  |"
 
 
 def test_a_part_of_an_experiment_does_not_replace_the_committed_table(tmp_path):

@@ -16,11 +16,11 @@ sys.path.append(str(Path(__file__).parents[1]))  # the examples
 import text_vae as example
 import torch
 from language_model import load_or_tiny, load_smollm2
-from runner import cell, markdown_table, over_seeds, parser, run_all, write_report
+from runner import cell, over_seeds, parser, run_all, table_of_rows, write_report
 from training import clauses, train
 from transformers import set_seed
 
-from nvib_hf import ConstraintCallback, NvibForConditionalGeneration, NvibLatents
+from nvib_hf import NvibForConditionalGeneration, NvibLatents
 from nvib_hf.evaluation import reconstruct, reconstruction_scores
 from nvib_hf.latent_transport import latent_distance
 from nvib_hf.sample_quality import interpolation_scores, interpolations, latent_lengths, sample_scores, sample_texts
@@ -99,10 +99,9 @@ def one(settings: dict, cache: Path) -> dict:
     seed, purpose = settings["seed"], example.PURPOSES[settings["purpose"]]
     texts, held_out = clauses(settings["texts"], settings["held_out"])
     set_seed(seed)
-    model, tokenizer = example.bart(texts, **(example.CONSTRAINED if purpose.keep is None else example.DROPPING))
-    steering = ConstraintCallback(purpose.cross_entropy, target_prop_vectors=purpose.keep, rate=purpose.rate)
+    model, tokenizer = example.bart(texts, **purpose.settings)
     steps = settings["steps"] or purpose.steps
-    train(model, tokenizer, [steering], texts, {**settings, "steps": steps})
+    train(model, tokenizer, [purpose.steering()], texts, {**settings, "steps": steps})
     model.eval()
     judge = load_or_tiny(settings["judge"], texts, cache)
     judges = {"language_model": judge[0], "lm_tokenizer": judge[1]}
@@ -166,15 +165,15 @@ def report(groups: list[list[dict]]) -> str:
         parts += [
             f"## {purpose}",
             f"{exact} % of the held-out texts exact, BLEU {bleu}.",
-            markdown_table(rows),
+            table_of_rows(rows),
             "Perplexity of the texts at each weight between two held-out ones, to that of the first ends:",
-            markdown_table(walks),
+            table_of_rows(walks),
             "Verbatim, of the first seed:",
-            markdown_table(shown),
+            table_of_rows(shown),
             "A walk:",
-            markdown_table(steps),
+            table_of_rows(steps),
             "Nearest held-out texts, by `latent_distance` and by the distance of `pooled()`:",
-            markdown_table(first["neighbours"]),
+            table_of_rows(first["neighbours"]),
         ]
     return "\n\n".join(parts)
 

@@ -22,7 +22,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # the examples
 import bbe
 import text_vae
 import wordnet
-from runner import cell, markdown_table, over_seeds, parser, run_all, write_report
+from runner import cell, over_seeds, parser, run_all, table_of_rows, write_report
 from training import train
 from transformers import (
     AutoTokenizer,
@@ -165,11 +165,11 @@ def report(groups: list[list[dict]]) -> str:
     return (
         f"{first['training texts']} training texts of {first['pieces']} word pieces, tests of the same pieces; the "
         "encoder is frozen. Mean ± deviation over seeds; KLs as in the loss, cross-entropy in nats per token.\n\n"
-        f"{markdown_table(rows)}\n\n"
-        f"Share of the vectors kept in percent, by the number of source tokens:\n\n{markdown_table(lengths)}\n\n"
+        f"{table_of_rows(rows)}\n\n"
+        f"Share of the vectors kept in percent, by the number of source tokens:\n\n{table_of_rows(lengths)}\n\n"
         "![Vectors kept by length](pretrained_encoder.png)\n\n"
         f"The first held-out texts, as they are read and as they are written, with seed "
-        f"{groups[0][0]['settings']['seed']}:\n\n{markdown_table(samples)}"
+        f"{groups[0][0]['settings']['seed']}:\n\n{table_of_rows(samples)}"
     )
 
 

@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from runner import cell, markdown_table, over_seeds, parser, run_all, write_report
+from runner import cell, over_seeds, parser, run_all, table_of_rows, write_report
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     MarianConfig,
@@ -270,9 +270,9 @@ def report(groups: list[list[dict]]) -> tuple[str, dict]:
         "Phone error in percent (edits by phones of the nearest pronunciation), and the share of words that are not "
         "right. In brackets 95 % intervals of a bootstrap over test words, paired for the differences, all seeds "
         "together; they do not hold the chance of the training.\n\n"
-        f"{markdown_table(rows)}\n\n![The differences in phone error](regulariser.png)\n\n"
+        f"{table_of_rows(rows)}\n\n![The differences in phone error](regulariser.png)\n\n"
         f"The setting, chosen by the phone error of validation words (mean ± deviation over seeds; bold: chosen). "
-        f"{settings}; the rest as the identity has it.\n\n{markdown_table(choices)}"
+        f"{settings}; the rest as the identity has it.\n\n{table_of_rows(choices)}"
     )
     return body, comparisons
 

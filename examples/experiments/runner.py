@@ -11,7 +11,7 @@ An experiment is a dict ``{key: settings}`` and a function ``one(settings) -> re
         runs = {f"{method}-{seed}": {"method": method, "seed": seed} for method in args.only for seed in args.seeds}
         records = run_all(one, runs, args.output, args.jobs)
         rows = [{"method": group[0]["settings"]["method"], **summary(group)} for group in over_seeds(records)]
-        write_report(args, "Title", markdown_table(rows))
+        write_report(args, "Title", table_of_rows(rows))
 """
 
 import argparse
@@ -155,7 +155,7 @@ def summary(group: list[dict], digits: dict[str, int] | None = None) -> dict[str
     return {name: cell((r["results"].get(name) for r in group), places) for name, places in digits.items()}
 
 
-def markdown_table(rows: list[dict[str, object]]) -> str:
+def table_of_rows(rows: list[dict[str, object]]) -> str:
     """A table with a column for each key of the first row; what a row lacks is left empty."""
     from nvib_hf import markdown  # here, so that the process of a run does not wait for it
 

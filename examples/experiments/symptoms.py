@@ -14,7 +14,7 @@ from textwrap import shorten
 sys.path.append(str(Path(__file__).parents[1]))  # the examples
 
 import text_vae as example
-from runner import cell, markdown_table, over_seeds, parser, run_all, write_report
+from runner import cell, over_seeds, parser, run_all, table_of_rows, write_report
 from training import clauses, train
 from transformers import set_seed
 
@@ -111,7 +111,7 @@ def report(groups: list[list[dict]]) -> str:
     size = groups[0][0]["settings"]
     return (
         f"{size['steps']} steps of {size['batch_size']} clauses; the other settings are those of "
-        f"`examples/text_vae.py`. Annealed: the weights rise from half of the training on.\n\n{markdown_table(rows)}"
+        f"`examples/text_vae.py`. Annealed: the weights rise from half of the training on.\n\n{table_of_rows(rows)}"
     )
 
 

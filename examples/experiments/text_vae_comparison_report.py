@@ -4,7 +4,7 @@ import argparse
 import statistics
 from pathlib import Path
 
-from runner import cell, markdown_table, over_seeds, write_report
+from runner import cell, over_seeds, table_of_rows, write_report
 
 # Column, name in the results, factor, digits
 RECONSTRUCTION = [
@@ -78,7 +78,7 @@ def samples_table(real: list[dict], groups: list[list[dict]]) -> str:
     for group in groups:
         kinds = group[0]["results"].get("shown_samples", {})
         rows += [row(group, SAMPLES, f"{kind}_", decoding=kind) for kind in kinds]
-    return markdown_table(rows)
+    return table_of_rows(rows)
 
 
 def interpolations_table(groups: list[list[dict]]) -> str:
@@ -89,7 +89,7 @@ def interpolations_table(groups: list[list[dict]]) -> str:
             by_weight = list(zip(*values(group, f"{method}_fluency"), strict=True))
             cells = {f"{i / (len(by_weight) - 1):.2f}": cell(column, 0) for i, column in enumerate(by_weight)}
             rows.append({**row(group, INTERPOLATIONS, f"{method}_", interpolation=method), **cells})
-    return markdown_table(rows)
+    return table_of_rows(rows)
 
 
 def shown(groups: list[list[dict]]) -> list[list[dict]]:
@@ -113,15 +113,15 @@ def verbatim(group: list[dict]) -> str:
     results = first["results"]
     title = f"### {first['settings']['method']} {label(group)}"
     pairs = [{"held-out text": a, "reconstruction": b} for a, b in results["shown_reconstructions"]]
-    parts = [title, markdown_table(pairs)]
+    parts = [title, table_of_rows(pairs)]
     if shown_samples := results.get("shown_samples"):
         texts = zip(*shown_samples.values(), strict=True)
         titles = [f"samples from the prior, {kind}" for kind in shown_samples]
-        parts.append(markdown_table([dict(zip(titles, written, strict=True)) for written in texts]))
+        parts.append(table_of_rows([dict(zip(titles, written, strict=True)) for written in texts]))
     steps = zip(*(results[f"{method}_shown"] for method in METHODS), strict=True)
     last = len(results[f"{METHODS[0]}_shown"]) - 1
     walk = [{"weight": f"{i / last:.2f}", **dict(zip(METHODS, texts, strict=True))} for i, texts in enumerate(steps)]
-    return "\n\n".join([*parts, markdown_table(walk)])
+    return "\n\n".join([*parts, table_of_rows(walk)])
 
 
 def draw(groups: list[list[dict]], real: list[dict], path: Path) -> None:
@@ -176,7 +176,7 @@ def control_table(groups: list[list[dict]]) -> str:
                 "its largest to its last": cell((max(beta) / beta[-1] for beta in betas), 2),
             }
         )
-    return markdown_table(rows)
+    return table_of_rows(rows)
 
 
 def draw_traces(groups: list[list[dict]], path: Path) -> None:
@@ -240,7 +240,7 @@ def report(args: argparse.Namespace, records: dict[str, dict], real: str) -> Non
         f"judged by the language model `{size['language_model']}`.",
         "## Reconstruction and rate",
         LEGEND.strip(),
-        markdown_table([row(group, RECONSTRUCTION) for group in groups]),
+        table_of_rows([row(group, RECONSTRUCTION) for group in groups]),
         "## Samples",
         SAMPLES_LEGEND.strip(),
         samples_table(of_real, groups),
