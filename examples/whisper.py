@@ -41,6 +41,7 @@ from whisper_base import load_packaged_whisper
 
 from nvib_hf import ConstraintCallback, NvibForConditionalGeneration, NvibTrainer
 from nvib_hf.loss import IGNORED
+from nvib_hf.markdown import markdown_table
 from nvib_hf.text_metrics import word_edits
 from nvib_hf.versions import CACHE
 
@@ -277,18 +278,27 @@ def difference(row: dict[str, float]) -> str:
 
 def report(results: dict) -> str:
     """Tables in Markdown."""
+    errors = [
+        (
+            name,
+            *(f"{row[part]:.1%}" for part in ("kept", "of_sound", "of_padding")),
+            *(f"{row[part]:.1f} %" for part in ("plain", "compressed")),
+            difference(row),
+        )
+        for name, row in results["word error"].items()
+    ]
+    costs = [
+        (name, f"{plain:.2f} {unit}", f"{compressed:.2f} {unit}", f"{compressed / plain:.2f}")
+        for name, (plain, compressed, unit) in results["cost"].items()
+    ]
+    curve = [(f"{row['kept']:.1%}", f"{row['compressed']:.1f} %", difference(row)) for row in results["sweep"]]
     titles = ("speech", "kept", "of the sound", "of the padding", "word error, plain", "compressed", DIFFERENCE)
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for name, row in results["word error"].items():
-        shares = " | ".join(f"{row[part]:.1%}" for part in ("kept", "of_sound", "of_padding"))
-        errors = f"{row['plain']:.1f} % | {row['compressed']:.1f} %"
-        lines.append(f"| {name} | {shares} | {errors} | {difference(row)} |")
-    lines += ["", f"| batch of {BATCH} | plain | compressed | ratio |", "|---|---|---|---|"]
-    for name, (plain, compressed, unit) in results["cost"].items():
-        lines.append(f"| {name} | {plain:.2f} {unit} | {compressed:.2f} {unit} | {compressed / plain:.2f} |")
-    lines += ["", f"| kept | word error | {DIFFERENCE} |", "|---|---|---|"]
-    lines += [f"| {row['kept']:.1%} | {row['compressed']:.1f} % | {difference(row)} |" for row in results["sweep"]]
-    return "\n".join(lines)
+    tables = (
+        markdown_table(titles, *errors),
+        markdown_table((f"batch of {BATCH}", "plain", "compressed", "ratio"), *costs),
+        markdown_table(("kept", "word error", DIFFERENCE), *curve),
+    )
+    return "\n\n".join(tables)
 
 
 def heading() -> str:
