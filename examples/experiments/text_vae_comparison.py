@@ -109,9 +109,9 @@ SETTINGS = {
     "variable": [({"cross_entropy": 0.4}, 5000)],
     "nvib_fixed": [({"lambda_gaussian": 0.05, "lambda_dirichlet": 0.05}, 1600)],
     "nvib_constrained": [
-        ({"cross_entropy": 1.8}, 5000),
-        ({"cross_entropy": 1.0}, 5000),
-        ({"cross_entropy": 2.2}, 5000),
+        ({"cross_entropy": 1.8, "rate": 0.02}, 5000),
+        ({"cross_entropy": 1.0, "rate": 0.02}, 5000),
+        ({"cross_entropy": 2.2, "rate": 0.02}, 5000),
         ({"cross_entropy": 0.4, "kl_weights": "pseudo_counts"}, 8000),
         ({"cross_entropy": 0.4}, 8000),
     ],
