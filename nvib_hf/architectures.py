@@ -194,13 +194,18 @@ def row_of(module: nn.Module) -> CrossAttention | None:
     """The row of a cross-attention module, converted or not; ``None`` if there is none for its class."""
     if hasattr(module, "nvib_row"):
         return module.nvib_row
+    return registered(module, _REGISTRY)
+
+
+def registered(module: nn.Module, registry: dict):
+    """What a registry has for a module's class: by its qualified name, or by its name alone."""
     name = type(module).__name__
     qualified = f"{type(module).__module__.rsplit('.', 1)[-1]}.{name}"
-    return _REGISTRY.get(qualified, _REGISTRY.get(name))
+    return registry.get(qualified, registry.get(name))
 
 
-def cross_attention_scale(module: nn.Module) -> float:
-    """The scale ``s`` of a cross-attention module."""
+def attention_scale(module: nn.Module) -> float:
+    """The scale ``s`` of an attention module of the table."""
     row = row_of(module)
     return getattr(module, row.head_dim) ** -0.5 if row.scale is None else getattr(module, row.scale)
 
@@ -208,7 +213,11 @@ def cross_attention_scale(module: nn.Module) -> float:
 def memory_width(module: nn.Module) -> int:
     """Width ``P`` of the vectors that a cross-attention module reads, before its projections."""
     row = row_of(module)
-    projection = getattr(module, row.key or row.key_value)
+    return input_width(getattr(module, row.key or row.key_value))
+
+
+def input_width(projection: nn.Module) -> int:
+    """Width of the vectors that a linear map takes."""
     return projection.nx if isinstance(projection, Conv1D) else projection.in_features
 
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from .architectures import cross_attention_scale, find_cross_attention
-from .cross_attention import DenoisingCrossAttention
+from .architectures import attention_scale, find_cross_attention
+from .attention_module import ConvertedAttention
 from .latent import NvibLatents
 from .loss import SMOOTHING
 
@@ -26,7 +26,7 @@ NOTHING_TO_READ = (
 def check_base(base: PreTrainedModel) -> None:
     """Raise ValueError unless a model can be wrapped: nothing has been changed by then."""
     name = type(base).__name__
-    if any(isinstance(module, DenoisingCrossAttention) for module in base.modules()):
+    if any(isinstance(module, ConvertedAttention) for module in base.modules()):
         raise ValueError(
             f"{name} is part of an NVIB model already, or one itself. Wrap another base, or call unwrap() on that "
             "model first."
@@ -45,9 +45,19 @@ def check_base(base: PreTrainedModel) -> None:
         )
 
 
+def check_attentions(attentions: dict | None) -> dict:
+    """The attentions of an encoder-decoder, by default the cross-attention; ValueError if they lack that."""
+    if attentions is not None and "cross" not in attentions:
+        raise ValueError(
+            f"attentions are {list(attentions)}, but the latents of an encoder-decoder are what its cross-attention "
+            "reads: name 'cross' too. As it is initialised it computes what the base computes."
+        )
+    return {"cross": "all"} if attentions is None else attentions
+
+
 def check_one_scale(name: str, cross_attention: list[nn.Module]) -> None:
     """Raise ValueError unless all layers of the model ``name`` have the same scale."""
-    scales = {cross_attention_scale(module) for module in cross_attention}
+    scales = {attention_scale(module) for module in cross_attention}
     if len(scales) > 1:
         raise ValueError(
             f"The cross-attention layers of {name} have different scales ({sorted(scales)}), but one latent with one "

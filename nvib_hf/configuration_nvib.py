@@ -13,7 +13,16 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .validation import EVALUATIONS, KL_WEIGHTS, check_choice, check_prior, check_settings, check_taus
+from .validation import (
+    EVALUATIONS,
+    KINDS,
+    KL_WEIGHTS,
+    attentions_by_kind,
+    check_choice,
+    check_prior,
+    check_settings,
+    check_taus,
+)
 from .versions import CACHE
 
 CONFIG_VERSION = 1
@@ -23,9 +32,6 @@ NUMBERS = (
     "kappa",
     "alpha_threshold",
     "threshold_share",
-    "tau_alpha",
-    "tau_sigma",
-    "tau_mu",
     "lambda_gaussian",
     "lambda_dirichlet",
     "lambda_vectors",
@@ -34,6 +40,7 @@ NUMBERS = (
     "word_dropout",
     "label_smoothing",
 )
+TAUS = {"tau_alpha": 10.0, "tau_sigma": 0.0, "tau_mu": 1.0}  # which compute the base model's function
 WEIGHTS = ("lambda_gaussian", "lambda_dirichlet", "lambda_vectors", "free_bits_gaussian", "free_bits_dirichlet")
 
 
@@ -66,6 +73,13 @@ def is_hub_id(name: str | None) -> bool:
     return bool(name) and not os.path.isdir(name)
 
 
+def _number(name: str, value: object) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, but got {value!r}.") from None
+
+
 class NvibConfig(PreTrainedConfig):
     r"""Configuration of :class:`~nvib_hf.NvibForConditionalGeneration`.
 
@@ -77,21 +91,28 @@ class NvibConfig(PreTrainedConfig):
             model it came from is not touched.
         base_architecture: class of the base model in Transformers, ``"BartForConditionalGeneration"``; by default
             the first of ``base_config.architectures``, or what ``AutoModelForSeq2SeqLM`` makes of it.
+        attentions: which attentions have NVIB, each with a layer of its own. ``None``: the cross-attention of an
+            encoder-decoder, all of an encoder alone. Or those of ``("cross", "encoder", "decoder")`` as a list, which
+            means all layers, or as ``{"cross": "all", "encoder": [3, 4, 5]}``, counted from 0.
+        accumulate_alpha: pseudo-counts of an encoder's layers are added to those of the layer above, so that what has
+            no weight in one keeps none; a fresh wrap does not compute the base's function with it.
         prior_mu, prior_var: the prior's mean and variance, one number or one value per channel.
         prior_alpha: pseudo-count of the prior's component, above 0.
         delta: conditional prior, in [0, 1]: the share of the source length that the prior expects to keep.
-        kappa: vectors drawn per component in training, at least 1.
+        kappa: vectors drawn per component in training, at least 1; in self-attention it is 1.
         alpha_activation: ``"exp"`` (quadratic pseudo-counts) or ``"relu"``.
         dropping: what decides which vectors the decoder does not get. ``"threshold"``: ``alpha_threshold``, under the
             pseudo-counts, if it is not 0. Or a decision that is learned, one linear unit on the encoder's vectors,
             which keeps them all at the start: ``"relaxed"`` for a decoder that is frozen
-            (:meth:`~nvib_hf.NvibForConditionalGeneration.freeze_base`), ``"hard"`` for one that is trained.
+            (:meth:`~nvib_hf.NvibForConditionalGeneration.freeze_base`), ``"hard"`` for one that is trained. What a
+            layer of the encoder drops is gone from the layers above it too; a decoder's layers drop nothing.
         alpha_threshold: components with a pseudo-count at or below it are dropped, in training and evaluation.
         threshold_share: the share of the training examples in which vectors are dropped, so that one can come back
             through the others; 0 turns dropping off, in evaluation too. Where training starts: a callback may move
             it.
         tau_alpha, tau_sigma, tau_mu: identity initialisation. The defaults compute the base model's function;
-            smaller ``tau_alpha`` and larger ``tau_sigma`` regularise it.
+            smaller ``tau_alpha`` and larger ``tau_sigma`` regularise it. A number, or one for each kind of attention:
+            ``{"encoder": 5.0}`` leaves the others at the default.
         lambda_gaussian, lambda_dirichlet: weights of the two KL terms in the loss, per target token.
         lambda_vectors: weight of the share of vectors kept in the loss, as relaxed by
             :func:`~nvib_hf.dropping.relaxed_share`, per target token; needs something that drops.
@@ -135,11 +156,16 @@ class NvibConfig(PreTrainedConfig):
         "num_vectors",
         "prop_vectors",
         "effective_vectors",
+        "layer_kl_gaussian",
+        "layer_kl_dirichlet",
+        "layer_prop_vectors",
         "latents",
     ]
 
     base_config: PreTrainedConfig | dict | None = None
     base_architecture: str | None = None
+    attentions: dict[str, str | list[int]] | list[str] | None = None
+    accumulate_alpha: bool = False
     prior_mu: float | list[float] = 0.0
     prior_var: float | list[float] = 1.0
     prior_alpha: float = 1.0
@@ -149,9 +175,9 @@ class NvibConfig(PreTrainedConfig):
     dropping: str = "threshold"
     alpha_threshold: float = 0.0
     threshold_share: float = 1.0
-    tau_alpha: float = 10.0
-    tau_sigma: float = 0.0
-    tau_mu: float = 1.0
+    tau_alpha: float | dict[str, float] = TAUS["tau_alpha"]
+    tau_sigma: float | dict[str, float] = TAUS["tau_sigma"]
+    tau_mu: float | dict[str, float] = TAUS["tau_mu"]
     lambda_gaussian: float = 0.0
     lambda_dirichlet: float = 0.0
     lambda_vectors: float = 0.0
@@ -201,7 +227,9 @@ class NvibConfig(PreTrainedConfig):
             self.threshold_share,
         )
         self.kappa = int(self.kappa)
-        check_taus(self.tau_alpha, self.tau_sigma, self.tau_mu)
+        self.attentions = attentions_by_kind(self.attentions)
+        for kind in KINDS:
+            check_taus(**self.taus(kind))
         check_choice("evaluation", self.evaluation, EVALUATIONS)
         check_choice("kl_weights", self.kl_weights, KL_WEIGHTS)
         if self.exact_attention and self.evaluation != "mixture":
@@ -209,7 +237,12 @@ class NvibConfig(PreTrainedConfig):
                 f"exact_attention is a term of the mixture's score, but evaluation is {self.evaluation!r}. Set "
                 "evaluation='mixture' too."
             )
-        if self.alpha_activation == "relu" and self.tau_alpha <= 0:
+        if self.accumulate_alpha and self.alpha_activation == "relu":
+            raise ValueError(
+                "accumulate_alpha adds log pseudo-counts, of which alpha_activation='relu' has none where it is 0. Set "
+                "alpha_activation='exp'."
+            )
+        if self.alpha_activation == "relu" and min(self.taus(kind)["tau_alpha"] for kind in KINDS) <= 0:
             raise ValueError(
                 f"tau_alpha must be above 0 with alpha_activation='relu', but got {self.tau_alpha}: pseudo-counts "
                 "start at it, and one that starts at 0 has no gradient."
@@ -226,6 +259,11 @@ class NvibConfig(PreTrainedConfig):
                 "drops none. Set dropping to 'relaxed' or 'hard', or alpha_threshold, for instance to 0.1."
             )
 
+    def taus(self, kind: str) -> dict[str, float]:
+        """``tau_alpha``, ``tau_sigma`` and ``tau_mu`` of a kind of attention."""
+        given = {name: getattr(self, name) for name in TAUS}
+        return {name: tau.get(kind, TAUS[name]) if isinstance(tau, dict) else tau for name, tau in given.items()}
+
     @property
     def drops(self) -> bool:
         """Whether there is anything that drops vectors."""
@@ -237,11 +275,15 @@ class NvibConfig(PreTrainedConfig):
             value = getattr(self, name)
             setattr(self, name, value.tolist() if hasattr(value, "tolist") else value)
         for name in NUMBERS:
+            setattr(self, name, _number(name, getattr(self, name)))
+        for name in TAUS:
             value = getattr(self, name)
-            try:
-                setattr(self, name, float(value))
-            except (TypeError, ValueError):
-                raise TypeError(f"{name} must be a number, but got {value!r}.") from None
+            by_kind = isinstance(value, dict)
+            if by_kind:
+                for kind in value:
+                    check_choice(f"A key of {name}", kind, KINDS)
+            value = {kind: _number(name, tau) for kind, tau in value.items()} if by_kind else _number(name, value)
+            setattr(self, name, value)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:

@@ -6,32 +6,27 @@ all rows. A module keeps its parameters, names and hooks: only its class changes
 
 from __future__ import annotations
 
-import functools
-import inspect
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import EncoderDecoderCache
 
-from .architectures import CrossAttention, cross_attention_scale, row_of
+from .architectures import CrossAttention, attention_scale, row_of
+from .attention_module import ConvertedAttention, converted_class, own_class, projection_matrix, set_class
 from .denoising_attention import append_bias, denoising_attention, is_half
 from .packing import unpack
 from .versions import CACHE, installed_and_tested
 
 
-class DenoisingCrossAttention(nn.Module):
+class DenoisingCrossAttention(ConvertedAttention):
     """Mixed in before a cross-attention's own class by :func:`convert_cross_attention`."""
 
     nvib_row: CrossAttention
-    nvib_arguments: tuple[str, ...]
     nvib_width: int
     nvib_exact: bool
     nvib_hard: bool
 
     def forward(self, *args, **kwargs):
-        row = self.nvib_row
-        inputs = dict(zip(self.nvib_arguments, args, strict=False)) | kwargs
+        row, inputs = self.nvib_row, self._given(args, kwargs)
         hidden_states, packed = inputs[row.hidden_states], inputs.get(row.memory)
         if packed is None:
             raise ValueError(f"{type(self).__name__} got no {row.memory}: the latent is missing.")
@@ -41,31 +36,22 @@ class DenoisingCrossAttention(nn.Module):
         rows, sources = hidden_states.shape[0], packed.shape[0]
         if rows != sources:
             query = fold_rows(query, sources)
-        config = getattr(self, "config", None)
         output, weights = denoising_attention(
             query,
             **self._projected(packed, hidden_states.dtype, inputs.get(row.cache)),
-            scale=cross_attention_scale(self),
+            scale=attention_scale(self),
             exact=self.nvib_exact,
             softcap=getattr(self, row.softcap) if row.softcap else None,
             dropout_p=self._probability(row.dropout),
-            need_weights=inputs.get("output_attentions") or getattr(config, "_attn_implementation", "") == "eager",
+            need_weights=self._needs_weights(inputs),
         )
         if rows != sources:
             output = unfold_rows(output, rows)
             weights = None if weights is None else unfold_rows(weights, rows)
-        output = output.transpose(1, 2).flatten(2)
-        if row.output is not None:
-            output = getattr(self, row.output)(output)
-        if row.output_dropout is not None:
-            output = F.dropout(output, self._probability(row.output_dropout))
+        output = self._joined(output)
         inputs["output"] = output.transpose(0, 1) if row.time_major else output
         inputs["weights"] = weights
         return tuple(inputs.get(name) for name in row.returns)
-
-    def _by_head(self, x: Tensor) -> Tensor:
-        """``(B, N, H * E)`` to ``(B, H, N, E)``."""
-        return x.view(*x.shape[:-1], -1, getattr(self, self.nvib_row.head_dim)).transpose(1, 2)
 
     def _projected(self, packed: Tensor, dtype: torch.dtype, cache) -> dict[str, Tensor]:
         """What attention reads of a latent in this layer, once per source: later steps find it in the cache.
@@ -100,7 +86,7 @@ class DenoisingCrossAttention(nn.Module):
         if has_cache:
             plain = latent.shrinkage is None and "dropped" not in beside and row.softcap is None
             if plain and is_half(dtype):  # once, not at every step, for which fp32 has a mask
-                key, value = append_bias(key, value, beside["bias"], cross_attention_scale(self))
+                key, value = append_bias(key, value, beside["bias"], attention_scale(self))
             key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
             cache.is_updated[self.layer_idx] = True
             cache.cross_attention_cache.layers[self.layer_idx].nvib_beside = beside
@@ -115,12 +101,6 @@ class DenoisingCrossAttention(nn.Module):
             weights = [projection_matrix(getattr(self, name), vectors) for name in (row.key, row.value)]
         head_dim = getattr(self, row.head_dim)
         return tuple(weight.unflatten(0, (-1, head_dim)) for weight in weights)
-
-    def _probability(self, name: str) -> float:
-        if not self.training:
-            return 0.0
-        dropout = getattr(self, name)
-        return dropout.p if isinstance(dropout, nn.Dropout) else dropout
 
 
 def fold_rows(x: Tensor, sources: int) -> Tensor:
@@ -138,41 +118,13 @@ def unfold_rows(x: Tensor, rows: int) -> Tensor:
     return x.unflatten(2, (rows // len(x), -1)).transpose(1, 2).flatten(0, 1)
 
 
-def projection_matrix(projection: nn.Module, like: Tensor) -> Tensor:
-    """The matrix ``(out, P)`` of a linear map.
-
-    A plain ``nn.Linear`` is read. Anything else (LoRA, quantised weights, Conv1D, offloaded weights) is applied to
-    the identity, so that whatever it does counts.
-    """
-    plain = type(projection) is nn.Linear and type(projection.weight) is nn.Parameter
-    hooked = hasattr(projection, "_hf_hook") or projection._forward_hooks or projection._forward_pre_hooks
-    if plain and not hooked and projection.weight.dtype == like.dtype:
-        return projection.weight
-    eye = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)[None]
-    return (projection(eye) - projection(torch.zeros_like(eye[:, :1]))).squeeze(0).transpose(0, 1)
-
-
-@functools.cache
-def _denoising_class(base: type[nn.Module], row: CrossAttention) -> type[nn.Module]:
-    names = tuple(inspect.signature(base.forward).parameters)[1:]
-    fields = {"nvib_row": row, "nvib_arguments": names, "__module__": base.__module__}
-    return type(f"Denoising{base.__name__}", (DenoisingCrossAttention, base), fields)
-
-
-def _set_class(module: nn.Module, module_class: type[nn.Module]) -> None:
-    """Change the class, also beneath a hook of accelerate, which keeps the ``forward`` it calls on the instance."""
-    module.__class__ = module_class
-    if "_old_forward" in vars(module):
-        module._old_forward = module_class.forward.__get__(module)
-
-
 def convert_cross_attention(modules: list[nn.Module], width: int, exact: bool = False, hard: bool = False) -> None:
     """Turn cross-attention modules into denoising attention for latents ``width`` wide, in place.
 
     ``hard`` is whether training drops vectors by hard draws (:func:`~nvib_hf.dropping.hard_draw`).
     """
     for module in modules:
-        _set_class(module, _denoising_class(type(module), row_of(module)))
+        set_class(module, converted_class(DenoisingCrossAttention, type(module), row_of(module)))
         module.nvib_width, module.nvib_exact, module.nvib_hard = width, exact, hard
 
 
@@ -180,7 +132,7 @@ def restore_cross_attention(model: nn.Module) -> None:
     """Undo :func:`convert_cross_attention` in the whole model."""
     for module in model.modules():
         if isinstance(module, DenoisingCrossAttention):
-            _set_class(module, type(module).__mro__[2])
+            set_class(module, own_class(module))
             del module.nvib_width, module.nvib_exact, module.nvib_hard
 
 

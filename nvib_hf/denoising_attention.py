@@ -256,7 +256,11 @@ def split_bias(bias: Tensor) -> Tensor:
     The highest of a row is moved to 0 first (a softmax does not see it), which keeps fp16 in range. The sum of
     the three is the moved bias, to 24 bits after a cast to bf16 and exactly without one.
     """
-    bias = bias - bias.amax(-1, keepdim=True).detach()
+    return three_summands(bias - bias.amax(-1, keepdim=True).detach())
+
+
+def three_summands(bias: Tensor) -> Tensor:
+    """:func:`split_bias` of a bias as it is: where a row is not known as a whole."""
     finite = bias.masked_fill(bias == float("-inf"), 0)
     high = finite.to(torch.bfloat16).to(bias.dtype)
     middle = (finite - high).to(torch.bfloat16).to(bias.dtype)

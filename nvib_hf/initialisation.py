@@ -76,6 +76,52 @@ class EmpiricalPrior(NamedTuple):
     prior_log_alpha_std: Tensor
 
 
+class PriorStatistics:
+    r"""Mean and variance of vectors, and of :math:`\tfrac{s}{2} \lVert x \rVert^2`, over batches.
+
+    Args:
+        scale: the attention's scale ``s``.
+    """
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+        self._count, self._mean, self._deviation, self._energies = 0, 0.0, 0.0, []
+
+    def add(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> None:
+        """Take vectors ``(B, Ns, P)``, without the padding ``(B, Ns)``, where that is True."""
+        vectors = hidden_states.detach().flatten(0, 1).double()
+        if padding_mask is not None:
+            vectors = vectors[~padding_mask.flatten().bool()]
+        if not len(vectors):
+            return
+        # Batches are merged by their means: sums of squares would cancel.
+        mean, count, total = vectors.mean(0), self._count, self._count + len(vectors)
+        shift = mean - self._mean
+        between = shift.square() * count * len(vectors) / total
+        self._deviation = self._deviation + (vectors - mean).square().sum(0) + between
+        self._mean = self._mean + shift * len(vectors) / total
+        self._count = total
+        self._energies.append(0.5 * self.scale * vectors.square().sum(-1))
+
+    def prior(self, of: str = "the encoder's output") -> EmpiricalPrior:
+        """The prior of what was taken.
+
+        Raises:
+            ValueError: fewer than two vectors, or a channel that never varies.
+        """
+        if self._count < 2:
+            raise ValueError(
+                f"An empirical prior needs at least two source vectors, but of {of} the batches have {self._count}."
+            )
+        variance, energy = self._deviation / (self._count - 1), torch.cat(self._energies)
+        if not (variance > 0).all():
+            raise ValueError(
+                f"{int((variance == 0).sum())} channels of {of} never vary over these batches, so the prior would "
+                "have variance 0. Pass more text."
+            )
+        return EmpiricalPrior(self._mean.float(), variance.float(), energy.mean().float(), energy.std().float())
+
+
 def empirical_prior(batches: Iterable[tuple[Tensor, Tensor | None]], scale: float) -> EmpiricalPrior:
     r"""Prior from the encoder's output over a corpus.
 
@@ -88,26 +134,7 @@ def empirical_prior(batches: Iterable[tuple[Tensor, Tensor | None]], scale: floa
     Raises:
         ValueError: for fewer than two vectors, or a channel that never varies.
     """
-    count, mean, deviation, energies = 0, 0.0, 0.0, []
+    statistics = PriorStatistics(scale)
     for hidden_states, padding_mask in batches:
-        vectors = hidden_states.detach().flatten(0, 1).double()
-        if padding_mask is not None:
-            vectors = vectors[~padding_mask.flatten().bool()]
-        if not len(vectors):
-            continue
-        # Batches are merged by their means: sums of squares would cancel.
-        batch_mean = vectors.mean(0)
-        shift, total = batch_mean - mean, count + len(vectors)
-        deviation = deviation + (vectors - batch_mean).square().sum(0) + shift.square() * count * len(vectors) / total
-        mean = mean + shift * len(vectors) / total
-        count = total
-        energies.append(0.5 * scale * vectors.square().sum(-1))
-    if count < 2:
-        raise ValueError(f"An empirical prior needs at least two source vectors, but the batches have {count}.")
-    variance, energy = deviation / (count - 1), torch.cat(energies)
-    if not (variance > 0).all():
-        raise ValueError(
-            f"{int((variance == 0).sum())} channels of the encoder's output never vary over these batches, so "
-            "the prior would have variance 0. Pass more text."
-        )
-    return EmpiricalPrior(mean.float(), variance.float(), energy.mean().float(), energy.std().float())
+        statistics.add(hidden_states, padding_mask)
+    return statistics.prior()

@@ -1,15 +1,13 @@
-"""Latents from the prior, and the prior fitted to a corpus."""
+"""Latents from the prior."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .base_model import run_encoder
 from .checks import check_counts
-from .initialisation import EmpiricalPrior, empirical_prior
 from .latent import NvibLatents
 
 
@@ -36,29 +34,3 @@ def sample_from_prior(
     padding = torch.arange(int(counts.max()), device=model.device) >= counts[:, None]
     z, log_pi = model.nvib.sample_prior(padding, generator)
     return NvibLatents(z=z.to(model.dtype), log_pi=log_pi, attention_mask=~padding)
-
-
-def fit_prior(model, batches: Iterable[dict[str, Tensor]]) -> EmpiricalPrior:
-    """Give an NVIB model the prior of its encoder's output over a corpus, and initialise its layer for it again.
-
-    Args:
-        batches: the model's inputs, for instance a ``DataLoader``.
-
-    Source: Fehr & Henderson (COLM 2024), empirical priors.
-    """
-    training = model.training
-
-    def encoded():
-        for batch in batches:
-            inputs = {name: value.to(model.device) for name, value in model._encoder_arguments(batch).items()}
-            outputs, padding = run_encoder(model.base, inputs)
-            yield outputs.last_hidden_state, padding
-
-    model.eval()
-    try:
-        prior = empirical_prior(encoded(), model.scale)
-    finally:
-        model.train(training)
-    model.nvib.set_prior(*prior)
-    model.nvib.identity_init(model.config.tau_alpha, model.config.tau_sigma, model.config.tau_mu)
-    return prior

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,18 @@ SMOOTHING = "Set label_smoothing_factor to 0 in TrainingArguments and use NvibCo
 TERMS = ("gaussian", "dirichlet", "vectors")  # what ``lambda_*`` weigh, in the order of the model's ``kl_beta``
 
 
-def regulariser(latents: NvibLatents, beta: Tensor, config: NvibConfig) -> Tensor | None:
+class Charged(NamedTuple):
+    """What the loss charges an example for, ``(B,)`` each: the fields of those names of latents, or means over layers.
+
+    ``None`` where there is no such term.
+    """
+
+    kl_gaussian: Tensor | None
+    kl_dirichlet: Tensor | None
+    relaxed_prop_vectors: Tensor | None
+
+
+def regulariser(latents: NvibLatents | Charged, beta: Tensor, config: NvibConfig) -> Tensor | None:
     r"""What one target token of an example pays for its latent, ``(B,)``; ``None`` for latents of no text.
 
     .. math::

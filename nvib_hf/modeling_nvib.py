@@ -7,10 +7,11 @@ The way of the data: ``encode`` (encoder, NVIB layer, latents), then ``forward``
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
@@ -33,6 +34,7 @@ from .base_model import (
 )
 from .checks import (
     NOTHING_TO_READ,
+    check_attentions,
     check_base,
     check_batch,
     check_known,
@@ -44,13 +46,14 @@ from .checks import (
 from .configuration_nvib import NvibConfig
 from .cross_attention import check_cache_was_found, convert_cross_attention
 from .generation import NvibGenerationMixin
-from .initialisation import EmpiricalPrior
 from .latent import NvibLatents, interpolate
-from .latent_prior import fit_prior, sample_from_prior
+from .latent_prior import sample_from_prior
 from .latent_transport import interpolate_by_transport
 from .latent_variation import blend, vary
-from .loss import nvib_loss, regulariser
+from .layer_terms import begin_recording, end_recording
+from .loss import IGNORED, nvib_loss, regulariser
 from .model_card import NvibModelCardMixin
+from .nvib_layers import NvibLayersMixin
 from .outputs import LatentOutput, NvibSeq2SeqLMOutput, joined_output
 from .packing import pack
 from .posterior import NvibOutput
@@ -58,7 +61,7 @@ from .precision import SinglePrecisionMixin
 from .pretrained import NvibPretrainedMixin
 from .validation import check_choice, check_prior
 from .versions import CACHE, given_cache, warn_if_untested
-from .wrapping import cross_attention_of, make_layer
+from .wrapping import cross_attention_of, make_layer, put_into_self_attention
 
 RECORDED = {"output_attentions", "output_hidden_states"}
 INTERPOLATIONS = {"transport": interpolate_by_transport, "mixture": interpolate}
@@ -74,7 +77,12 @@ OF_THE_DECODER = {"use_cache", CACHE, "encoder_hidden_states", "encoder_attentio
 
 
 class NvibForConditionalGeneration(
-    NvibModelCardMixin, NvibPretrainedMixin, SinglePrecisionMixin, PreTrainedModel, NvibGenerationMixin
+    NvibModelCardMixin,
+    NvibPretrainedMixin,
+    NvibLayersMixin,
+    SinglePrecisionMixin,
+    PreTrainedModel,
+    NvibGenerationMixin,
 ):
     r"""An encoder-decoder model whose decoder reads a distribution instead of the encoder's vectors.
 
@@ -133,11 +141,14 @@ class NvibForConditionalGeneration(
         config.base_config, config.base_architecture = base.config, architecture.__name__
         self.main_input_name = base.main_input_name
 
+        config.attentions = check_attentions(config.attentions)
         cross_attention, width, self.scale, self._cached_layers = cross_attention_of(base)
         check_prior(config.prior_mu, config.prior_var, config.prior_alpha, width)
         self.base = base  # first, so that the model's dtype is the base's
         with init.no_init_weights():  # initialize_weights sets all of them
             self.nvib = make_layer(config, width, self.scale)
+            names = put_into_self_attention(base, config)
+        self._self_attention_names = {layer: f"base.{name}" for layer, name in names.items()}
         self.register_buffer("kl_beta", torch.ones(3))  # of lambda_gaussian, lambda_dirichlet, lambda_vectors
         convert_cross_attention(cross_attention, width, config.exact_attention, config.dropping == "hard")
         freeze_unused(base)
@@ -228,11 +239,6 @@ class NvibForConditionalGeneration(
     ) -> NvibLatents:
         """Latents from the prior: new text from nothing; see :func:`~nvib_hf.latent_prior.sample_from_prior`."""
         return sample_from_prior(self, num_samples, num_vectors, generator)
-
-    @torch.no_grad()
-    def fit_prior(self, batches: Iterable[dict[str, Tensor]]) -> EmpiricalPrior:
-        """Take the prior from the encoder's output over a corpus; see :func:`~nvib_hf.latent_prior.fit_prior`."""
-        return fit_prior(self, batches)
 
     def interpolate_latents(
         self, first: NvibLatents, second: NvibLatents, weight: float | Tensor, method: str = "transport"
@@ -344,6 +350,9 @@ class NvibForConditionalGeneration(
                 decoder_input_ids = self._drop_words(decoder_input_ids, generator)
 
         latents = states = None
+        is_step = labels is None and encoder_outputs is not None and not isinstance(encoder_outputs, NvibLatents)
+        layers = {} if is_step else self._self_attentions()  # a step of decoding, to which the rest has nothing to add
+        begin_recording(layers.values(), generator)
         if encoder_outputs is None:
             inputs = {
                 "input_ids": input_ids,
@@ -382,16 +391,30 @@ class NvibForConditionalGeneration(
         else:
             outputs = run_decoder(self.base, latent, decoder_inputs)
         check_cache_was_found(outputs.get(CACHE), self._cached_layers)
-        if latents is None and labels is None:  # a step of decoding, to which the rest has nothing to add
+        if is_step:
             return outputs
+        terms = end_recording(layers, None if labels is None else labels != IGNORED)
+        terms.add_latents(latents)
+        charged = terms.charged()
         loss = cross_entropy = None
         if labels is not None:
-            regularisation = None if latents is None else regulariser(latents, self.kl_beta, self.config)
+            regularisation = None if charged is None else regulariser(charged, self.kl_beta, self.config)
             loss, cross_entropy = nvib_loss(
                 outputs.logits, labels, regularisation, num_items_in_batch, self.config.label_smoothing
             )
         is_replica = getattr(self, "_is_replica", False)
-        return joined_output(outputs, states, latents, loss, cross_entropy, with_latents=not is_replica)
+        return joined_output(outputs, states, latents, terms, loss, cross_entropy, with_latents=not is_replica)
+
+    def _read(self, batch: dict[str, Tensor]) -> None:
+        """Run what reads the inputs of a batch: the encoder, and the decoder too if it has NVIB layers of its own."""
+        batch = {name: value.to(self.device) for name, value in batch.items()}
+        if "decoder" not in self.config.attentions:
+            self.encode(**{name: value for name, value in batch.items() if name in self._encoder_argument_names})
+            return
+        labels = batch.get("labels")
+        if labels is not None and "decoder_attention_mask" not in batch:  # shifted, as the decoder's inputs will be
+            batch["decoder_attention_mask"] = F.pad(labels[:, :-1] != IGNORED, (1, 0), value=True).long()
+        self(**batch)
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """The decoder's inputs for these labels, by the base's own rule."""

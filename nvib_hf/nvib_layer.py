@@ -190,11 +190,17 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
         )
 
     def posterior(
-        self, hidden_states: Tensor, padding_mask: Tensor | None = None, kept_only: bool = False
+        self,
+        hidden_states: Tensor,
+        padding_mask: Tensor | None = None,
+        kept_only: bool = False,
+        log_alpha_below: Tensor | None = None,
     ) -> Posterior:
         """Parameters of the posterior for ``(B, Ns, H)`` and an optional mask ``(B, Ns)``, True = padding.
 
-        With ``kept_only`` of what evaluation keeps alone, as many as the row that keeps the most.
+        Args:
+            kept_only: of what evaluation keeps alone, as many as the row that keeps the most.
+            log_alpha_below: log pseudo-counts ``(B, Ns)`` of the layer below, which are added to this one's.
         """
         check_source(hidden_states, padding_mask, self.size_in)
         mask = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool)
@@ -203,6 +209,8 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
             # Whatever stands in a padded position must not survive as 0 * inf, in a gradient either.
             hidden_states = hidden_states.masked_fill(~mask[..., None], 0)
         log_alpha = self._log_alpha(hidden_states)
+        if log_alpha_below is not None:
+            log_alpha = log_alpha + log_alpha_below
         keep_logit = self._keep_logit(hidden_states, log_alpha)
         weighty = log_alpha > self._log_zero
         keep = mask & (weighty if keep_logit is None else weighty & kept(keep_logit, self.threshold_share))

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from .latent import NvibLatents
+from .layer_terms import LayerTerms
 from .versions import CACHE
 
 
@@ -29,9 +30,11 @@ class NvibSeq2SeqLMOutput(Seq2SeqLMOutput):
 
     Args:
         cross_entropy: the reconstruction term of the loss, nats per target token, scalar.
-        kl_gaussian, kl_dirichlet: the two KL terms, ``(B,)``, unweighted.
+        kl_gaussian, kl_dirichlet: the two KL terms, ``(B,)``, unweighted; means over the NVIB layers.
         num_vectors, prop_vectors, effective_vectors: of the latents, ``(B,)``: source vectors kept, their share of
             the source length, and ``exp(entropy(pi))``.
+        layer_kl_gaussian, layer_kl_dirichlet, layer_prop_vectors: of each NVIB layer, ``(B,)``, by its name
+            (``"cross"``, ``"encoder.0"``, ...); ``None`` where self-attention has none.
         latents: the :class:`~nvib_hf.NvibLatents` that were decoded; ``None`` at a step of generation, and from
             ``nn.DataParallel``, which gathers a mapping by what it iterates over.
     """
@@ -42,6 +45,9 @@ class NvibSeq2SeqLMOutput(Seq2SeqLMOutput):
     num_vectors: Tensor | None = None
     prop_vectors: Tensor | None = None
     effective_vectors: Tensor | None = None
+    layer_kl_gaussian: dict[str, Tensor] | None = None
+    layer_kl_dirichlet: dict[str, Tensor] | None = None
+    layer_prop_vectors: dict[str, Tensor] | None = None
     latents: NvibLatents | None = None
 
 
@@ -49,13 +55,18 @@ def joined_output(
     outputs: Seq2SeqLMOutput,
     states: BaseModelOutput | None,
     latents: NvibLatents | None,
+    terms: LayerTerms,
     loss: Tensor | None,
     cross_entropy: Tensor | None,
     with_latents: bool,
 ) -> NvibSeq2SeqLMOutput:
-    """What the decoder returned, the encoder's ``states`` and what the latents cost, if they were made here."""
+    """What the decoder returned, the encoder's ``states``, and what the layers cost if they ran here."""
     states = BaseModelOutput() if states is None else states
-    measured = ("kl_gaussian", "kl_dirichlet", "num_vectors", "prop_vectors", "effective_vectors")
+    measured = ("num_vectors", "prop_vectors", "effective_vectors")
+    charged, of_layers = terms.charged(), {}
+    if set(terms.kl_gaussian) - {"cross"}:
+        names = ("kl_gaussian", "kl_dirichlet", "prop_vectors")
+        of_layers = {f"layer_{name}": getattr(terms, name) for name in names}
     return NvibSeq2SeqLMOutput(
         loss=loss,
         logits=outputs.logits,
@@ -67,6 +78,9 @@ def joined_output(
         encoder_hidden_states=states.hidden_states,
         encoder_attentions=states.attentions,
         cross_entropy=cross_entropy,
+        kl_gaussian=None if charged is None else charged.kl_gaussian,
+        kl_dirichlet=None if charged is None else charged.kl_dirichlet,
         **{name: None if latents is None else getattr(latents, name) for name in measured},
+        **of_layers,
         latents=latents if with_latents else None,
     )

@@ -55,6 +55,14 @@ class Posterior(NamedTuple):
         repeated = self.repeated(kappa)
         return log_dirichlet_sample(repeated.log_alpha, repeated.keep, generator), repeated
 
+    def draw_log_g(self, generator: torch.Generator | None = None) -> Tensor:
+        """Log weights ``(B, Ns + 1)`` before they are normalised, which the softmax of an attention does as well.
+
+        So those of a position do not depend on the positions that come later.
+        """
+        log_g = log_gamma_sample(self.log_alpha.masked_fill(~self.keep, 0), generator)
+        return log_g.masked_fill(~self.keep, -math.inf)
+
     def draw_dropping(
         self,
         dropping: str,
@@ -83,8 +91,8 @@ class Posterior(NamedTuple):
         repeated = self._replace(keep=weighty & (keep | spared), dropped=dropped).repeated(kappa)
         # Two draws, so that nothing of what is dropped reaches the weights of what is kept.
         of_dropped = log_gamma_sample(repeated.log_alpha.detach(), generator)
-        log_g = log_gamma_sample(repeated.log_alpha.masked_fill(~repeated.keep, 0), generator)
-        total = log_g.masked_fill(~repeated.keep, -math.inf).logsumexp(-1, keepdim=True)
+        log_g = repeated.draw_log_g(generator)
+        total = log_g.logsumexp(-1, keepdim=True)
         log_pi = (log_g - total).masked_fill(~repeated.keep, -math.inf)
         full_log_pi = torch.where(repeated.dropped > 0.5, of_dropped - total.detach(), log_pi)
         return log_pi, repeated._replace(full_log_pi=full_log_pi)

@@ -14,7 +14,9 @@ from .base_loading import damage_explained, join_encoder_decoder, load_base
 from .base_model import JOINED, joined_vocabularies
 from .checks import check_known, check_name_to_load, check_nothing_is_missing
 from .cross_attention import restore_cross_attention
+from .nvib_layer import NvibLayer
 from .prior import prior_buffers
+from .self_attention import restore_self_attention
 from .wrapping import split_settings, wrap
 
 
@@ -63,28 +65,32 @@ class NvibPretrainedMixin:
     def unwrap(self) -> PreTrainedModel:
         """The base model with its trained weights and its own cross-attention. This model is spent afterwards."""
         restore_cross_attention(self.base)
+        restore_self_attention(self.base)
         return self.base
 
     def freeze_base(self) -> Self:
-        """Train the bottleneck alone."""
+        """Train the NVIB layers alone."""
         self.base.requires_grad_(False)
+        for layer in self.nvib_layers().values():
+            layer.requires_grad_(True)
         return self
 
     def initialize_weights(self) -> None:
         """What was not loaded: the base's by its own rules, which would pass it over in a model from elsewhere."""
+        for name, layer in self.nvib_layers().items():  # first: the base has rules for linear maps of any kind
+            if not getattr(layer, "_is_hf_initialized", False):
+                self._initialize_nvib(layer, self.config.taus(name.partition(".")[0]))
         self.base.initialize_weights()
-        if not getattr(self.nvib, "_is_hf_initialized", False):
-            self._initialize_nvib()
         super().initialize_weights()
 
     @torch.no_grad()
-    def _initialize_nvib(self) -> None:
-        """Prior and identity of the NVIB layer, tensor by tensor, but for those that were loaded."""
-        config, layer = self.config, self.nvib
+    def _initialize_nvib(self, layer: NvibLayer, taus: dict[str, float]) -> None:
+        """Prior and identity of an NVIB layer, tensor by tensor, but for those that were loaded."""
+        config = self.config
         buffers = prior_buffers(config.prior_mu, config.prior_var, math.log(config.prior_alpha))
         for name, value in (buffers | {"threshold_share": config.threshold_share}).items():
             init.copy_(layer.get_buffer(name), torch.as_tensor(value))
-        parameters = layer.identity_parameters(config.tau_alpha, config.tau_sigma, config.tau_mu)
+        parameters = layer.identity_parameters(**taus)
         for name, value in parameters.items():
             init.copy_(layer.get_parameter(name), value)
         for module in layer.modules():

@@ -10,6 +10,7 @@ from torch import Tensor
 ALPHA_ACTIVATIONS = ("exp", "relu")
 EVALUATIONS = ("means", "mixture")
 KL_WEIGHTS = ("drawn", "pseudo_counts")
+KINDS = ("cross", "encoder", "decoder")  # of attention
 DROPPINGS = ("threshold", "relaxed", "hard")
 
 
@@ -86,6 +87,33 @@ def check_taus(tau_alpha: float, tau_sigma: float, tau_mu: float) -> None:
         raise ValueError(f"tau_mu must be in [0, 1], but got {tau_mu}.")
     if not abs(tau_alpha) < float("inf"):
         raise ValueError(f"tau_alpha must be finite, but got {tau_alpha}.")
+
+
+def attentions_by_kind(attentions: object) -> dict[str, str | list[int]] | None:
+    """Which layers of which kinds of attention: ``{kind: "all" or numbers}`` of that, or of a list of kinds.
+
+    Raises:
+        ValueError: it names another kind, or something else than layers.
+    """
+    if attentions is None:
+        return None
+    if isinstance(attentions, str):
+        attentions = [attentions]
+    by_kind = dict(attentions) if hasattr(attentions, "items") else dict.fromkeys(attentions, "all")
+    for kind, layers in by_kind.items():
+        check_choice("attentions", kind, KINDS)
+        if kind == "cross" and layers != "all":
+            raise ValueError(f"attentions['cross'] must be 'all', but got {layers!r}: all layers read one latent.")
+        if layers != "all":
+            numbers = [] if isinstance(layers, str) or not hasattr(layers, "__iter__") else sorted(set(layers))
+            if not numbers or any(not isinstance(n, int) or n < 0 for n in numbers):
+                raise ValueError(
+                    f"attentions[{kind!r}] must be 'all' or numbers of layers, counted from 0, but got {layers!r}."
+                )
+            by_kind[kind] = numbers
+    if not by_kind:
+        raise ValueError("attentions is empty. Name at least one kind of attention, or leave it out.")
+    return by_kind
 
 
 def check_source(hidden_states: Tensor, padding_mask: Tensor | None, width: int) -> None:

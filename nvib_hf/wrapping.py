@@ -8,11 +8,14 @@ from typing import NamedTuple
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architectures import check_names, cross_attention_scale, find_cross_attention, memory_width, row_of
+from .architectures import attention_scale, check_names, find_cross_attention, input_width, memory_width, row_of
 from .base_model import check_decoder_call
 from .checks import check_one_scale
 from .configuration_nvib import NvibConfig, refuse_misspelt_settings, setting_names
+from .attended_layer import AttendedNvibLayer
 from .nvib_layer import NvibLayer
+from .self_architectures import find_self_attention, self_attention_row
+from .self_attention import convert_self_attention
 
 
 class CrossAttentionOf(NamedTuple):
@@ -39,23 +42,59 @@ def cross_attention_of(base: PreTrainedModel) -> CrossAttentionOf:
     cached_layers = tuple(module.layer_idx for module in modules if row_of(module).cache)
     check_decoder_call(base, cached=bool(cached_layers))
     check_one_scale(type(base).__name__, modules)
-    return CrossAttentionOf(modules, memory_width(modules[0]), cross_attention_scale(modules[0]), cached_layers)
+    return CrossAttentionOf(modules, memory_width(modules[0]), attention_scale(modules[0]), cached_layers)
 
 
 def make_layer(config: NvibConfig, width: int, scale: float) -> NvibLayer:
-    """The NVIB layer of a model; its prior is set when its weights are initialised."""
-    return NvibLayer(
-        width,
-        width,
-        delta=config.delta,
-        kappa=config.kappa,
-        alpha_activation=config.alpha_activation,
-        dropping=config.dropping,
-        alpha_threshold=config.alpha_threshold,
-        threshold_share=config.threshold_share,
-        kl_weights=config.kl_weights,
-        scale=scale,
-    )
+    """The NVIB layer between encoder and decoder; its prior is set when its weights are initialised."""
+    return NvibLayer(width, width, kappa=config.kappa, scale=scale, **dropping_settings(config), **layer_settings(config))
+
+
+def layer_settings(config: NvibConfig) -> dict:
+    """What a configuration says of all NVIB layers."""
+    return {"delta": config.delta, "alpha_activation": config.alpha_activation, "kl_weights": config.kl_weights}
+
+
+def dropping_settings(config: NvibConfig) -> dict:
+    """What a configuration says of the layers that can drop vectors."""
+    return {
+        "dropping": config.dropping,
+        "alpha_threshold": config.alpha_threshold,
+        "threshold_share": config.threshold_share,
+    }
+
+
+def put_into_self_attention(base: PreTrainedModel, config: NvibConfig) -> dict[str, str]:
+    """Turn the self-attentions that ``config.attentions`` names into denoising attention, in place.
+
+    Returns:
+        The modules' names in the base by those of their layers, ``{"encoder.0": ...}``, from below to above.
+
+    Raises:
+        ValueError: an attention that the table does not know, or the number of a layer that there is not. Nothing has
+            been changed then.
+    """
+    found = {}
+    for kind, half in (("encoder", base.get_encoder()), ("decoder", base.get_decoder())):
+        layers = config.attentions.get(kind)
+        if layers is None:
+            continue
+        modules = find_self_attention(half, kind)
+        if layers != "all" and layers[-1] >= len(modules):
+            raise ValueError(
+                f"attentions[{kind!r}] names layer {layers[-1]}, but {type(half).__name__} has {len(modules)}, "
+                "counted from 0."
+            )
+        for number in range(len(modules)) if layers == "all" else layers:
+            found[f"{kind}.{number}"] = modules[number][1]
+    names = {id(module): name for name, module in base.named_modules()}
+    for layer, module in found.items():
+        row = self_attention_row(module)
+        scale, width = getattr(module, row.scale), input_width(getattr(module, row.key or row.query_key_value))
+        dropping = dropping_settings(config) if layer.startswith("encoder") else {}
+        made = AttendedNvibLayer(width, width, scale=scale, **dropping, **layer_settings(config))
+        convert_self_attention(module, made, config)
+    return {layer: names[id(module)] for layer, module in found.items()}
 
 
 def wrap(model_class: type[PreTrainedModel], base: PreTrainedModel, settings: dict) -> PreTrainedModel:
@@ -64,7 +103,8 @@ def wrap(model_class: type[PreTrainedModel], base: PreTrainedModel, settings: di
     model = model_class(config, base=base)
     # Not the base's name: whoever loads by it (an adapter does) would get the bare base.
     model.name_or_path = config.name_or_path = ""
-    model.nvib.to(base.device, base.dtype)
+    for layer in model.nvib_layers().values():
+        layer.to(base.device, base.dtype)
     model.kl_beta = model.kl_beta.to(base.device)
     carry_quantisation(base, model)
     return model.train(base.training)

@@ -45,7 +45,7 @@ from transformers.models.bart.modeling_bart import BartAttention
 from transformers.pytorch_utils import Conv1D
 
 from nvib_hf import CrossAttention, NvibForConditionalGeneration, architectures, register_cross_attention
-from nvib_hf.architectures import BERT, cross_attention_scale, find_cross_attention, memory_width
+from nvib_hf.architectures import BERT, attention_scale, find_cross_attention, memory_width
 from nvib_hf.cross_attention import (
     DenoisingCrossAttention,
     convert_cross_attention,
@@ -396,10 +396,10 @@ def test_scale_and_width_are_read_from_the_module():
         ("bert2gpt2", 8**-0.5, 32),
     ):
         modules = find_cross_attention(tiny_base(family))
-        assert {cross_attention_scale(module) for module in modules} == {scale}
+        assert {attention_scale(module) for module in modules} == {scale}
         assert {memory_width(module) for module in modules} == {width}
         convert_cross_attention(modules, width)
-        assert {cross_attention_scale(module) for module in modules} == {scale}
+        assert {attention_scale(module) for module in modules} == {scale}
 
 
 # ------------------------------------------------------------------------------------ matrices and the cache
