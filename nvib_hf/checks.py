@@ -126,6 +126,24 @@ def check_replacement(token_id: int | None) -> None:
         raise ValueError("word_dropout needs a token in place of words: set word_dropout_token_id.")
 
 
+def check_states_are_whole(stacked: list) -> None:
+    """Raise ValueError for an encoder's output in place of its inputs where its layers drop vectors or hand weights on."""
+    if stacked:
+        raise ValueError(
+            "encoder_last_hidden_state does not say what this encoder's layers dropped. Pass the inputs, or latents "
+            "as encoder_outputs."
+        )
+
+
+def check_length_is_left(gone: Tensor, states: Tensor) -> None:
+    """Raise ValueError where an encoder changes the length after the layers that drop vectors."""
+    if gone.shape[1] != states.shape[1]:
+        raise ValueError(
+            f"The encoder's layers leave {gone.shape[1]} vectors, of which it makes {states.shape[1]}, so that nobody "
+            "knows which are dropped. Leave 'encoder' out of attentions."
+        )
+
+
 # Latents
 
 

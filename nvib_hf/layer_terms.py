@@ -62,8 +62,9 @@ def end_recording(modules: dict[str, DenoisingSelfAttention], targets: Tensor | 
     terms = LayerTerms({}, {}, {}, {})
     for name, module in modules.items():
         posterior, visible, layer = module.nvib_posterior, module.nvib_visible, module.nvib
+        sources = module.nvib_sources
         module.nvib_recording, module.nvib_generator = False, None
-        module.nvib_posterior = module.nvib_visible = None
+        module.nvib_posterior = module.nvib_visible = module.nvib_sources = None
         if posterior is None:
             continue
         if targets is not None and name.startswith("decoder"):
@@ -72,7 +73,9 @@ def end_recording(modules: dict[str, DenoisingSelfAttention], targets: Tensor | 
             mask = F.pad(visible, (1, 0), value=True)
             posterior = posterior._replace(mask=mask, keep=posterior.keep & mask)
         terms.kl_gaussian[name], terms.kl_dirichlet[name] = layer.kl(posterior, posterior, kappa=1)
-        terms.prop_vectors[name] = posterior.statistics()["prop_vec"]
+        statistics = posterior.statistics()
+        share = statistics["prop_vec"] if sources is None else statistics["num_vec"] / sources.clamp(min=1)
+        terms.prop_vectors[name] = share
         if (relaxed := layer.relaxed_share(posterior)) is not None:
             terms.relaxed_prop_vectors[name] = relaxed
     return terms

@@ -40,8 +40,10 @@ from .checks import (
     check_known,
     check_labels_were_left,
     check_latents,
+    check_length_is_left,
     check_positions,
     check_replacement,
+    check_states_are_whole,
 )
 from .configuration_nvib import NvibConfig
 from .cross_attention import check_cache_was_found, convert_cross_attention
@@ -59,6 +61,7 @@ from .packing import pack
 from .posterior import NvibOutput
 from .precision import SinglePrecisionMixin
 from .pretrained import NvibPretrainedMixin
+from .stacked_attention import left_of
 from .validation import check_choice, check_prior
 from .versions import CACHE, given_cache, warn_if_untested
 from .wrapping import cross_attention_of, make_layer, put_into_self_attention
@@ -195,13 +198,21 @@ class NvibForConditionalGeneration(
         decode_only: bool = False,
     ) -> tuple[NvibLatents, BaseModelOutput]:
         """Latents, and the encoder's own output; with ``decode_only`` what decoding reads of them, and can see."""
-        states = inputs.get(STATES)
+        states, stacked = inputs.get(STATES), self._stacked()
         if states is None:
+            for module in stacked:
+                module.nvib_shortens = decode_only and not self.training
             outputs, padding = run_encoder(self.base, self._encoder_arguments(inputs))
         else:
+            check_states_are_whole(stacked)
             outputs = BaseModelOutput(last_hidden_state=states)
             padding = source_padding(self.base.get_encoder(), inputs.get("attention_mask"), states.shape[1])
+        if stacked:
+            padding, left = left_of(stacked)
+            check_length_is_left(padding, outputs.last_hidden_state)
         latents = self._latents(self.nvib(outputs.last_hidden_state, padding, sample, generator, decode_only))
+        if stacked and latents.prop_vectors is not None:  # of the source, not of what the encoder's layers left of it
+            latents.prop_vectors = latents.prop_vectors * left
         if decode_only and latents.logvar is None:  # of a sample, draws decide what there is to see
             latents = latents.compact()
         return latents, outputs

@@ -12,6 +12,7 @@ from .configuration_nvib import TAUS
 from .initialisation import EmpiricalPrior, PriorStatistics
 from .nvib_layer import NvibLayer
 from .self_attention import DenoisingSelfAttention, visible_keys
+from .stacked_attention import StackedSelfAttention
 
 
 class NvibLayersMixin:
@@ -30,6 +31,10 @@ class NvibLayersMixin:
 
     def _self_attentions(self) -> dict[str, DenoisingSelfAttention]:
         return {layer: self.get_submodule(name) for layer, name in self._self_attention_names.items()}
+
+    def _stacked(self) -> list[StackedSelfAttention]:
+        """Those of the encoder, from below to above, where they hand on what they dropped or weighed."""
+        return [module for module in self._self_attentions().values() if isinstance(module, StackedSelfAttention)]
 
     @torch.no_grad()
     def set_taus(self, **taus: float | dict[str, float]) -> None:

@@ -17,6 +17,7 @@ from .cross_attention import restore_cross_attention
 from .nvib_layer import NvibLayer
 from .prior import prior_buffers
 from .self_attention import restore_self_attention
+from .stacked_attention import unstack
 from .wrapping import split_settings, wrap
 
 
@@ -65,6 +66,7 @@ class NvibPretrainedMixin:
     def unwrap(self) -> PreTrainedModel:
         """The base model with its trained weights and its own cross-attention. This model is spent afterwards."""
         restore_cross_attention(self.base)
+        unstack(self.base)
         restore_self_attention(self.base)
         return self.base
 

@@ -194,14 +194,18 @@ def check_names(module: nn.Module, row: SelfAttention) -> None:
     arguments = inspect.signature(type(module).forward).parameters
     taken = [("hidden_states", row.hidden_states), ("mask", row.mask), ("cache", row.cache)]
     missing = [
-        f"forward takes no argument {name!r} (field {field!r})" for field, name in taken if name and name not in arguments
+        f"forward takes no argument {name!r} (field {field!r})"
+        for field, name in taken
+        if name and name not in arguments
     ]
     attributes = [(field, getattr(row, field)) for field in ATTRIBUTES]
     attributes += [("cache", "layer_idx")] if row.cache else []
     attributes += [("has_position_bias", "compute_bias")] if row.has_position_bias else []
     attributes += [("place", "is_causal")]
     missing += [
-        f"it has no attribute {name!r} (field {field!r})" for field, name in attributes if name and not hasattr(module, name)
+        f"it has no attribute {name!r} (field {field!r})"
+        for field, name in attributes
+        if name and not hasattr(module, name)
     ]
     if missing:
         name = type(module).__name__

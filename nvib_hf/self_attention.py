@@ -29,7 +29,10 @@ class DenoisingSelfAttention(ConvertedAttention):
     nvib_recording: bool  # whether a forward pass leaves what :func:`recorded` reads
     nvib_generator: torch.Generator | None
     nvib_posterior: Posterior | None
-    nvib_visible: Tensor | None
+    nvib_visible: Tensor | None  # (B, N), what is no padding; None if nothing is
+    nvib_sources: Tensor | None = (
+        None  # (B,), of how many vectors the kept ones are a share; None: of the visible ones
+    )
 
     def forward(self, *args, **kwargs):
         row, inputs = self.nvib_row, self._given(args, kwargs)
@@ -41,9 +44,8 @@ class DenoisingSelfAttention(ConvertedAttention):
         past = 0 if cache is None else cache.get_seq_length(self.layer_idx)
         if isinstance(past, Tensor):
             past = past.clone()  # a static cache's own counter
-        latent, posterior = self.nvib(hidden_states, self.nvib_config.evaluation, self.nvib_generator)
-        if self.nvib_recording:
-            self.nvib_posterior, self.nvib_visible = posterior, visible_keys(mask, hidden_states)
+        latent, posterior = self._latent(hidden_states)
+        self._see(posterior, mask, hidden_states)
         query = self._query(hidden_states)
         read = self._projected(latent, hidden_states.dtype, cache, past)
         num_keys = read["key"].shape[2] - 1  # without the prior's
@@ -59,6 +61,16 @@ class DenoisingSelfAttention(ConvertedAttention):
         )
         inputs |= {"output": self._joined(output), "weights": weights, "position_bias": position_bias}
         return tuple(inputs.get(name) for name in row.returns)
+
+    def _latent(
+        self, hidden_states: Tensor, log_alpha_below: Tensor | None = None
+    ) -> tuple[AttendedLatent, Posterior]:
+        return self.nvib(hidden_states, self.nvib_config.evaluation, self.nvib_generator, log_alpha_below)
+
+    def _see(self, posterior: Posterior, mask: Tensor | None, hidden_states: Tensor) -> None:
+        """Leave what is recorded."""
+        if self.nvib_recording:
+            self.nvib_posterior, self.nvib_visible = posterior, visible_keys(mask, hidden_states)
 
     def states_and_mask(self, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor | None]:
         """Of a call's arguments."""
@@ -96,7 +108,9 @@ class DenoisingSelfAttention(ConvertedAttention):
             # The prior's component is projected once: the first time, or always beside a counter on the device.
             first = isinstance(past, Tensor) or past == 0
             key, value = self._key_value(vectors if first else vectors[:, 1:])
-            wide = carried(key, bias if first else bias[:, 1:], shrinkage if first or shrinkage is None else shrinkage[:, 1:])
+            wide = carried(
+                key, bias if first else bias[:, 1:], shrinkage if first or shrinkage is None else shrinkage[:, 1:]
+            )
             prior = None
             if first:
                 prior, wide, value = (wide[:1, :, :1], value[:1, :, :1]), wide[:, :, 1:], value[:, :, 1:]
@@ -128,7 +142,9 @@ class DenoisingSelfAttention(ConvertedAttention):
         given = inputs.get("position_bias")
         if given is not None or not self.has_relative_attention_bias:
             return given
-        return self.compute_bias(queries, keys, device=inputs[self.nvib_row.hidden_states].device, past_seen_tokens=past)
+        return self.compute_bias(
+            queries, keys, device=inputs[self.nvib_row.hidden_states].device, past_seen_tokens=past
+        )
 
     def _scores_mask(
         self, mask: Tensor | None, is_causal: bool | None, position_bias: Tensor | None, query: Tensor, keys: int
@@ -189,9 +205,14 @@ def separated(wide: Tensor, width: int, size: int | None) -> tuple[Tensor, Tenso
     return wide[..., :width], bias, shrinkage
 
 
-def convert_self_attention(module: nn.Module, layer: AttendedNvibLayer, config: NvibConfig) -> None:
+def convert_self_attention(
+    module: nn.Module,
+    layer: AttendedNvibLayer,
+    config: NvibConfig,
+    mixin: type[DenoisingSelfAttention] = DenoisingSelfAttention,
+) -> None:
     """Turn a self-attention module into denoising attention, in place, with an NVIB layer of its own."""
-    set_class(module, converted_class(DenoisingSelfAttention, type(module), self_attention_row(module)))
+    set_class(module, converted_class(mixin, type(module), self_attention_row(module)))
     module.nvib, module.nvib_config = layer, config
     module.nvib_recording, module.nvib_generator = False, None
     module.nvib_posterior = module.nvib_visible = None
@@ -202,5 +223,6 @@ def restore_self_attention(model: nn.Module) -> None:
     for module in list(model.modules()):
         if isinstance(module, DenoisingSelfAttention):
             set_class(module, own_class(module))
-            for name in ("nvib", "nvib_config", "nvib_recording", "nvib_generator", "nvib_posterior", "nvib_visible"):
+            del module.nvib
+            for name in [name for name in vars(module) if name.startswith("nvib_")]:
                 delattr(module, name)

@@ -15,7 +15,8 @@ from .configuration_nvib import NvibConfig, refuse_misspelt_settings, setting_na
 from .attended_layer import AttendedNvibLayer
 from .nvib_layer import NvibLayer
 from .self_architectures import find_self_attention, self_attention_row
-from .self_attention import convert_self_attention
+from .self_attention import DenoisingSelfAttention, convert_self_attention
+from .stacked_attention import StackedSelfAttention, stack
 
 
 class CrossAttentionOf(NamedTuple):
@@ -47,7 +48,9 @@ def cross_attention_of(base: PreTrainedModel) -> CrossAttentionOf:
 
 def make_layer(config: NvibConfig, width: int, scale: float) -> NvibLayer:
     """The NVIB layer between encoder and decoder; its prior is set when its weights are initialised."""
-    return NvibLayer(width, width, kappa=config.kappa, scale=scale, **dropping_settings(config), **layer_settings(config))
+    return NvibLayer(
+        width, width, kappa=config.kappa, scale=scale, **dropping_settings(config), **layer_settings(config)
+    )
 
 
 def layer_settings(config: NvibConfig) -> dict:
@@ -76,25 +79,55 @@ def put_into_self_attention(base: PreTrainedModel, config: NvibConfig) -> dict[s
     """
     found = {}
     for kind, half in (("encoder", base.get_encoder()), ("decoder", base.get_decoder())):
-        layers = config.attentions.get(kind)
-        if layers is None:
-            continue
-        modules = find_self_attention(half, kind)
-        if layers != "all" and layers[-1] >= len(modules):
-            raise ValueError(
-                f"attentions[{kind!r}] names layer {layers[-1]}, but {type(half).__name__} has {len(modules)}, "
-                "counted from 0."
-            )
-        for number in range(len(modules)) if layers == "all" else layers:
-            found[f"{kind}.{number}"] = modules[number][1]
+        if kind in config.attentions:
+            found |= chosen(half, kind, config)
     names = {id(module): name for name, module in base.named_modules()}
+    stacked = is_stacked(config)
     for layer, module in found.items():
-        row = self_attention_row(module)
+        row, in_encoder = self_attention_row(module), layer.startswith("encoder")
         scale, width = getattr(module, row.scale), input_width(getattr(module, row.key or row.query_key_value))
-        dropping = dropping_settings(config) if layer.startswith("encoder") else {}
+        dropping = dropping_settings(config) if in_encoder else {}
         made = AttendedNvibLayer(width, width, scale=scale, **dropping, **layer_settings(config))
-        convert_self_attention(module, made, config)
-    return {layer: names[id(module)] for layer, module in found.items()}
+        mixin = StackedSelfAttention if stacked and in_encoder else DenoisingSelfAttention
+        convert_self_attention(module, made, config, mixin)
+    names = {layer: names[id(module)] for layer, module in found.items()}
+    if stacked:
+        stack(base, {names[layer]: module for layer, module in found.items() if layer.startswith("encoder")})
+    return names
+
+
+def is_stacked(config: NvibConfig) -> bool:
+    """Whether the encoder's layers hand on to each other what they dropped, or their pseudo-counts."""
+    return "encoder" in config.attentions and (config.drops or config.accumulate_alpha)
+
+
+def chosen(half: nn.Module, kind: str, config: NvibConfig) -> dict[str, nn.Module]:
+    """The self-attentions of an encoder or decoder that ``config.attentions`` names, by the names of their layers.
+
+    Raises:
+        ValueError: an attention that the table does not know; the number of a layer that there is not; where vectors
+            are dropped, layers that do not go on to the last.
+    """
+    layers, modules = config.attentions[kind], find_self_attention(half, kind)
+    if layers == "all":
+        layers = list(range(len(modules)))
+    if layers[-1] >= len(modules):
+        raise ValueError(
+            f"attentions[{kind!r}] names layer {layers[-1]}, but {type(half).__name__} has {len(modules)}, "
+            "counted from 0."
+        )
+    if kind == "encoder" and is_stacked(config) and layers != list(range(layers[0], len(modules))):
+        raise ValueError(
+            f"attentions['encoder'] is {layers}, but what a layer drops is gone from all layers above it, and "
+            f"accumulated pseudo-counts go from each layer to the next: name all of them from one on, for instance "
+            f"{list(range(layers[0], len(modules)))}."
+        )
+    if kind == "encoder" and config.drops and config.dropping == "relaxed":
+        raise ValueError(
+            "dropping='relaxed' keeps every vector in training, at a smaller weight, which layers above would not see. "
+            "Set dropping='hard' or an alpha_threshold, or leave the encoder out of attentions."
+        )
+    return {f"{kind}.{number}": modules[number][1] for number in layers}
 
 
 def wrap(model_class: type[PreTrainedModel], base: PreTrainedModel, settings: dict) -> PreTrainedModel:
