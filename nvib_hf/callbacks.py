@@ -127,7 +127,8 @@ class ThresholdCallback(MeasuringCallback):
     @torch.no_grad()
     def apply(self) -> None:
         """Bring the model's buffers up to date."""
-        self._model.nvib.threshold_share.fill_(self.threshold_share if self.started else 0.0)
+        for layer in self._model.nvib_layers().values():
+            layer.threshold_share.fill_(self.threshold_share if self.started else 0.0)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if state.global_step % self.interval or not (means := self.measured(args.device)):

@@ -127,7 +127,7 @@ def check_replacement(token_id: int | None) -> None:
 
 
 def check_states_are_whole(stacked: list) -> None:
-    """Raise ValueError for an encoder's output in place of its inputs where its layers drop vectors or hand weights on."""
+    """Raise ValueError for an encoder's output in place of its inputs where its layers hand on what they dropped."""
     if stacked:
         raise ValueError(
             "encoder_last_hidden_state does not say what this encoder's layers dropped. Pass the inputs, or latents "

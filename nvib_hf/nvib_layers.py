@@ -18,8 +18,8 @@ from .stacked_attention import StackedSelfAttention
 class NvibLayersMixin:
     """Before ``PreTrainedModel``.
 
-    ``_self_attention_names``: the modules' names in the model by those of their layers. ``_read(batch)`` runs what reads
-    the inputs of a batch, through all NVIB layers.
+    ``_self_attention_names``: the modules' names in the model by those of their layers. ``_read(batch)`` runs what
+    reads the inputs of a batch, through all NVIB layers.
     """
 
     _self_attention_names: dict[str, str]

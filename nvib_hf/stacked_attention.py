@@ -16,17 +16,18 @@ from .self_attention import DenoisingSelfAttention, visible_keys
 
 OF_A_PASS = ("nvib_gone", "nvib_places", "nvib_order", "nvib_log_alpha", "nvib_length")
 NOT_SEEN = (
-    "An encoder layer cannot see what the one below it dropped or weighed: its forward pass runs again without it, as in "
-    "gradient checkpointing, or in a replica of nn.DataParallel. Train without them, or with NVIB in the last layer of "
-    "the encoder alone."
+    "An encoder layer cannot see what the one below it dropped or weighed: its forward pass runs again without it, as "
+    "in gradient checkpointing, or in a replica of nn.DataParallel. Train without them, or with NVIB in the last layer "
+    "of the encoder alone."
 )
 
 
 class StackedSelfAttention(DenoisingSelfAttention):
     """The self-attention of an encoder layer in a stack, which :func:`stack` makes.
 
-    ``nvib_below`` is the module below it in the stack, in a tuple, so that it is no part of this one; ``nvib_shortens``
-    whether what is dropped leaves the sequence. The others are of a forward pass, until :func:`left_of` clears them.
+    ``nvib_below`` is the module below it in the stack, in a tuple, so that it is no part of this one;
+    ``nvib_shortens`` whether what is dropped leaves the sequence. The others are of a forward pass, until
+    :func:`left_of` clears them.
     """
 
     nvib_below: tuple[StackedSelfAttention, ...]

@@ -9,10 +9,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .architectures import attention_scale, check_names, find_cross_attention, input_width, memory_width, row_of
+from .attended_layer import AttendedNvibLayer
 from .base_model import check_decoder_call
 from .checks import check_one_scale
 from .configuration_nvib import NvibConfig, refuse_misspelt_settings, setting_names
-from .attended_layer import AttendedNvibLayer
 from .nvib_layer import NvibLayer
 from .self_architectures import find_self_attention, self_attention_row
 from .self_attention import DenoisingSelfAttention, convert_self_attention
@@ -124,7 +124,7 @@ def chosen(half: nn.Module, kind: str, config: NvibConfig) -> dict[str, nn.Modul
         )
     if kind == "encoder" and config.drops and config.dropping == "relaxed":
         raise ValueError(
-            "dropping='relaxed' keeps every vector in training, at a smaller weight, which layers above would not see. "
+            "dropping='relaxed' keeps every vector in training, if at a smaller weight, which layers above do not see. "
             "Set dropping='hard' or an alpha_threshold, or leave the encoder out of attentions."
         )
     return {f"{kind}.{number}": modules[number][1] for number in layers}

@@ -230,7 +230,7 @@ def test_what_a_stack_cannot_do_is_refused(attentions, settings, message):
 
 def test_an_adapter_that_shortens_after_the_layers_is_refused():
     model = stacked("wav2vec2_to_mbart")
-    with pytest.raises(ValueError, match="changes? the length|of which it makes"):
+    with pytest.raises(ValueError, match="of which it makes"):
         model.encode(**tiny_inputs("wav2vec2_to_mbart"))
 
 
