@@ -239,8 +239,8 @@ class NvibConfig(PreTrainedConfig):
             )
         if self.accumulate_alpha and self.alpha_activation == "relu":
             raise ValueError(
-                "accumulate_alpha adds log pseudo-counts, of which alpha_activation='relu' has none where it is 0. Set "
-                "alpha_activation='exp'."
+                "accumulate_alpha adds log pseudo-counts, which alpha_activation='relu' has none of where it is 0. "
+                "Set alpha_activation='exp'."
             )
         if self.alpha_activation == "relu" and min(self.taus(kind)["tau_alpha"] for kind in KINDS) <= 0:
             raise ValueError(

@@ -17,8 +17,8 @@ from .self_attention import DenoisingSelfAttention, visible_keys
 OF_A_PASS = ("nvib_gone", "nvib_places", "nvib_order", "nvib_log_alpha", "nvib_length")
 NOT_SEEN = (
     "An encoder layer cannot see what the one below it dropped or weighed: its forward pass runs again without it, as "
-    "in gradient checkpointing, or in a replica of nn.DataParallel. Train without them, or with NVIB in the last layer "
-    "of the encoder alone."
+    "in gradient checkpointing, or in a replica of nn.DataParallel. Train without them, or with NVIB in the encoder's "
+    "last layer alone."
 )
 
 

@@ -124,7 +124,7 @@ def chosen(half: nn.Module, kind: str, config: NvibConfig) -> dict[str, nn.Modul
         )
     if kind == "encoder" and config.drops and config.dropping == "relaxed":
         raise ValueError(
-            "dropping='relaxed' keeps every vector in training, if at a smaller weight, which layers above do not see. "
+            "dropping='relaxed' keeps every vector in training, at a smaller weight that layers above do not see. "
             "Set dropping='hard' or an alpha_threshold, or leave the encoder out of attentions."
         )
     return {f"{kind}.{number}": modules[number][1] for number in layers}

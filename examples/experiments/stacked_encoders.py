@@ -1,4 +1,4 @@
-"""NVIB in the last three layers of an encoder of characters: which of them each layer keeps, and what that is good for.
+"""NVIB in the last three layers of an encoder of characters: which ones each layer keeps, and what that is good for.
 
     python examples/experiments/stacked_encoders.py          # two runs at a time, within an hour on two CPU cores
     python examples/experiments/stacked_encoders.py --quick  # everything runs, nothing is learnt
@@ -29,8 +29,8 @@ from nvib_hf import ConstraintCallback, NvibForConditionalGeneration
 from nvib_hf.evaluation import rate_distortion, reconstruct, reconstruction_scores
 from nvib_hf.text_batches import as_read, encoder_inputs, evaluating, labels_of
 
-FULL = {"texts": None, "longest": 28, "held_out": 1000, "steps": 4000, "batch_size": 48}
-QUICK = {"texts": 400, "longest": 28, "held_out": 32, "steps": 4, "batch_size": 8}
+FULL = {"texts": None, "longest": 36, "held_out": 500, "steps": 4000, "batch_size": 32}
+QUICK = {"texts": 400, "longest": 36, "held_out": 32, "steps": 4, "batch_size": 8}
 CHARACTERS = 260  # bytes and special tokens: a vocabulary without merges
 ENCODER_LAYERS, STACK = 4, [1, 2, 3]
 TYPING_ERRORS = (0.05, 0.1, 0.2)
@@ -79,11 +79,12 @@ def kept_by_layer(model: NvibForConditionalGeneration, tokenizer, texts: list[st
     for text in texts:
         with evaluating(model):
             inputs = encoder_inputs(model, tokenizer, [text])
-            seen = {}
-            hooks = [
-                layer.register_forward_hook(lambda _, args, output, name=name: seen.__setitem__(name, output))
-                for name, layer in model.nvib_layers().items()
-            ]
+            seen: dict[str, tuple] = {}
+
+            def see(name: str, into: dict = seen):
+                return lambda layer, args, output: into.__setitem__(name, output)
+
+            hooks = [layer.register_forward_hook(see(name)) for name, layer in model.nvib_layers().items()]
             model.encode(**inputs)
             for hook in hooks:
                 hook.remove()
