@@ -182,7 +182,7 @@ class Purpose:
 
 PURPOSES = {
     "reconstruction": Purpose(cross_entropy=0.8, steps=2600, rate=0.02),
-    "samples": Purpose(cross_entropy=2.0, steps=5000),
+    "samples": Purpose(cross_entropy=1.8, steps=5000, rate=0.02),
     "few-vectors": Purpose(cross_entropy=0.3, steps=5000, keep=0.5),
 }
 
