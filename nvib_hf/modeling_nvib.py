@@ -183,7 +183,8 @@ class NvibForConditionalGeneration(
                 call of the model returned as ``encoder_last_hidden_state`` ``(B, Ns, H)``, with its mask if it has one
                 (``(B, Ns)``, or as the encoder took it): a frozen encoder need not run again.
             sample: draw from the posterior (``kappa`` vectors per component), or take the posterior itself; by
-                default as in training or evaluation, whichever mode the model is in.
+                default as in training or evaluation, whichever mode the model is in. (In the encoder's own attentions
+                the mode decides.)
             generator: for the draws.
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
@@ -200,6 +201,8 @@ class NvibForConditionalGeneration(
         """Latents, and the encoder's own output; with ``decode_only`` what decoding reads of them, and can see."""
         states, stacked = inputs.get(STATES), self._stacked()
         if states is None:
+            for module in self._self_attentions().values():
+                module.nvib_generator = generator
             for module in stacked:
                 module.nvib_shortens = decode_only and not self.training
             outputs, padding = run_encoder(self.base, self._encoder_arguments(inputs))
@@ -223,7 +226,11 @@ class NvibForConditionalGeneration(
 
     def _encode_alone(self, *args, **kwargs) -> tuple[NvibLatents, BaseModelOutput]:
         """:meth:`_encode` outside of ``forward``."""
-        return gathering(self, "_encode")(*args, **kwargs)
+        try:
+            return gathering(self, "_encode")(*args, **kwargs)
+        finally:
+            for module in self._self_attentions().values():
+                module.nvib_generator = None
 
     def _encoder_arguments(self, inputs: dict) -> dict:
         return {k: v for k, v in inputs.items() if k in self._encoder_argument_names and v is not None}
@@ -362,6 +369,7 @@ class NvibForConditionalGeneration(
 
         latents = states = None
         is_step = labels is None and encoder_outputs is not None and not isinstance(encoder_outputs, NvibLatents)
+        self._check_generator(generator)
         layers = {} if is_step else self._self_attentions()  # a step of decoding, to which the rest has nothing to add
         begin_recording(layers.values(), generator)
         if encoder_outputs is None:

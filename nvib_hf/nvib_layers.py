@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .configuration_nvib import TAUS
 from .initialisation import EmpiricalPrior, PriorStatistics
@@ -31,6 +32,28 @@ class NvibLayersMixin:
 
     def _self_attentions(self) -> dict[str, DenoisingSelfAttention]:
         return {layer: self.get_submodule(name) for layer, name in self._self_attention_names.items()}
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs
+    ) -> None:
+        """As in ``PreTrainedModel``, but for the kind that hides from the loss what the layers inside cost."""
+        reentrant = getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False)
+        if enable and reentrant and self._self_attention_names:
+            raise ValueError(
+                "use_reentrant=True runs the layers without gradients first, when the KLs of their NVIB layers are "
+                "taken. Pass {'use_reentrant': False}, which is the default."
+            )
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
+    def _check_generator(self, generator: torch.Generator | None) -> None:
+        """Raise ValueError for a generator whose draws checkpointing would not repeat in the backward pass."""
+        if generator is None or not self.training or not self._self_attention_names:
+            return
+        if any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
+            raise ValueError(
+                "A generator was given under gradient checkpointing, which restores the state of the global one alone "
+                "when it runs the layers again. Leave it out and call torch.manual_seed."
+            )
 
     def _stacked(self) -> list[StackedSelfAttention]:
         """Those of the encoder, from below to above, where they hand on what they dropped or weighed."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,8 @@ COUNTED = {
     "examples": ("num_vectors", "prop_vectors", "effective_vectors"),
     "tokens_of_loss": ("loss",),
 }
+# Of each layer, where self-attentions have NVIB.
+OF_LAYERS = {"kl_gaussian": "tokens", "kl_dirichlet": "tokens", "prop_vectors": "examples"}
 
 
 def nvib_model_in(model: nn.Module) -> nn.Module | None:
@@ -34,11 +38,16 @@ class Recorder:
     """Means of the loss, of its terms and of the vectors kept, since they were last read.
 
     ``cross_entropy``, ``kl_gaussian``, ``kl_dirichlet`` in nats, and the ``loss`` where it is added, are means over
-    target tokens; ``num_vectors``, ``prop_vectors`` and ``effective_vectors`` over examples.
+    target tokens; ``num_vectors``, ``prop_vectors`` and ``effective_vectors`` over examples. Of the NVIB ``layers``
+    that it is made with also ``kl_gaussian_encoder.0`` and the like.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Iterable[str] = ()) -> None:
         self._sums: dict[str, Tensor] = {}
+        self._layers = tuple(layers)
+        self._counted = dict(COUNTED)
+        for name, count in OF_LAYERS.items():
+            self._counted[count] += tuple(f"{name}_{layer}" for layer in self._layers)
 
     def hook(self, model, args: tuple, inputs: dict, outputs) -> None:
         """Add a forward pass: a forward hook (``with_kwargs=True``)."""
@@ -46,6 +55,10 @@ class Recorder:
         if labels is None or not hasattr(outputs, "get") or outputs.get("kl_gaussian") is None:
             return
         tokens = (labels != IGNORED).sum(-1)  # (B,)
+        for name, count in OF_LAYERS.items():
+            for layer in self._layers:
+                values = outputs[f"layer_{name}"][layer]
+                self._add(**{f"{name}_{layer}": ((tokens if count == "tokens" else 1) * values).sum()})
         self._add(
             cross_entropy=outputs.cross_entropy.mean() * tokens.sum(),  # one value, or one per device
             kl_gaussian=(tokens * outputs.kl_gaussian).sum(),
@@ -81,9 +94,9 @@ class Recorder:
         """
         from accelerate.utils import reduce
 
-        names = [name for count, means in COUNTED.items() for name in (*means, count)]
+        names = [name for count, means in self._counted.items() for name in (*means, count)]
         nothing = torch.zeros((), device=device)
         sums = reduce(torch.stack([self._sums.get(name, nothing) for name in names]), "sum").tolist()
         self.clear()
         of = dict(zip(names, sums, strict=True))
-        return {name: of[name] / of[count] for count, means in COUNTED.items() for name in means if of[count]}
+        return {name: of[name] / of[count] for count, means in self._counted.items() for name in means if of[count]}

@@ -34,7 +34,8 @@ class NvibTrainerMixin:
     ``cross_entropy``, ``kl_gaussian`` and ``kl_dirichlet`` (nats, means over target tokens), ``num_vectors``,
     ``prop_vectors`` and ``effective_vectors`` (means over examples): since the last log, over all processes.
     ``eval_loss``, of plain models too, is a mean over target tokens as well, where other Trainers take that of the
-    batches' means, which depends on the batch size.
+    batches' means, which depends on the batch size. Where self-attentions have NVIB, ``kl_gaussian``, ``kl_dirichlet``
+    and ``prop_vectors`` of each layer, too (``kl_gaussian_encoder.0``).
 
     Example:
         >>> class MyTrainer(NvibTrainerMixin, Seq2SeqTrainer): ...
@@ -53,7 +54,9 @@ class NvibTrainerMixin:
         callbacks = self.callback_handler.callbacks
         if model is not None and not any(isinstance(callback, CollapseCallback) for callback in callbacks):
             self.add_callback(CollapseCallback())
-        self._nvib_recorders = {training: Recorder() for training in (True, False)}
+        layers = () if model is None else model.nvib_layers()
+        layers = layers if len(layers) > 1 else ()  # one layer's terms are the loss's
+        self._nvib_recorders = {training: Recorder(layers) for training in (True, False)}
 
     def training_step(self, model, *args, **kwargs):
         with self._recording(model, training=True):

@@ -240,3 +240,9 @@ def test_padding_is_never_seen():
     with torch.no_grad():
         logits = [model(**x, decoder_input_ids=decoder_inputs("bart")).logits for x in (inputs, longer)]
     torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_generator_determines_the_draws_of_the_encoder_s_layers():
+    model, inputs = stacked().train(), tiny_inputs("bart")
+    draws = [model.encode(**inputs, generator=torch.Generator().manual_seed(seed)).z for seed in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
