@@ -34,6 +34,7 @@ _TRANSFORMERS = [
     "NvibLatents",
     "NvibTrainer",
     "NvibTrainerMixin",
+    "SelfAttention",
     "ThresholdCallback",
     "add_to_model_card",
     "concatenate_latents",
@@ -41,6 +42,8 @@ _TRANSFORMERS = [
     "evaluation_section",
     "latent_distance",
     "register_cross_attention",
+    "register_self_attention",
+    "search_taus",
 ]
 
 if find_spec("transformers") is not None:
@@ -55,6 +58,8 @@ if find_spec("transformers") is not None:
     from .latent import NvibLatents, concatenate_latents
     from .latent_transport import latent_distance
     from .modeling_nvib import NvibForConditionalGeneration
+    from .self_architectures import SelfAttention, register_self_attention
+    from .tau_search import search_taus
     from .trainer import NvibTrainer, NvibTrainerMixin
 
     AutoConfig.register(NvibConfig.model_type, NvibConfig)

@@ -111,7 +111,7 @@ class PriorStatistics:
         """
         if self._count < 2:
             raise ValueError(
-                f"An empirical prior needs at least two source vectors, but of {of} the batches have {self._count}."
+                f"An empirical prior of {of} needs at least two source vectors, but the batches have {self._count}."
             )
         variance, energy = self._deviation / (self._count - 1), torch.cat(self._energies)
         if not (variance > 0).all():

@@ -81,11 +81,28 @@ def test_self_attention_matters(family, kind):
     assert (logits_of(base, family) - expected).abs().max() > 0.3
 
 
-@pytest.mark.parametrize(("family", "kind"), ABLE)
+# What the prior's component weighs in a fresh wrap falls with the width, exp(-s P / 2): 3e-3 in these models, 1e-21
+# at 768. The first positions of a decoder see few other keys, and with one of these models the default shows.
+MORE_TAU = {"bert2electra": {"tau_alpha": 15.0}}
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        pytest.param(family, kind, marks=pytest.mark.capability(f"{kind}'s self-attention"))
+        for kind in REFUSED
+        for family in FAMILIES
+    ],
+)
 def test_a_fresh_wrap_computes_the_base(family, kind):
+    if family in REFUSED[kind]:
+        pytest.skip("its self-attention is no plain softmax, or not in the table")
     base, inputs = tiny_base(family), tiny_inputs(family)
     expected = logits_of(base, family)
-    models = [wrap(family, [kind], copy.deepcopy(base), evaluation=evaluation) for evaluation in ("means", "mixture")]
+    models = [
+        wrap(family, [kind], copy.deepcopy(base), evaluation=evaluation, **MORE_TAU.get(family, {}))
+        for evaluation in ("means", "mixture")
+    ]
     for model in models:
         assert {name.partition(".")[0] for name in model.nvib_layers()} == {"cross", kind}
         torch.testing.assert_close(logits_of(model, family), expected, atol=1e-3, rtol=0)
