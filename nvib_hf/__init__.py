@@ -31,6 +31,8 @@ _TRANSFORMERS = [
     "KLAnnealingCallback",
     "NvibConfig",
     "NvibForConditionalGeneration",
+    "NvibForSequenceClassification",
+    "NvibForTokenClassification",
     "NvibLatents",
     "NvibTrainer",
     "NvibTrainerMixin",
@@ -47,7 +49,14 @@ _TRANSFORMERS = [
 ]
 
 if find_spec("transformers") is not None:
-    from transformers import AutoConfig, AutoModelForSeq2SeqLM
+    from transformers import (
+        AutoConfig,
+        AutoModelForAudioClassification,
+        AutoModelForImageClassification,
+        AutoModelForSeq2SeqLM,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+    )
 
     from .architectures import CrossAttention, register_cross_attention
     from .callbacks import CollapseCallback, ConstraintCallback, KLAnnealingCallback, ThresholdCallback
@@ -57,6 +66,7 @@ if find_spec("transformers") is not None:
     from .evaluation_report import add_to_model_card, evaluation_section
     from .latent import NvibLatents, concatenate_latents
     from .latent_transport import latent_distance
+    from .modeling_encoder import NvibForSequenceClassification, NvibForTokenClassification
     from .modeling_nvib import NvibForConditionalGeneration
     from .self_architectures import SelfAttention, register_self_attention
     from .tau_search import search_taus
@@ -64,8 +74,14 @@ if find_spec("transformers") is not None:
 
     AutoConfig.register(NvibConfig.model_type, NvibConfig)
     AutoModelForSeq2SeqLM.register(NvibConfig, NvibForConditionalGeneration)
+    AutoModelForSequenceClassification.register(NvibConfig, NvibForSequenceClassification)
+    AutoModelForImageClassification.register(NvibConfig, NvibForSequenceClassification)
+    AutoModelForAudioClassification.register(NvibConfig, NvibForSequenceClassification)
+    AutoModelForTokenClassification.register(NvibConfig, NvibForTokenClassification)
     NvibConfig.register_for_auto_class()
     NvibForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
+    NvibForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+    NvibForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
     __all__ = [*_TORCH, *_TRANSFORMERS]
 else:
     __all__ = _TORCH

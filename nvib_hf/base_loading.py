@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import transformers
@@ -59,16 +59,23 @@ def damage_explained(name_or_path: object) -> Iterator[None]:
         ) from error
 
 
-def load_base(name_or_path: str, **kwargs) -> PreTrainedModel:
-    """A pretrained encoder-decoder by name or path; ``kwargs`` are those of ``from_pretrained``."""
+def load_base(
+    name_or_path: str, find: Callable[[PreTrainedConfig], type[PreTrainedModel]] = base_class, **kwargs
+) -> PreTrainedModel:
+    """A pretrained model by name or path; ``kwargs`` are those of ``from_pretrained``.
+
+    Args:
+        find: the class for a configuration, by default an encoder-decoder's.
+    """
     hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "subfolder", "trust_remote_code") if k in kwargs}
     config = AutoConfig.from_pretrained(name_or_path, **hub)
     if config.model_type == "nvib":
         raise ValueError(
-            f"{name_or_path} is an NVIB model already. Load it with NvibForConditionalGeneration.from_pretrained."
+            f"{name_or_path} is an NVIB model already. Load it with from_pretrained, for instance "
+            "NvibForConditionalGeneration.from_pretrained."
         )
     with damage_explained(name_or_path):
-        return base_class(config).from_pretrained(name_or_path, **kwargs)
+        return find(config).from_pretrained(name_or_path, **kwargs)
 
 
 def join_encoder_decoder(

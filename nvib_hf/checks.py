@@ -25,6 +25,18 @@ NOTHING_TO_READ = (
 
 def check_base(base: PreTrainedModel) -> None:
     """Raise ValueError unless a model can be wrapped: nothing has been changed by then."""
+    check_unwrapped(base)
+    find_cross_attention(base)
+    if not base.config.is_encoder_decoder or not base.can_generate():
+        raise ValueError(
+            f"{type(base).__name__} is no encoder-decoder model that generates, so there is nothing to put NVIB "
+            "between. Pass a ...ForConditionalGeneration, or join an encoder and a decoder with "
+            "NvibForConditionalGeneration.from_encoder_decoder_pretrained(encoder, decoder)."
+        )
+
+
+def check_unwrapped(base: PreTrainedModel) -> None:
+    """Raise ValueError for a model that has NVIB in it, or lies on several devices."""
     name = type(base).__name__
     if any(isinstance(module, ConvertedAttention) for module in base.modules()):
         raise ValueError(
@@ -34,14 +46,7 @@ def check_base(base: PreTrainedModel) -> None:
     if len(set((getattr(base, "hf_device_map", None) or {}).values())) > 1:
         raise ValueError(
             f"{name} is spread over several devices by its device_map. Load it on one, wrap it, save it with "
-            "save_pretrained, and load that with NvibForConditionalGeneration.from_pretrained(..., device_map=...)."
-        )
-    find_cross_attention(base)
-    if not base.config.is_encoder_decoder or not base.can_generate():
-        raise ValueError(
-            f"{name} is no encoder-decoder model that generates, so there is nothing to put NVIB between. Pass a "
-            "...ForConditionalGeneration, or join an encoder and a decoder with "
-            "NvibForConditionalGeneration.from_encoder_decoder_pretrained(encoder, decoder)."
+            "save_pretrained, and load that with from_pretrained(..., device_map=...) of the NVIB model."
         )
 
 

@@ -60,7 +60,7 @@ from .outputs import LatentOutput, NvibSeq2SeqLMOutput, joined_output
 from .packing import pack
 from .posterior import NvibOutput
 from .precision import SinglePrecisionMixin
-from .pretrained import NvibPretrainedMixin
+from .pretrained import NvibSeq2SeqPretrainedMixin
 from .stacked_attention import left_of
 from .validation import check_choice, check_prior
 from .versions import CACHE, given_cache, warn_if_untested
@@ -81,7 +81,7 @@ OF_THE_DECODER = {"use_cache", CACHE, "encoder_hidden_states", "encoder_attentio
 
 class NvibForConditionalGeneration(
     NvibModelCardMixin,
-    NvibPretrainedMixin,
+    NvibSeq2SeqPretrainedMixin,
     NvibLayersMixin,
     SinglePrecisionMixin,
     PreTrainedModel,
@@ -150,7 +150,8 @@ class NvibForConditionalGeneration(
         self.base = base  # first, so that the model's dtype is the base's
         with init.no_init_weights():  # initialize_weights sets all of them
             self.nvib = make_layer(config, width, self.scale)
-            names = put_into_self_attention(base, config)
+            halves = {"encoder": base.get_encoder(), "decoder": base.get_decoder()}
+            names = put_into_self_attention(base, halves, config)
         self._self_attention_names = {layer: f"base.{name}" for layer, name in names.items()}
         self.register_buffer("kl_beta", torch.ones(3))  # of lambda_gaussian, lambda_dirichlet, lambda_vectors
         convert_cross_attention(cross_attention, width, config.exact_attention, config.dropping == "hard")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -22,11 +23,16 @@ from .wrapping import split_settings, wrap
 
 
 class NvibPretrainedMixin:
-    """Before ``PreTrainedModel``: wraps a base; what the base has is initialised, loaded and resized as it does it."""
+    """Before ``PreTrainedModel``: wraps a base; what the base has is initialised, loaded and resized as it does it.
+
+    ``_load_base`` loads one by its name or path.
+    """
+
+    _load_base: Callable[..., PreTrainedModel]
 
     @classmethod
     def from_base_pretrained(cls, base: str | PreTrainedModel, **kwargs) -> Self:
-        """Wrap a pretrained encoder-decoder model.
+        """Wrap a pretrained model.
 
         In ``eval()`` a fresh wrap computes what the base computes (for the default ``tau_*``).
 
@@ -36,32 +42,15 @@ class NvibPretrainedMixin:
                 (``dtype``, ``attn_implementation``, ``revision``, ...).
 
         Raises:
-            ValueError: the base has no cross-attention that is known; a setting outside its range.
+            ValueError: the base has no attention that is known; a setting outside its range.
             TypeError: an argument that neither takes.
         """
         settings, others = split_settings(kwargs)
         if isinstance(base, PreTrainedModel):
             check_known(others, "A loaded model")
         else:
-            base = load_base(base, **others)
+            base = cls._load_base(base, **others)
         return wrap(cls, base, settings)
-
-    @classmethod
-    def from_encoder_decoder_pretrained(
-        cls,
-        encoder: str | PreTrainedModel,
-        decoder: str | PreTrainedModel | PreTrainedConfig,
-        **kwargs,
-    ) -> Self:
-        """Join a pretrained encoder with a decoder that can cross-attend, and wrap the two.
-
-        Args:
-            encoder: name, path or model.
-            decoder: name, path, model, or a configuration for fresh weights.
-            kwargs: settings of :class:`NvibConfig`; the others go to both ``from_pretrained``.
-        """
-        settings, others = split_settings(kwargs)
-        return wrap(cls, join_encoder_decoder(encoder, decoder, **others), settings)
 
     def unwrap(self) -> PreTrainedModel:
         """The base model with its trained weights and its own cross-attention. This model is spent afterwards."""
@@ -126,17 +115,40 @@ class NvibPretrainedMixin:
             check_nothing_is_missing(pretrained_model_name_or_path, info["missing_keys"])
         return model
 
-    def get_encoder(self, modality: str | None = None) -> nn.Module:
-        return self.base.get_encoder() if modality is None else self.base.get_encoder(modality=modality)
-
-    def get_decoder(self) -> nn.Module:
-        return self.base.get_decoder()
-
     def get_input_embeddings(self) -> nn.Module:
         return self.base.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.base.set_input_embeddings(value)
+
+
+class NvibSeq2SeqPretrainedMixin(NvibPretrainedMixin):
+    """Of encoder-decoders."""
+
+    _load_base = staticmethod(load_base)
+
+    @classmethod
+    def from_encoder_decoder_pretrained(
+        cls,
+        encoder: str | PreTrainedModel,
+        decoder: str | PreTrainedModel | PreTrainedConfig,
+        **kwargs,
+    ) -> Self:
+        """Join a pretrained encoder with a decoder that can cross-attend, and wrap the two.
+
+        Args:
+            encoder: name, path or model.
+            decoder: name, path, model, or a configuration for fresh weights.
+            kwargs: settings of :class:`NvibConfig`; the others go to both ``from_pretrained``.
+        """
+        settings, others = split_settings(kwargs)
+        return wrap(cls, join_encoder_decoder(encoder, decoder, **others), settings)
+
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        return self.base.get_encoder() if modality is None else self.base.get_encoder(modality=modality)
+
+    def get_decoder(self) -> nn.Module:
+        return self.base.get_decoder()
 
     def get_output_embeddings(self) -> nn.Module | None:
         return self.base.get_output_embeddings()

@@ -166,5 +166,6 @@ def left_of(modules: list[StackedSelfAttention]) -> tuple[Tensor, Tensor]:
 
 
 def clear(module: StackedSelfAttention) -> None:
+    """Forget a forward pass."""
     for name in OF_A_PASS:
         setattr(module, name, None)

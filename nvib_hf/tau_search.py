@@ -47,8 +47,8 @@ def search_taus(
     r"""Try regularisations of a pretrained model, keep the best.
 
     Each trial sets ``tau_alpha`` and ``tau_sigma`` of every kind of attention that has NVIB
-    (:meth:`~nvib_hf.NvibForConditionalGeneration.set_taus`), and scores the model on validation data of the domain that
-    it is meant for. The first trial is the identity, so the best one is never worse than the pretrained model there.
+    (:meth:`~nvib_hf.NvibForConditionalGeneration.set_taus`), and scores the model on validation data of the domain
+    that it is meant for. The first trial is the identity, so the best one is never worse than the pretrained model there.
     Call ``fit_prior`` on data of the training domain first.
 
     Args:
@@ -61,8 +61,8 @@ def search_taus(
         seed: of the draws, by TPE after 10 random ones.
 
     Returns:
-        The trials in their order: ``tau_alpha`` and ``tau_sigma``, dicts by kind, and ``score``. The model has the taus
-        of the best one. If ``score`` raises an error, the model has the taus it had before.
+        The trials in their order: ``tau_alpha`` and ``tau_sigma``, dicts by kind, and ``score``. The model has the
+        taus of the best one. If ``score`` raises an error, the model has the taus it had before.
 
     Raises:
         ImportError: without the package optuna.

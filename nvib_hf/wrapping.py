@@ -67,8 +67,11 @@ def dropping_settings(config: NvibConfig) -> dict:
     }
 
 
-def put_into_self_attention(base: PreTrainedModel, config: NvibConfig) -> dict[str, str]:
+def put_into_self_attention(base: PreTrainedModel, halves: dict[str, nn.Module], config: NvibConfig) -> dict[str, str]:
     """Turn the self-attentions that ``config.attentions`` names into denoising attention, in place.
+
+    Args:
+        halves: the base's ``"encoder"``, and its ``"decoder"`` if it has one.
 
     Returns:
         The modules' names in the base by those of their layers, ``{"encoder.0": ...}``, from below to above.
@@ -78,7 +81,7 @@ def put_into_self_attention(base: PreTrainedModel, config: NvibConfig) -> dict[s
             been changed then.
     """
     found = {}
-    for kind, half in (("encoder", base.get_encoder()), ("decoder", base.get_decoder())):
+    for kind, half in halves.items():
         if kind in config.attentions:
             found |= chosen(half, kind, config)
     names = {id(module): name for name, module in base.named_modules()}

@@ -78,7 +78,7 @@ def test_an_error_leaves_the_taus_as_they_were(fault):
             return fault
         raise fault
 
-    with pytest.raises((RuntimeError, ValueError), match="no such file|score is nan"):
+    with pytest.raises((RuntimeError, ValueError), match=r"no such file|score is nan"):
         search_taus(model, score, 5)
     assert model.config.tau_alpha == 7.0
     assert {layer.alpha_bias.item() for layer in model.nvib_layers().values()} == {7.0}

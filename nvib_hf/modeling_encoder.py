@@ -1,0 +1,220 @@
+"""Encoders with a head for classification, with NVIB in their self-attentions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForAudioClassification,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .base_loading import load_base
+from .checks import check_unwrapped
+from .configuration_nvib import NvibConfig
+from .layer_terms import begin_recording, end_recording
+from .loss import regulariser
+from .nvib_layers import NvibLayersMixin
+from .precision import SinglePrecisionMixin
+from .pretrained import NvibPretrainedMixin
+from .stacked_attention import clear
+from .versions import warn_if_untested
+from .wrapping import put_into_self_attention
+
+
+@dataclass
+class NvibClassifierOutput(ModelOutput):
+    """What a classifier with NVIB returns.
+
+    Args:
+        loss: with ``labels``: the head's own loss and the weighted KLs.
+        logits: of the head: ``(B, C)``, or ``(B, N, C)`` for tokens.
+        hidden_states, attentions: of the encoder, if asked for.
+        cross_entropy: the head's own loss.
+        kl_gaussian, kl_dirichlet: ``(B,)``, unweighted means over the NVIB layers.
+        layer_kl_gaussian, layer_kl_dirichlet, layer_prop_vectors: of each layer, ``(B,)``, by its name
+            (``"encoder.0"``, ...).
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    cross_entropy: Tensor | None = None
+    kl_gaussian: Tensor | None = None
+    kl_dirichlet: Tensor | None = None
+    layer_kl_gaussian: dict[str, Tensor] | None = None
+    layer_kl_dirichlet: dict[str, Tensor] | None = None
+    layer_prop_vectors: dict[str, Tensor] | None = None
+
+
+def classifier_class(
+    config: PreTrainedConfig, autos: Iterable[type], architecture: str | None
+) -> type[PreTrainedModel]:
+    """The class of the classifier that a configuration belongs to.
+
+    Args:
+        autos: where to look, in order; first for a class of the name ``architecture``, or one that the configuration
+            names.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [auto._model_mapping[type(config)] for auto in autos if type(config) in auto._model_mapping]
+    named = {architecture, *(config.architectures or ())} - {None}
+    for model_class in found:
+        if model_class.__name__ in named:
+            return model_class
+    if not found:
+        raise ValueError(
+            f"A model of type {config.model_type!r} has no head of this kind in Transformers. Pass an encoder that "
+            "has one, for instance BERT."
+        )
+    return found[0]
+
+
+class NvibEncoderModel(NvibPretrainedMixin, NvibLayersMixin, SinglePrecisionMixin, PreTrainedModel):
+    r"""A pretrained encoder with a head, whose self-attentions read distributions: what its subclasses share.
+
+    The loss is the head's own and, for a mean over the examples,
+
+    .. math:: \beta_G \lambda_G \, \overline{KL_G} + \beta_D \lambda_D \, \overline{KL_D}
+
+    of the means over the NVIB layers. Works with the plain ``Trainer``, and with
+    :class:`~nvib_hf.KLAnnealingCallback`.
+
+    Args:
+        config: the configuration; its ``attentions`` are ``{"encoder": ...}``, by default all layers.
+        base: the model to wrap, changed in place; a fresh one of ``config.base_config`` if ``None``.
+
+    Source: Fehr et al. (2025), fine-tuning with NVIB in encoders.
+    """
+
+    config_class = NvibConfig
+    base_model_prefix = "base"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the head's loss is a mean over the batch, which the Trainer divides
+    _supports_sdpa = True
+    _keep_in_fp32_modules_strict = [r"nvib\.(alpha|keep|prior)_\w+", "nvib.threshold_share", "kl_beta"]
+    _autos: tuple[type, ...]
+
+    def __init__(self, config: NvibConfig, base: PreTrainedModel | None = None) -> None:
+        warn_if_untested()
+        attentions = {"encoder": "all"} if config.attentions is None else config.attentions
+        if set(attentions) != {"encoder"}:
+            raise ValueError(
+                f"attentions are {list(attentions)}, but an encoder with a head has 'encoder' alone. Leave it out for "
+                "all layers, or pass {'encoder': [...]}."
+            )
+        super().__init__(config)
+        if base is None:
+            architecture = classifier_class(config.base_config, self._autos, config.base_architecture)
+            base = architecture._from_config(config.base_config)
+        else:
+            check_unwrapped(base)
+            for module in base.modules():
+                module._is_hf_initialized = True  # post_init would draw the weights of modules it does not know anew
+        config.attentions, config.is_encoder_decoder = attentions, False
+        # The live configuration, so that a change of attention implementation is seen on both sides.
+        config.base_config, config.base_architecture = base.config, type(base).__name__
+        config.id2label, config.label2id = base.config.id2label, base.config.label2id
+        config.problem_type = base.config.problem_type
+        self.main_input_name = base.main_input_name
+        self.base = base
+        names = put_into_self_attention(base, {"encoder": base}, config)
+        self._self_attention_names = {layer: f"base.{name}" for layer, name in names.items()}
+        self.register_buffer("kl_beta", torch.ones(3))  # of lambda_gaussian, lambda_dirichlet, lambda_vectors
+        self.post_init()
+
+    @classmethod
+    def _load_base(cls, name_or_path: str, **kwargs) -> PreTrainedModel:
+        return load_base(name_or_path, partial(classifier_class, autos=cls._autos, architecture=None), **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        input_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        **kwargs,
+    ) -> NvibClassifierOutput:
+        """Logits and, with ``labels``, the loss.
+
+        Args:
+            input_ids, attention_mask, token_type_ids, inputs_embeds, pixel_values, input_values, kwargs: as the base
+                takes them.
+            labels: as the base takes them.
+            generator: for the draws of training.
+        """
+        self._check_generator(generator)
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "inputs_embeds": inputs_embeds,
+            "pixel_values": pixel_values,
+            "input_values": input_values,
+            "labels": labels,
+        }
+        layers = self._self_attentions()
+        begin_recording(layers.values(), generator)
+        given = {name: value for name, value in inputs.items() if value is not None}
+        outputs = self.base(**given, **kwargs, return_dict=True)
+        terms = end_recording(layers)
+        for module in self._stacked():
+            clear(module)  # what it handed on to the layer above
+        charged = terms.charged()
+        loss = outputs.loss
+        if loss is not None:
+            loss = loss + regulariser(charged, self.kl_beta, self.config).mean()
+        return NvibClassifierOutput(
+            loss=loss,
+            logits=outputs.logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_entropy=outputs.loss,
+            kl_gaussian=charged.kl_gaussian,
+            kl_dirichlet=charged.kl_dirichlet,
+            layer_kl_gaussian=terms.kl_gaussian,
+            layer_kl_dirichlet=terms.kl_dirichlet,
+            layer_prop_vectors=terms.prop_vectors,
+        )
+
+    def _read(self, batch: dict[str, Tensor]) -> None:
+        self(**{name: value.to(self.device) for name, value in batch.items() if name != "labels"})
+
+
+class NvibForSequenceClassification(NvibEncoderModel):
+    """A classifier of texts, images or sounds with NVIB in its encoder; see :class:`NvibEncoderModel`.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+        >>> bert = BertForSequenceClassification(BertConfig(vocab_size=50, num_labels=3, **sizes))
+        >>> model = NvibForSequenceClassification.from_base_pretrained(bert, lambda_gaussian=0.01)
+        >>> model.eval()(input_ids=torch.tensor([[5, 6, 7, 2]])).logits.shape
+        torch.Size([1, 3])
+    """
+
+    _autos = (AutoModelForSequenceClassification, AutoModelForImageClassification, AutoModelForAudioClassification)
+
+
+class NvibForTokenClassification(NvibEncoderModel):
+    """A classifier of tokens with NVIB in its encoder; see :class:`NvibEncoderModel`."""
+
+    _autos = (AutoModelForTokenClassification,)
