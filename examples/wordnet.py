@@ -54,6 +54,19 @@ def synsets(part: str) -> Iterator[tuple[list[str], str]]:
         yield [word.partition("(")[0] for word in words], gloss.strip()  # galore(ip): where an adjective may stand
 
 
+def lexicographer_files(part: str) -> Iterator[tuple[int, str, list[str]]]:
+    """Of each synset of a part of speech: the number of its topic (lexnames(5WN)), its definition, its examples."""
+    for line in path(f"data.{part}").read_text(encoding="latin-1").splitlines():
+        if not line.startswith("  "):
+            fields, _, gloss = line.partition(" | ")
+            definition = re.split(r'[;:]? *"', gloss)[0].strip(" ;")
+            yield (
+                int(fields.split(" ")[1]),
+                definition,
+                [text.strip(" ,;") for text in re.findall(r'"([^"]+)"', gloss)],
+            )
+
+
 @cache
 def words(part: str) -> frozenset[str]:
     """Single words of a part of speech as they are written: proper nouns have a capital."""

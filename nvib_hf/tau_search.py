@@ -48,8 +48,8 @@ def search_taus(
 
     Each trial sets ``tau_alpha`` and ``tau_sigma`` of every kind of attention that has NVIB
     (:meth:`~nvib_hf.NvibForConditionalGeneration.set_taus`), and scores the model on validation data of the domain
-    that it is meant for. The first trial is the identity, so the best one is never worse than the pretrained model there.
-    Call ``fit_prior`` on data of the training domain first.
+    that it is meant for. The first trial is the identity, so there the best one is never worse than the pretrained
+    model. Call ``fit_prior`` on data of the training domain first.
 
     Args:
         model: in ``eval()``, its evaluation ``"mixture"``: by the means, variances only shift weights.
