@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_self_attention import REFUSED
 from tiny_models import TITLES, tiny_base, tiny_inputs, tiny_labels
 from tiny_nvib import tensors, tiny_nvib
 from tiny_text import tiny_examples, tiny_tokenizer
@@ -23,6 +24,8 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 FIRST_LINES, WRAP, TRAIN, EVALUATE, PLAIN_PYTORCH = (code for language, code in BLOCKS if language == "python")
 EXAMPLES = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
 WHISPER, TRANSCRIBE, NEIGHBOURS = re.findall(r"```python\n(.*?)```", EXAMPLES, flags=re.DOTALL)
+SELF_ATTENTION_PAGE = (ROOT / "examples" / "SELF_ATTENTION.md").read_text(encoding="utf-8")
+SELF_ATTENTION = re.findall(r"```python\n(.*?)```", SELF_ATTENTION_PAGE, flags=re.DOTALL)
 TEXTS = ["w5 w6 w7", "w8 w9", "w10 w11 w12 w13", "w14 w15 w16"]
 
 
@@ -75,7 +78,8 @@ def test_the_table_of_architectures_has_the_rows_and_columns_of_its_tests():
     )
     tests = ast.walk(ast.parse((ROOT / "tests" / "test_architectures.py").read_text(encoding="utf-8")))
     marks = [node for node in tests if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("capability")]
-    assert set(header[1:]) == {mark.args[0].value for mark in marks}
+    of_self_attention = {f"{kind}'s self-attention" for kind in REFUSED}
+    assert set(header[1:]) == {mark.args[0].value for mark in marks} | of_self_attention
     assert [row[0] for row in rows] == list(TITLES.values())
     assert f"{len(rows)} architectures" in README
 
@@ -214,3 +218,24 @@ def test_another_architecture_is_a_row(monkeypatch):
     run(code_of("ARCHITECTURES.md"))
     row = architectures._REGISTRY["MyCrossAttention"]
     assert isinstance(row, CrossAttention) and (row.query, row.output) == ("query", "dense")
+
+
+# ------------------------------------------------------------------------------------ NVIB in self-attention
+def test_self_attention_by_kind():
+    code, _, classifier = SELF_ATTENTION
+    names = {}
+    text = re.search(r"```text\n(.*?)```", SELF_ATTENTION_PAGE, flags=re.DOTALL)[1]
+    assert run(code, names) == text
+    run(classifier, names)
+    assert names["loss"].requires_grad
+
+
+def test_the_search_for_taus():
+    model_inputs = {**tiny_inputs("bart"), "labels": tiny_labels("bart")}
+    names = {
+        "whisper": tiny_base("bart"),
+        "clean_batches": [model_inputs],
+        "word_error": lambda model: model(**model_inputs).cross_entropy.item(),
+    }
+    run(SELF_ATTENTION[1], names)
+    assert len(names["trials"]) == 12
