@@ -36,6 +36,8 @@ SHAPES = {
     "tiny": {"d_model": 64, "layers": 2, "heads": 4, "ffn": 128, "vocab": 1000},
 }
 
+ALL = {"attentions": ["cross", "encoder", "decoder"]}  # have NVIB
+
 
 def plain_model(shape: str, positions: int = 4100) -> BartForConditionalGeneration:
     size = SHAPES[shape]
@@ -61,7 +63,8 @@ def wrapped(plain: BartForConditionalGeneration, **settings) -> NvibForCondition
     settings = {"lambda_gaussian": 0.01, "lambda_dirichlet": 0.01, **settings}
     model = NvibForConditionalGeneration.from_base_pretrained(copy.deepcopy(plain), **settings)
     with torch.no_grad():
-        model.nvib.mu_logvar.bias[model.nvib.size_out :].uniform_(-4, 0)
+        for layer in model.nvib_layers().values():
+            layer.mu_logvar.bias[layer.size_out :].uniform_(-4, 0)
     return model
 
 
@@ -125,8 +128,8 @@ class Bench:
     def compare(self, nvib: Callable, plain: Callable) -> dict[str, float]:
         return compare(nvib, plain, self.repeats, self.seconds_at_least, self.device)
 
-    def training(self, shape: str, batch: int, source: int, target: int, kappa: int = 1) -> dict[str, float]:
-        models = self.models(shape, kappa=kappa)
+    def training(self, shape: str, batch: int, source: int, target: int, **settings) -> dict[str, float]:
+        models = self.models(shape, **settings)
         inputs = {"input_ids": self.tokens(shape, batch, source), "labels": self.tokens(shape, batch, target)}
 
         def step(model) -> None:
@@ -152,8 +155,8 @@ class Bench:
         return {"nvib_mib": nvib, "plain_mib": plain, "ratio": nvib / plain}
 
     @torch.no_grad()
-    def evaluation(self, shape: str, batch: int, source: int, target: int) -> dict[str, float]:
-        nvib, plain = (model.eval() for model in self.models(shape))
+    def evaluation(self, shape: str, batch: int, source: int, target: int, **settings) -> dict[str, float]:
+        nvib, plain = (model.eval() for model in self.models(shape, **settings))
         inputs = {
             "input_ids": self.tokens(shape, batch, source),
             "decoder_input_ids": self.tokens(shape, batch, target),
@@ -161,9 +164,9 @@ class Bench:
         return self.compare(lambda: nvib(**inputs), lambda: plain(**inputs))
 
     def generation(
-        self, shape: str, batch: int, source: int, new: int, beams: int, dropped: float = 0.0
+        self, shape: str, batch: int, source: int, new: int, beams: int, dropped: float = 0.0, **settings
     ) -> dict[str, float]:
-        nvib, plain = (model.eval() for model in self.models(shape))
+        nvib, plain = (model.eval() for model in self.models(shape, **settings))
         inputs = {"input_ids": self.tokens(shape, batch, source)}
         if dropped:
             drop_share(nvib, inputs, dropped)
@@ -244,6 +247,9 @@ def cases(bench: Bench, quick: bool, only: str) -> dict[str, dict[str, float]]:
         "teacher-forced evaluation": (1.40, lambda: bench.evaluation(shape, 8, middle, target)),
         "beam-4, source long, 60 % dropped": (0.55, lambda: bench.generation(shape, 8, long, new, 4, 0.6)),
         "greedy, source long, 60 % dropped": (0.90, lambda: bench.generation(shape, 8, long, new, 1, 0.6)),
+        "training step, all attentions": (1.25, lambda: bench.training(shape, 4, source, target, **ALL)),
+        "teacher-forced, all attentions": (1.10, lambda: bench.evaluation(shape, 8, middle, target, **ALL)),
+        "greedy, source short, all attentions": ("", lambda: bench.generation(shape, 8, source, new, 1, **ALL)),
         "loading": (1.10, lambda: bench.loading(shape)),
     }
     if bench.measures_memory:
@@ -262,7 +268,7 @@ def growth(bench: Bench, quick: bool) -> dict[str, list[dict[str, float]]]:
     kappas = (1, 4) if quick else (1, 2, 4, 8)
 
     def training(batch: int, source: int, target: int, kappa: int) -> dict[str, float]:
-        measured = bench.training(shape, batch, source, target, kappa)
+        measured = bench.training(shape, batch, source, target, kappa=kappa)
         memory = bench.peak_memory(shape, batch, source, target, kappa) if bench.measures_memory and not quick else {}
         return memory | measured
 
