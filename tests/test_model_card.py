@@ -81,6 +81,8 @@ def test_names_the_task(family, task):
 
 def test_settings_are_those_of_the_configuration():
     settings = {
+        "attentions": {"cross": "all", "decoder": [1]},
+        "accumulate_alpha": False,
         "prior_mu": 0.5,
         "prior_var": 2.0,
         "prior_alpha": 3.0,
