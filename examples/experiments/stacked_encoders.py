@@ -29,7 +29,7 @@ from nvib_hf import ConstraintCallback, NvibForConditionalGeneration
 from nvib_hf.evaluation import rate_distortion, reconstruct, reconstruction_scores
 from nvib_hf.text_batches import as_read, encoder_inputs, evaluating, labels_of
 
-FULL = {"texts": None, "longest": 36, "held_out": 500, "steps": 3500, "batch_size": 32}
+FULL = {"texts": None, "longest": 36, "held_out": 500, "steps": 5000, "batch_size": 32}
 QUICK = {"texts": 400, "longest": 36, "held_out": 32, "steps": 4, "batch_size": 8}
 CHARACTERS = 260  # bytes and special tokens: a vocabulary without merges
 ENCODER_LAYERS, STACK = 4, [1, 2, 3]
@@ -41,10 +41,9 @@ NVIB = {
     **example.DROPPING,
     "attentions": {"cross": "all", "encoder": STACK},
     "accumulate_alpha": True,
-    "delta": 0.25,
     "tau_alpha": {"encoder": -10.0, "cross": -10.0},
 }
-METHODS = {"plain": None, "NVIB in three layers": {"cross_entropy": 0.2, "rate": 0.01}}
+METHODS = {"plain": None, "NVIB in three layers": {"cross_entropy": 0.3, "rate": 0.01}}
 
 
 # ------------------------------------------------------------------------------------------------ one run
