@@ -11,9 +11,13 @@ wordnet-base`; without it `--quick` takes words of the Bible in Basic English) a
 
 import copy
 import random
+import sys
 import time
+from pathlib import Path
 
-import wordnet  # regulariser.py has put the examples on the path
+sys.path.append(str(Path(__file__).parents[1]))  # the examples
+
+import wordnet
 from regulariser import (
     TEST_SETS,
     compared,
