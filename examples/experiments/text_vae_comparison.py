@@ -111,6 +111,7 @@ SETTINGS = {
     "nvib_constrained": [
         ({"cross_entropy": 1.8, "rate": 0.02}, 5000),
         ({"cross_entropy": 1.0, "rate": 0.02}, 5000),
+        ({"cross_entropy": 2.1, "rate": 0.02}, 5000),
         ({"cross_entropy": 2.2, "rate": 0.02}, 5000),
         ({"cross_entropy": 0.4, "kl_weights": "pseudo_counts"}, 8000),
         ({"cross_entropy": 0.4}, 8000),
