@@ -67,10 +67,12 @@ def test_each_layer_s_prior_is_of_what_it_reads(family):
         torch.testing.assert_close(layer.prior_log_alpha_std, energy.std()[None], atol=1e-2, rtol=1e-3)
 
 
+@pytest.mark.parametrize("evaluation", ["means", "mixture"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_with_fitted_priors_it_still_computes_the_base(family):
+def test_with_fitted_priors_it_still_computes_the_base(family, evaluation):
     base = tiny_base(family)
-    model = NvibForConditionalGeneration.from_base_pretrained(copy.deepcopy(base), attentions=ALL, tau_alpha=20.0)
+    settings = {"attentions": ALL, "evaluation": evaluation}
+    model = NvibForConditionalGeneration.from_base_pretrained(copy.deepcopy(base), **settings)
     model.fit_prior(batches(family))
     inputs, labels = tiny_inputs(family), tiny_labels(family)
     tokens, _ = decoder_tokens(model, labels)
