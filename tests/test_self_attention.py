@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_architectures import decoder_inputs, generate, row_of
 from tiny_models import FAMILIES, tiny_base, tiny_inputs, tiny_labels
-from tiny_training import tiny_model, trainer_of
+from tiny_training import WITH_PEFT, tiny_model, trainer_of
 from torch.nn import functional as F
 
 from nvib_hf import NvibConfig, NvibForConditionalGeneration, NvibTrainer
@@ -532,3 +532,43 @@ def test_a_real_whisper_transcribes_as_before(evaluation, monkeypatch):
     torch.testing.assert_close(actual, expected, atol=1e-3, rtol=0)
     for beams, text in zip((1, 3), texts, strict=True):
         assert torch.equal(generate(model, prompt, num_beams=beams), text)
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_micro_batches_add_up_to_the_batch(family):
+    """In ``eval()``, where nothing is drawn: each pays for its own rows, by their target tokens."""
+    model = at_work(family, lambda_gaussian=0.3, lambda_dirichlet=0.2)
+    inputs, labels = tiny_inputs(family), tiny_labels(family)
+    items = (labels != -100).sum()
+    whole = model(**inputs, labels=labels).loss
+    parts = [
+        model(**{name: x[i : i + 1] for name, x in inputs.items()}, labels=labels[i : i + 1], num_items_in_batch=items)
+        for i in range(3)
+    ]
+    torch.testing.assert_close(sum(part.loss for part in parts), whole)
+
+
+@WITH_PEFT
+def test_adapters_reach_the_converted_projections():
+    peft = pytest.importorskip("peft")
+    model, inputs = at_work("bart"), tiny_inputs("bart")
+    expected = logits_of(model, "bart")
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["k_proj", "v_proj"], r=2, init_lora_weights=False)
+    )
+    with torch.no_grad():
+        changed = adapted(**inputs, decoder_input_ids=decoder_inputs()).logits
+        with adapted.disable_adapter():
+            torch.testing.assert_close(adapted(**inputs, decoder_input_ids=decoder_inputs()).logits, expected)
+        merged = adapted.merge_and_unload()
+    assert (changed - expected).abs().max() > 0.01
+    torch.testing.assert_close(logits_of(merged, "bart"), changed, atol=1e-4, rtol=1e-4)
+    names = {name for name, _ in merged.named_modules() if name.endswith("encoder.layers.0.self_attn.nvib")}
+    assert names == {"base.model.encoder.layers.0.self_attn.nvib"}
+
+
+def test_resized_embeddings():
+    model = at_work("bart")
+    expected = logits_of(model, "bart")
+    model.resize_token_embeddings(120, mean_resizing=False)
+    torch.testing.assert_close(logits_of(model, "bart")[..., :99], expected)
