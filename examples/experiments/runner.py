@@ -41,8 +41,8 @@ def run_all(
 ) -> dict[str, dict]:
     """Do the runs, ``jobs`` at a time, each in a process of its own with one thread.
 
-    A finished run is ``<output_folder>/<key>.json``: ``settings``, ``results`` and ``seconds``. A run whose file
-    holds the same settings is not done again, so an interrupted experiment continues; delete the file to repeat it.
+    A finished run is ``<output_folder>/<key>.json``: ``settings``, ``results`` and ``seconds`` of a core. A run whose
+    file holds the same settings is not done again, so an interrupted experiment continues: delete it to repeat one.
 
     Args:
         one: a run; a function of a module, so that another process can import it.
@@ -104,10 +104,10 @@ def _work(one: Callable[[dict], dict], key: str, settings: dict, folder: Path, s
     """One run, in its own process: a file if it succeeds, a traceback to the parent if not."""
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         results = one(settings)
-        record = {"settings": settings, "results": results, "seconds": round(time.perf_counter() - start, 1)}
+        record = {"settings": settings, "results": results, "seconds": round(time.process_time() - start, 1)}
         partial = folder / f"{key}.json.{os.getpid()}.partial"
         partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(partial, folder / f"{key}.json")  # whole or not at all

@@ -4,9 +4,9 @@
     python examples/experiments/stacked_encoders.py --quick  # everything runs, nothing is learnt
 
 The setting of Behjati, Fehr & Henderson, *Learning to Abstract with NVIB* (Findings of EMNLP 2023), at a small size:
-pieces of clauses of the Bible in Basic English, character by character, an encoder of four layers, in the last three of which
-what one layer drops is gone from those above it, and pseudo-counts accumulate. Beside it an autoencoder of the same
-size without a bottleneck.
+pieces of clauses of the Bible in Basic English, character by character, an encoder of four layers, in the last three
+of which what one layer drops is gone from those above it, and pseudo-counts accumulate. Beside it an autoencoder of
+the same size without a bottleneck.
 """
 
 import random
