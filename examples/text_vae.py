@@ -102,15 +102,13 @@ def train_tokenizer(texts: list[str], vocab_size: int = 2048) -> PreTrainedToken
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names, **special)
 
 
-def bart(
-    texts: list[str], vocab_size: int = 2048, encoder_layers: int = 2, **nvib
-) -> tuple[NvibForConditionalGeneration, PreTrainedTokenizerBase]:
+def bart(texts: list[str], **nvib) -> tuple[NvibForConditionalGeneration, PreTrainedTokenizerBase]:
     """A small BART with fresh weights and a vocabulary learnt from the texts."""
-    tokenizer = train_tokenizer(texts, vocab_size)
+    tokenizer = train_tokenizer(texts)
     config = BartConfig(
         vocab_size=len(tokenizer),
         d_model=128,
-        encoder_layers=encoder_layers,
+        encoder_layers=2,
         decoder_layers=2,
         encoder_attention_heads=4,
         decoder_attention_heads=4,
