@@ -49,6 +49,13 @@ def test_a_finished_run_is_done_again_only_with_other_settings(tmp_path):
     assert again["b"]["results"]["double"] == 10
 
 
+def test_without_jobs_what_is_finished_is_all(tmp_path):
+    with pytest.raises(ValueError, match="none of the 1 runs is finished"):
+        runner.run_all(one, {"a": {"x": 1}}, tmp_path / "empty", jobs=0)
+    first = runner.run_all(one, {"a": {"x": 1}}, tmp_path)
+    assert runner.run_all(one, {"b": {"x": 2}, "a": {"x": 1}}, tmp_path, jobs=0) == first
+
+
 def test_what_fails_is_reported_and_stops_no_other(tmp_path):
     ways = ("raise", "exit", "kill", None)
     runs = {str(way): {"x": i, "die": way} for i, way in enumerate(ways)}
@@ -60,7 +67,7 @@ def test_what_fails_is_reported_and_stops_no_other(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [({"runs": {"a/b": {}}}, "'a/b' names a file"), ({"runs": {}, "jobs": 0}, "jobs is 0")]
+    ("arguments", "message"), [({"runs": {"a/b": {}}}, "'a/b' names a file"), ({"runs": {}, "jobs": -1}, "jobs is -1")]
 )
 def test_bad_arguments_say_what_to_do(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -104,3 +111,8 @@ def test_report_names_command_machine_and_seeds(tmp_path, monkeypatch):
     assert text.startswith("# A title\n\n- command: `python examples/experiments/mine.py --quick --seeds 4`\n")
     assert f"{os.cpu_count()} CPU cores" in text and torch.__version__.split("+")[0] in text
     assert "- seeds: 4\n" in text and text.endswith("\n\n| a |\n")
+
+
+def test_a_report_of_finished_runs_says_so(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/some/where/mine.py", "--jobs", "0", "--output", "x y"])
+    assert runner.command_line() == "python examples/experiments/mine.py --jobs=0"

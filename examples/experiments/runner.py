@@ -47,20 +47,26 @@ def run_all(
     Args:
         one: a run; a function of a module, so that another process can import it.
         runs: settings of each run by its key, which names its file.
+        jobs: 0 does no run: those that are finished are all.
 
     Returns:
         The contents of the files by key, in the order of ``runs``.
 
     Raises:
-        ValueError: a key that is no file name, or less than one job.
+        ValueError: a key that is no file name, less than no jobs, or no jobs and nothing finished.
         RuntimeError: some runs failed. It says how; the others are done and kept.
     """
     unfit = [key for key in runs if not re.fullmatch(r"[\w.=+-]+", key)]
     if unfit:
         raise ValueError(f"The key {unfit[0]!r} names a file: use letters, digits and any of _ . = + - in it.")
-    if jobs < 1:
-        raise ValueError(f"jobs is {jobs}. Pass the number of processes, 1 or more.")
+    if jobs < 0:
+        raise ValueError(f"jobs is {jobs}. Pass the number of processes, 1 or more, or 0 for the finished runs alone.")
     folder = Path(output_folder)
+    if jobs == 0:
+        records = {key: finished(folder, key, settings) for key, settings in runs.items()}
+        if not any(records.values()):
+            raise ValueError(f"jobs is 0, and none of the {len(runs)} runs is finished in {folder}: pass 1 or more.")
+        return {key: record for key, record in records.items() if record is not None}
     folder.mkdir(parents=True, exist_ok=True)
     waiting = [key for key, settings in runs.items() if finished(folder, key, settings) is None]
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them done before, {jobs} at a time", flush=True)
@@ -193,7 +199,9 @@ def parser(description: str, name: str, methods: Collection[str]) -> ExperimentP
     made = ExperimentParser(description=description)
     made.set_defaults(name=name, methods=list(methods))
     made.add_argument("--output", type=Path, metavar="DIR", help=f"where runs are kept (default: runs/{name})")
-    made.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: 2)")
+    made.add_argument(
+        "--jobs", type=int, default=2, help="runs at a time, one thread each (default: 2; 0: report finished ones)"
+    )
     made.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="default: 0 1 2, with --quick 0")
     made.add_argument("--quick", action="store_true", help="everything runs, at most 2 minutes, nothing is learnt")
     made.add_argument("--only", nargs="+", choices=list(methods), metavar="METHOD", help=", ".join(methods))
@@ -206,8 +214,8 @@ def command_line() -> str:
     for option in ("--output", "--jobs"):
         while option in words:
             place = words.index(option)
-            del words[place : place + 2]
-        words = [word for word in words if not word.startswith(f"{option}=")]
+            words[place : place + 2] = ["=".join(words[place : place + 2])]
+        words = [word for word in words if not word.startswith(f"{option}=") or word == "--jobs=0"]
     return shlex.join(["python", f"examples/experiments/{Path(sys.argv[0]).name}", *words])
 
 

@@ -206,7 +206,7 @@ def one(settings: dict, cache: Path) -> dict:
 def main() -> None:
     args = parser(__doc__.splitlines()[0], "text_vae_comparison", BUILD).parse_args()
     cache = args.output / "smollm2"
-    if not args.quick:
+    if not args.quick and args.jobs:
         load_smollm2(cache)  # by one process, before many want it
     records = run_all(partial(one, cache=cache), all_runs(args.only, args.seeds, args.quick), args.output, args.jobs)
     report(args, records, REAL)

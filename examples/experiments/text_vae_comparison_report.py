@@ -69,7 +69,7 @@ def label(group: list[dict]) -> str:
 def row(group: list[dict], columns: list[tuple], prefix: str = "", **more: str) -> dict[str, str]:
     """What a group is, ``more`` of that, and its numbers, whose names in the results have a ``prefix``."""
     numbers = {title: cell(values(group, prefix + name, factor), digits) for title, name, factor, digits in columns}
-    return {"method": group[0]["settings"]["method"], "setting": label(group), **more, **numbers}
+    return {"method": group[0]["settings"]["method"], "setting": label(group), "seeds": len(group), **more, **numbers}
 
 
 def samples_table(real: list[dict], groups: list[list[dict]]) -> str:
