@@ -14,9 +14,11 @@ from torch import Tensor
 
 from nvib_hf import CollapseCallback, NvibForConditionalGeneration, NvibTrainer, posterior
 
-FAMILIES = ["bart", "t5", "bert2bert", "bert2gpt2"]
+EVERYWHERE = " with NVIB in all attentions"
+FAMILIES = ["bart", "t5", "bert2bert", "bert2gpt2", f"bart{EVERYWHERE}"]
 LENGTH = {"min_new_tokens": 5, "max_new_tokens": 5}
 BATCH = 4
+DRAWS = ("log_dirichlet_sample", "log_gamma_sample", "gaussian_sample")  # of a posterior
 
 
 def rows_of(rank: int, world: int) -> slice:
@@ -24,6 +26,7 @@ def rows_of(rank: int, world: int) -> slice:
 
 
 def batch(family: str, rows: slice = slice(None)) -> dict[str, Tensor]:
+    family = family.removesuffix(EVERYWHERE)
     whole = {**tiny_inputs(family, BATCH), "labels": tiny_labels(family, BATCH)}
     return {name: value[rows] for name, value in whole.items()}
 
@@ -38,15 +41,21 @@ def fix_draws(rows: slice = slice(None)) -> None:
         scores = log_alpha + log_gamma[:, : log_alpha.shape[1]]
         return scores.masked_fill(~mask, -float("inf")).log_softmax(-1)
 
+    def log_gamma_draws(log_alpha, generator=None):
+        return log_alpha + log_gamma[:, : log_alpha.shape[1]]
+
     def gaussian(mu, logvar, mask=None, generator=None, repeats=1):
         z = mu + (0.5 * logvar).exp() * epsilon[:, : mu.shape[1]]
         return z.masked_fill(~mask[..., None], 0)
 
-    posterior.log_dirichlet_sample, posterior.gaussian_sample = log_dirichlet, gaussian
+    for name, draws in zip(DRAWS, (log_dirichlet, log_gamma_draws, gaussian), strict=True):
+        setattr(posterior, name, draws)
 
 
 def model_of(family: str) -> NvibForConditionalGeneration:
-    return tiny_nvib(family, lambda_gaussian=0.1, lambda_dirichlet=0.1)
+    attentions = ["cross", "encoder", "decoder"] if family.endswith(EVERYWHERE) else ["cross"]
+    settings = {"lambda_gaussian": 0.1, "lambda_dirichlet": 0.1, "attentions": attentions}
+    return tiny_nvib(family.removesuffix(EVERYWHERE), **settings)
 
 
 # ------------------------------------------------------------------------------------------ distributed data parallel
@@ -82,7 +91,8 @@ def ddp(rank: int, world: int, folder: Path) -> dict:
         losses, gradients = train_steps(model, batch(family, rows_of(rank, world)), world, accelerator.backward)
         dist.all_reduce(losses)
         unwrapped = accelerator.unwrap_model(model).eval()
-        tokens = unwrapped.generate(**tiny_inputs(family, BATCH), **LENGTH)
+        sources = {name: x for name, x in batch(family).items() if name != "labels"}
+        tokens = unwrapped.generate(**sources, **LENGTH)
         found[family] = {"expected": expected, "actual": (losses, gradients), "tokens": tokens}
         assert type(unwrapped) is NvibForConditionalGeneration
     return found
@@ -181,6 +191,21 @@ def fsdp(rank: int, world: int, folder: Path) -> dict:
     checkpoint.load(state, checkpoint_id=folder / "checkpoint")
     states.set_model_state_dict(again, state["model"])
     found["resumed"] = logits(again), logits(model)
+
+    def trained(which):
+        optimiser = torch.optim.SGD(which.parameters(), lr=0.1)
+        losses = []
+        for _ in range(2):
+            torch.manual_seed(3)
+            loss = which.train()(**batch("bart")).loss
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            losses.append(loss.detach())
+        return torch.stack(losses), which.eval().generate(**inputs, **LENGTH)
+
+    everywhere = model_of(f"bart{EVERYWHERE}"), model_of(f"bart{EVERYWHERE}")
+    found["all attentions"] = trained(shard(everywhere[0], mesh)), trained(everywhere[1])
 
     half = shard(model_of("bart"), mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     with torch.no_grad():

@@ -80,7 +80,7 @@ def launched(tmp_path_factory):
 @pytest.mark.parametrize("how", ["found", "launched"])
 def test_trainer_in_two_processes_logs_what_one_does(how, request, tmp_path, monkeypatch):
     logs = request.getfixturevalue(how)["trainer"]["logs"]
-    for name in ("log_dirichlet_sample", "gaussian_sample"):
+    for name in worker.DRAWS:
         monkeypatch.setattr(posterior, name, getattr(posterior, name))  # put back afterwards
     worker.fix_draws()
     expected = worker.run_trainer(tmp_path / "one", worker.examples(), worker.BATCH)
@@ -105,6 +105,7 @@ COMPARED = [
     "state_dict",
     "saved",
     "resumed",
+    "all attentions",
 ]
 
 
