@@ -45,7 +45,12 @@ NVIB = {
     "accumulate_alpha": True,
     "tau_alpha": {"encoder": -10.0, "cross": -10.0},
 }
-METHODS = {"plain": None, "NVIB in three layers": {"cross_entropy": 0.25, "rate": 0.01}}
+# What is accepted, in nats per character.
+METHODS = {
+    "plain": None,
+    "NVIB in three layers": {"cross_entropy": 0.25, "rate": 0.01},
+    "NVIB, less accepted": {"cross_entropy": 0.1, "rate": 0.01},
+}
 
 
 # ------------------------------------------------------------------------------------------------ one run
