@@ -66,7 +66,7 @@ def baseline(bottleneck: type[VariableBottleneck], texts: list[str], **options) 
     """The example's BART with another bottleneck, initialised as NVIB's; weights fixed, or under a constraint."""
     steering = warm_up()
     if "cross_entropy" in options:
-        steering = ConstraintCallback(options.pop("cross_entropy"))
+        steering = ConstraintCallback(options.pop("cross_entropy"), rate=options.pop("rate", 0.005))
         options["lambda_gaussian"] = 1.0
     wrapped, tokenizer = example.bart(texts)
     model = with_bottleneck(wrapped.unwrap(), bottleneck, tau_sigma=example.NVIB["tau_sigma"], **options)
@@ -106,7 +106,7 @@ SETTINGS = {
     "autoencoder": [({}, 1600)],
     "pooled": [({"lambda_gaussian": 1.0}, 3000)],
     "strided": [({"stride": 2, "cross_entropy": 0.4}, 5000)],
-    "variable": [({"cross_entropy": 0.4}, 5000)],
+    "variable": [({"cross_entropy": 1.8, "rate": 0.02}, 5000), ({"cross_entropy": 0.4}, 5000)],
     "nvib_fixed": [({"lambda_gaussian": 0.05, "lambda_dirichlet": 0.05}, 1600)],
     "nvib_constrained": [
         ({"cross_entropy": 1.8, "rate": 0.02}, 5000),
