@@ -129,9 +129,9 @@ def report(records: list[dict]) -> str:
             for method, rights in found.items()
         }
         with_nvib = [method for method in found if METHODS[method] is not None]
-        best = max(with_nvib, key=lambda method: accuracy[method]["validation"], default=None)
+        chosen = max(with_nvib, key=lambda method: accuracy[method]["validation"]) if len(with_nvib) > 1 else None
         for method, rights in found.items():
-            row = {"data": share, "method": f"**{method}**" if method == best else method}
+            row = {"data": share, "method": f"**{method}**" if method == chosen else method}
             row |= {f"{name}, %": f"{value:.1f}" for name, value in accuracy[method].items()}
             for name in ("definitions", "sentences"):
                 against = (
@@ -145,7 +145,8 @@ def report(records: list[dict]) -> str:
     minutes = sum(record["seconds"] for record in records) / 60
     return (
         f"Accuracy on {settings['test']} texts each; batches of {settings['batch_size']}, {minutes:.0f} minutes of "
-        "one core in all. In bold the weight that the validation definitions choose; intervals are over the texts.\n\n"
+        "one core in all. In bold the weight that the validation definitions choose among several; intervals are over "
+        "the texts.\n\n"
         + table_of_rows(rows)
     )
 
