@@ -146,8 +146,7 @@ def report(records: list[dict]) -> str:
     return (
         f"Accuracy on {settings['test']} texts each; batches of {settings['batch_size']}, {minutes:.0f} minutes of "
         "one core in all. In bold the weight that the validation definitions choose among several; intervals are over "
-        "the texts.\n\n"
-        + table_of_rows(rows)
+        "the texts.\n\n" + table_of_rows(rows)
     )
 
 
