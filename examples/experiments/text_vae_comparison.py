@@ -105,7 +105,10 @@ BUILD = {
 SETTINGS = {
     "autoencoder": [({}, 1600)],
     "pooled": [({"lambda_gaussian": 1.0}, 3000)],
-    "strided": [({"stride": 2, "cross_entropy": 0.4}, 5000)],
+    "strided": [
+        ({"stride": 2, "cross_entropy": 1.8, "rate": 0.02}, 5000),
+        ({"stride": 2, "cross_entropy": 0.4}, 5000),
+    ],
     "variable": [({"cross_entropy": 1.8, "rate": 0.02}, 5000), ({"cross_entropy": 0.4}, 5000)],
     "nvib_fixed": [({"lambda_gaussian": 0.05, "lambda_dirichlet": 0.05}, 1600)],
     "nvib_constrained": [
