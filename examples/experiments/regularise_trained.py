@@ -56,7 +56,7 @@ class Task(NamedTuple):
     tokenizer: object
     examples: list[dict]
     texts: dict[str, list[str]]
-    errors: Callable[[PreTrainedModel, list[str]], dict[str, list[int]]]
+    errors: Callable[[PreTrainedModel, list[str]], dict[str, list[int]]]  # edits, and units under the name "phones"
 
 
 def examples_of(tokenizer, sources: list[str], targets: list[str]) -> list[dict]:

@@ -232,9 +232,8 @@ def report(args, groups: list[list[dict]]) -> str:
         for group in groups
     ]
     parts = [table_of_rows(rows)]
-    for group in groups:
-        if "kept" not in group[0]["results"]:
-            continue
+    args.report.parent.mkdir(parents=True, exist_ok=True)
+    for number, group in enumerate(group for group in groups if "kept" in group[0]["results"]):
         names = group[0]["results"]["kept"]
         kept = {name: cell((100 * record["results"]["kept"][name] for record in group), 1) for name in names}
         more = {
@@ -243,12 +242,14 @@ def report(args, groups: list[list[dict]]) -> str:
             "kept of the words' last letters": of(group, "kept_at_ends_of_words", 100),
             "of all other characters": of(group, "kept_elsewhere", 100),
         }
-        parts += ["Vectors left after each layer, % of the characters (the end of the text is one):"]
-        parts += [table_of_rows([{**kept, **more}])]
-        args.report.parent.mkdir(parents=True, exist_ok=True)
-        figure = args.report.with_suffix(".png")
+        figure = args.report.with_name(f"{args.report.stem}_{number}.png")
         draw(group[0]["results"]["shown"], figure)
-        parts += [f"![What each layer keeps of some texts]({figure.name})"]
+        parts += [
+            f"## {group[0]['settings']['method']}",
+            "Vectors left after each layer, % of the characters (the end of the text is one):",
+            table_of_rows([{**kept, **more}]),
+            f"![What each layer keeps of some texts]({figure.name})",
+        ]
     size = groups[0][0]["settings"]
     minutes = sum(record["seconds"] for group in groups for record in group) / 60
     return (
