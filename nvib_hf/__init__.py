@@ -59,8 +59,8 @@ if find_spec("transformers") is not None:
     )
 
     from .architectures import CrossAttention, register_cross_attention
-    from .callbacks import CollapseCallback, ConstraintCallback, KLAnnealingCallback, ThresholdCallback
-    from .collapse import CollapseWarning, EvaluationGapWarning
+    from .callbacks import ConstraintCallback, KLAnnealingCallback, ThresholdCallback
+    from .collapse import CollapseCallback, CollapseWarning, EvaluationGapWarning
     from .configuration_nvib import NvibConfig
     from .evaluation import evaluate
     from .evaluation_report import add_to_model_card, evaluation_section

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Seq2SeqTrainer, TrainerState
 from transformers.modelcard import TrainingSummary
 
-from .callbacks import CollapseCallback
+from .collapse import CollapseCallback
 from .loss import SMOOTHING
 from .markdown import markdown_table
 from .measuring import MeasuringCallback
