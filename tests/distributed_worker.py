@@ -193,16 +193,9 @@ def fsdp(rank: int, world: int, folder: Path) -> dict:
     found["resumed"] = logits(again), logits(model)
 
     def trained(which):
-        optimiser = torch.optim.SGD(which.parameters(), lr=0.1)
-        losses = []
-        for _ in range(2):
-            torch.manual_seed(3)
-            loss = which.train()(**batch("bart")).loss
-            loss.backward()
-            optimiser.step()
-            optimiser.zero_grad()
-            losses.append(loss.detach())
-        return torch.stack(losses), which.eval().generate(**inputs, **LENGTH)
+        torch.manual_seed(3)
+        losses, _ = train_steps(which.train(), batch("bart"))
+        return losses, which.eval().generate(**inputs, **LENGTH)
 
     everywhere = model_of(f"bart{EVERYWHERE}"), model_of(f"bart{EVERYWHERE}")
     found["all attentions"] = trained(shard(everywhere[0], mesh)), trained(everywhere[1])

@@ -110,29 +110,31 @@ def make_tokenizer(phones: set[str]) -> PreTrainedTokenizerFast:
 
 
 # ---------------------------------------------------------------------------------------------- models
-def make_model(tokenizer: PreTrainedTokenizerFast) -> MarianMTModel:
-    """A small Marian with fresh weights: a BART whose positions are sinusoids, so that longer words have some."""
-    return MarianMTModel(
-        MarianConfig(
-            vocab_size=len(tokenizer),
-            d_model=128,
-            encoder_layers=2,
-            decoder_layers=2,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=512,
-            decoder_ffn_dim=512,
-            max_position_embeddings=MAX_TOKENS + 2,
-            dropout=0.1,
-            init_std=128**-0.5,
-            scale_embedding=True,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            decoder_start_token_id=tokenizer.bos_token_id,
-            forced_eos_token_id=None,
-        )
-    )
+def make_model(tokenizer: PreTrainedTokenizerFast, **changes) -> MarianMTModel:
+    """A small Marian with fresh weights: a BART whose positions are sinusoids, so that longer words have some.
+
+    ``changes`` are other settings of its configuration.
+    """
+    settings = {
+        "vocab_size": len(tokenizer),
+        "d_model": 128,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 512,
+        "decoder_ffn_dim": 512,
+        "max_position_embeddings": MAX_TOKENS + 2,
+        "dropout": 0.1,
+        "init_std": 128**-0.5,
+        "scale_embedding": True,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "decoder_start_token_id": tokenizer.bos_token_id,
+        "forced_eos_token_id": None,
+    }
+    return MarianMTModel(MarianConfig(**{**settings, **changes}))
 
 
 def train(model: PreTrainedModel, tokenizer, examples: list[dict], steps: int, learning_rate: float, seed: int):

@@ -22,9 +22,10 @@ import text_vae as example
 import torch
 from baselines import AutoencoderBottleneck, with_bottleneck
 from figures import pyplot
+from regulariser import make_model
 from runner import cell, over_seeds, parser, run_all, table_of_rows, write_report
 from training import clauses, train
-from transformers import MarianConfig, MarianMTModel, set_seed
+from transformers import set_seed
 
 from nvib_hf import ConstraintCallback, NvibForConditionalGeneration
 from nvib_hf.evaluation import rate_distortion, reconstruct, reconstruction_scores
@@ -62,27 +63,8 @@ def build(method: str, texts: list[str]):
     A Marian, whose positions are sinusoids: with positions to learn, copying takes several times the steps.
     """
     tokenizer = example.train_tokenizer(texts, CHARACTERS)
-    base = MarianMTModel(
-        MarianConfig(
-            vocab_size=len(tokenizer),
-            d_model=128,
-            encoder_layers=ENCODER_LAYERS,
-            decoder_layers=2,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=512,
-            decoder_ffn_dim=512,
-            max_position_embeddings=MAX_LENGTH + 2,
-            dropout=0.0,
-            init_std=128**-0.5,
-            scale_embedding=True,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            decoder_start_token_id=tokenizer.bos_token_id,
-            forced_eos_token_id=None,
-        )
-    )
+    positions = MAX_LENGTH + 2
+    base = make_model(tokenizer, encoder_layers=ENCODER_LAYERS, max_position_embeddings=positions, dropout=0.0)
     accepted, _ = METHODS[method]
     if accepted is None:
         return with_bottleneck(base, AutoencoderBottleneck, tau_sigma=0.0), tokenizer, []
