@@ -1,4 +1,4 @@
-"""What the model refuses, each with what to do instead: its way of the data is in ``modeling_nvib.py``."""
+"""What the model refuses, each with what to do instead; its way of the data is in ``encoding.py`` and in the model."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
 """``NvibForConditionalGeneration``: a pretrained encoder-decoder with a bottleneck between its halves.
 
-The way of the data: ``encode`` (encoder, NVIB layer, latents), then ``forward`` (packed latents, decoder, loss) or
-``generate``.
+The way of the data: ``encode`` (``encoding.py``: encoder, NVIB layer, latents), then ``forward`` (packed latents,
+decoder, loss) or ``generate`` (``generation.py``).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import inspect
 
 import torch
 from torch import Tensor
@@ -25,49 +25,38 @@ from .base_model import (
     decoder_positions,
     drop_words,
     freeze_unused,
-    gathering,
     run_decoder,
     run_decoder_over_source,
-    run_encoder,
     shift_right,
-    source_padding,
 )
 from .checks import (
     NOTHING_TO_READ,
     check_attentions,
     check_base,
     check_batch,
-    check_known,
     check_labels_were_left,
     check_latents,
-    check_length_is_left,
     check_positions,
     check_replacement,
-    check_states_are_whole,
 )
 from .configuration_nvib import NvibConfig
 from .cross_attention import check_cache_was_found, convert_cross_attention
+from .encoding import NvibEncodingMixin
 from .generation import NvibGenerationMixin
-from .latent import NvibLatents, interpolate
-from .latent_prior import sample_from_prior
-from .latent_transport import interpolate_by_transport
-from .latent_variation import blend, vary
+from .latent import NvibLatents
+from .latent_methods import NvibLatentsMixin
 from .layer_terms import begin_recording, end_recording
 from .loss import IGNORED, nvib_loss, regulariser
 from .model_card import NvibModelCardMixin
 from .nvib_layers import NvibLayersMixin
 from .outputs import LatentOutput, NvibSeq2SeqLMOutput, joined_output
-from .packing import pack
-from .posterior import NvibOutput
 from .precision import SinglePrecisionMixin
 from .pretrained import NvibSeq2SeqPretrainedMixin
-from .stacked_attention import left_of
-from .validation import check_choice, check_prior
+from .validation import check_prior
 from .versions import CACHE, given_cache, warn_if_untested
 from .wrapping import cross_attention_of, make_layer, put_into_self_attention
 
 RECORDED = {"output_attentions", "output_hidden_states"}
-INTERPOLATIONS = {"transport": interpolate_by_transport, "mixture": interpolate}
 FOLLOWS_THE_BASE = (
     "_supports_sdpa",
     "_supports_flash_attn",
@@ -81,6 +70,8 @@ OF_THE_DECODER = {"use_cache", CACHE, "encoder_hidden_states", "encoder_attentio
 
 class NvibForConditionalGeneration(
     NvibModelCardMixin,
+    NvibEncodingMixin,
+    NvibLatentsMixin,
     NvibSeq2SeqPretrainedMixin,
     NvibLayersMixin,
     SinglePrecisionMixin,
@@ -165,146 +156,6 @@ class NvibForConditionalGeneration(
         self.model_tags = ["nvib"]  # of the model card; pushing adds to the list
         self.card_metadata: dict = {}  # the model card's license, language, datasets, ...
         self.post_init()
-
-    # Encode
-
-    def encode(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        *,
-        sample: bool | None = None,
-        generator: torch.Generator | None = None,
-        **inputs,
-    ) -> NvibLatents:
-        """Inputs to latents.
-
-        Args:
-            input_ids, attention_mask, inputs: what the base's encoder takes. Or, in place of them, what an earlier
-                call of the model returned as ``encoder_last_hidden_state`` ``(B, Ns, H)``, with its mask if it has one
-                (``(B, Ns)``, or as the encoder took it): a frozen encoder need not run again.
-            sample: draw from the posterior (``kappa`` vectors per component), or take the posterior itself; by
-                default as in training or evaluation, whichever mode the model is in. (In the encoder's own attentions
-                the mode decides.)
-            generator: for the draws.
-        """
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
-        self._check_names(inputs)
-        return self._encode_alone(inputs, sample, generator)[0]
-
-    def _encode(
-        self,
-        inputs: dict,
-        sample: bool | None = None,
-        generator: torch.Generator | None = None,
-        decode_only: bool = False,
-    ) -> tuple[NvibLatents, BaseModelOutput]:
-        """Latents, and the encoder's own output; with ``decode_only`` what decoding reads of them, and can see."""
-        states, stacked = inputs.get(STATES), self._stacked()
-        if states is None:
-            for module in self._self_attentions().values():
-                module.nvib_generator = generator
-            for module in stacked:
-                module.nvib_shortens = decode_only and not self.training
-            outputs, padding = run_encoder(self.base, self._encoder_arguments(inputs))
-        else:
-            check_states_are_whole(stacked)
-            outputs = BaseModelOutput(last_hidden_state=states)
-            padding = source_padding(self.base.get_encoder(), inputs.get("attention_mask"), states.shape[1])
-        if stacked:
-            padding, left = left_of(stacked)
-            check_length_is_left(padding, outputs.last_hidden_state)
-        latents = self._latents(self.nvib(outputs.last_hidden_state, padding, sample, generator, decode_only))
-        if stacked and latents.prop_vectors is not None:  # of the source, not of what the encoder's layers left of it
-            latents.prop_vectors = latents.prop_vectors * left
-        if decode_only and latents.logvar is None:  # of a sample, draws decide what there is to see
-            latents = latents.compact()
-        return latents, outputs
-
-    def _latents(self, output: NvibOutput) -> NvibLatents:
-        """Latents of what the layer returned."""
-        return NvibLatents.of(output)
-
-    def _encode_alone(self, *args, **kwargs) -> tuple[NvibLatents, BaseModelOutput]:
-        """:meth:`_encode` outside of ``forward``."""
-        try:
-            return gathering(self, "_encode")(*args, **kwargs)
-        finally:
-            for module in self._self_attentions().values():
-                module.nvib_generator = None
-
-    def _encoder_arguments(self, inputs: dict) -> dict:
-        return {k: v for k, v in inputs.items() if k in self._encoder_argument_names and v is not None}
-
-    def _check_names(self, inputs: dict) -> None:
-        given = [name for name, value in inputs.items() if value is not None]
-        check_known(given, type(self).__name__, self._argument_names)
-
-    def _packed(self, latents: NvibLatents, states: BaseModelOutput | None = None) -> LatentOutput:
-        """What the decoder reads of latents, in the place of the encoder's output, with its other ``states``."""
-        packed = pack(latents.attended(self.scale, self.config.evaluation))
-        return (
-            LatentOutput(packed) if states is None else LatentOutput(packed, states.hidden_states, states.attentions)
-        )
-
-    # Latents that come from no text, and new ones from old
-
-    @torch.no_grad()
-    def sample_latents(
-        self,
-        num_samples: int,
-        num_vectors: int | Sequence[int] | Tensor,
-        generator: torch.Generator | None = None,
-    ) -> NvibLatents:
-        """Latents from the prior: new text from nothing; see :func:`~nvib_hf.latent_prior.sample_from_prior`."""
-        return sample_from_prior(self, num_samples, num_vectors, generator)
-
-    def interpolate_latents(
-        self, first: NvibLatents, second: NvibLatents, weight: float | Tensor, method: str = "transport"
-    ) -> NvibLatents:
-        """Between two batches of latents: ``weight`` 0 is ``first``, 1 is ``second``; a number or ``(B,)``.
-
-        A batch of one is repeated: ``weight=torch.linspace(0, 1, 5)`` between two latents is a walk of five steps.
-
-        Args:
-            method: ``"transport"`` moves the components of the one to those of the other
-                (:func:`~nvib_hf.latent_transport.interpolate_by_transport`); ``"mixture"`` puts both side by side, as
-                published (:func:`~nvib_hf.latent.interpolate`).
-
-        Raises:
-            ImportError: ``"transport"`` without the package POT.
-            ValueError: another method; weights outside [0, 1]; batch sizes that do not fit; latents of another model.
-        """
-        check_choice("method", method, tuple(INTERPOLATIONS))
-        for latents in (first, second):
-            check_latents(latents, self.nvib)
-        return INTERPOLATIONS[method](first, second, weight)
-
-    @torch.no_grad()
-    def vary_latents(
-        self,
-        latents: NvibLatents,
-        temperature: float = 1.0,
-        redraw_weights: bool = False,
-        generator: torch.Generator | None = None,
-    ) -> NvibLatents:
-        """New text close to old one: a draw around each latent; see :func:`~nvib_hf.latent_variation.vary`."""
-        check_latents(latents, self.nvib)
-        return vary(latents, temperature, redraw_weights, generator)
-
-    @torch.no_grad()
-    def blend_latents(
-        self,
-        latents: NvibLatents,
-        num_samples: int,
-        num_parents: int = 2,
-        generator: torch.Generator | None = None,
-    ) -> NvibLatents:
-        """New text between old ones: random latents on the way; see :func:`~nvib_hf.latent_variation.blend`."""
-        check_latents(latents, self.nvib)
-        return blend(latents, num_samples, num_parents, generator)
-
-    # Forward
 
     @can_return_tuple
     def forward(
@@ -424,6 +275,9 @@ class NvibForConditionalGeneration(
             )
         is_replica = getattr(self, "_is_replica", False)
         return joined_output(outputs, states, latents, terms, loss, cross_entropy, with_latents=not is_replica)
+
+    # generate() asks for it at every step of a model whose code may come from the Hub.
+    forward.__signature__ = inspect.signature(forward)
 
     def _read(self, batch: dict[str, Tensor]) -> None:
         """Run what reads the inputs of a batch: the encoder, and the decoder too if it has NVIB layers of its own."""
