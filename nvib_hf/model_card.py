@@ -73,7 +73,7 @@ CITATION = """\
 TEXT = """\
 # {title}
 
-{base} with a nonparametric variational information bottleneck (NVIB) between encoder and decoder.
+{base} with a nonparametric variational information bottleneck (NVIB) between encoder and decoder{inside}.
 
 The encoder's vectors become a distribution over weighted sets of vectors. Training decodes a sample of it, while two
 KL terms, one for the vectors and one for their weights, limit what passes. Each input thus has a latent that can be
@@ -121,6 +121,7 @@ def model_card(model, name: str, training: str = "", **metadata) -> ModelCard:
     text = TEXT.format(
         title=name.rsplit("/", 1)[-1],
         base=_base(model.config),
+        inside=_inside(model.config),
         snippet=f"{read}\n\n{USE}".format(name=name),
         settings=markdown_table(("setting", "value"), *((f"`{k}`", value) for k, value in _settings(model).items())),
         training=training and f"## Training\n\n{training.strip()}\n\n",
@@ -150,6 +151,16 @@ def _base(config: NvibConfig) -> str:
     architecture = f"`{config.base_architecture}`" + (f" of {kinds}" if kinds else "")
     links = " and ".join(f"[{name}](https://huggingface.co/{name})" for name in base_ids(config))
     return f"{links} ({architecture})" if links else f"A {architecture}"
+
+
+def _inside(config: NvibConfig) -> str:
+    """Which self-attentions have NVIB too, in words."""
+    where = []
+    for kind, layers in config.attentions.items():
+        if kind != "cross":
+            some = "all layers" if layers == "all" else f"layers {', '.join(map(str, layers))}"
+            where.append(f"the {kind}'s self-attention ({some})")
+    return f", and in {' and '.join(where)}" if where else ""
 
 
 def _settings(model) -> dict[str, str]:

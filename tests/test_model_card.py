@@ -115,6 +115,22 @@ def test_settings_are_those_of_the_configuration():
         assert said == repr(value) or float(said) == value, name
 
 
+@pytest.mark.parametrize(
+    ("attentions", "said"),
+    [
+        (None, "between encoder and decoder."),
+        (["cross", "encoder"], "between encoder and decoder, and in the encoder's self-attention (all layers)."),
+        (
+            {"cross": "all", "encoder": "all", "decoder": [0, 1]},
+            "and in the encoder's self-attention (all layers) and the decoder's self-attention (layers 0, 1).",
+        ),
+    ],
+)
+def test_says_in_which_attentions_it_is(attentions, said):
+    _, text = read(model_card(wrap(attentions=attentions), "model"))
+    assert f"{said}\n" in text
+
+
 def test_settings_show_a_prior_that_was_fitted():
     model = wrap()
     mean, variance = torch.linspace(-1, 2, 32), torch.full((32,), 4.0)
