@@ -108,38 +108,43 @@ def one(settings: dict) -> dict:
     return {"right": right, "loss": trainer.state.log_history[-2].get("loss")}
 
 
-def difference(method: list[list[int]], plain: list[list[int]]) -> str:
-    """In points, with a bootstrap interval of 95 % over the test's texts; means over seeds."""
-    changes = 100 * (np.mean(method, axis=0) - np.mean(plain, axis=0))
+def difference(method: dict[int, list[int]], plain: dict[int, list[int]]) -> str:
+    """In points, with a bootstrap interval of 95 % over the test's texts; means over the seeds that both have."""
+    changes = 100 * np.mean([np.subtract(method[seed], plain[seed]) for seed in method.keys() & plain.keys()], axis=0)
     draws = np.random.default_rng(0).integers(0, len(changes), (10_000, len(changes)))
     low, high = np.percentile(changes[draws].mean(1), [2.5, 97.5])
     return f"{changes.mean():+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def report(records: list[dict]) -> str:
-    by_key: dict[tuple[str, str], list[dict]] = {}
+    by_key: dict[tuple[str, str], dict[int, dict[str, list[int]]]] = {}  # of each seed, which of the tests are right
     for record in records:
         settings = record["settings"]
-        by_key.setdefault((settings["share"], settings["method"]), []).append(record["results"]["right"])
+        of_seed = by_key.setdefault((settings["share"], settings["method"]), {})
+        of_seed[settings["seed"]] = record["results"]["right"]
     rows = []
     for share in dict.fromkeys(share for share, _ in by_key):
         found = {method: by_key[share, method] for _, method in by_key if (share, method) in by_key}
         accuracy = {
-            method: {name: 100 * np.mean([r[name] for r in rights]) for name in rights[0]}
+            method: {
+                test: 100 * np.mean([right[test] for right in rights.values()])
+                for test in records[0]["results"]["right"]
+            }
             for method, rights in found.items()
         }
         with_nvib = [method for method in found if METHODS[method] is not None]
         chosen = max(with_nvib, key=lambda method: accuracy[method]["validation"]) if len(with_nvib) > 1 else None
         for method, rights in found.items():
-            row = {"data": share, "method": f"**{method}**" if method == chosen else method}
-            row |= {f"{name}, %": f"{value:.1f}" for name, value in accuracy[method].items()}
-            for name in ("definitions", "sentences"):
-                against = (
-                    ""
-                    if method == "plain" or "plain" not in found
-                    else difference([r[name] for r in rights], [r[name] for r in found["plain"]])
-                )
-                row[f"{name}: difference, 95 %"] = against
+            row = {
+                "data": share,
+                "method": f"**{method}**" if method == chosen else method,
+                "seeds": str(len(rights)),
+                **{f"{test}, %": f"{value:.1f}" for test, value in accuracy[method].items()},
+            }
+            for test in ("definitions", "sentences"):
+                both = [{seed: right[test] for seed, right in found.get(m, {}).items()} for m in (method, "plain")]
+                compared = method != "plain" and both[0].keys() & both[1].keys()
+                row[f"{test}: difference, 95 %"] = difference(*both) if compared else ""
             rows.append(row)
     settings = records[0]["settings"]
     minutes = sum(record["seconds"] for record in records) / 60
