@@ -66,9 +66,9 @@ def gathering(model: nn.Module, name: str) -> Callable:
 
 
 def run_encoder(base: PreTrainedModel, inputs: dict) -> tuple[BaseModelOutput, Tensor | None]:
-    """The encoder's output, projected to the decoder's width, and its mask ``(B, Ns)``, True = padding, or ``None``.
+    """The encoder's output, projected to the decoder's width, and its mask or that of its inputs, or ``None``.
 
-    ``inputs`` are the encoder's, by name.
+    ``inputs`` are the encoder's, by name. :func:`source_padding` makes of the mask where the output is padding.
     """
     encoder = base.get_encoder()
     if base.training and "input_features" in inputs and hasattr(base.base_model, "_mask_input_features"):
@@ -84,8 +84,7 @@ def run_encoder(base: PreTrainedModel, inputs: dict) -> tuple[BaseModelOutput, T
         hidden_states=getattr(outputs, "hidden_states", None),
         attentions=getattr(outputs, "attentions", None),
     )
-    mask = inputs.get("attention_mask") if downsampled is None else downsampled
-    return outputs, source_padding(encoder, mask, states.shape[1])
+    return outputs, inputs.get("attention_mask") if downsampled is None else downsampled
 
 
 def source_padding(encoder: nn.Module, attention_mask: Tensor | None, length: int) -> Tensor | None:

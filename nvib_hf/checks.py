@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import logging
 
 from .architectures import attention_scale, find_cross_attention
 from .attention_module import ConvertedAttention
 from .latent import NvibLatents
 from .loss import SMOOTHING
 
+if TYPE_CHECKING:
+    from .configuration_nvib import NvibConfig
+
+logger = logging.get_logger(__name__)
 NOTHING_TO_READ = (
     "The decoder has nothing to read. Pass labels, decoder_input_ids or decoder_inputs_embeds; to write text call "
     "generate()."
@@ -123,6 +129,16 @@ def check_decoder_reads(decoder: nn.Module, args: tuple, inputs: dict) -> None:
     """Raise ValueError for a call of the decoder without tokens: a forward pre-hook, with keywords."""
     if not args and all(inputs.get(name) is None for name in ("input_ids", "inputs_embeds")):
         raise ValueError(NOTHING_TO_READ)
+
+
+def warn_of_a_loss_without_terms(config: NvibConfig) -> None:
+    """Say once that a training's loss, made elsewhere of the logits, lacks the KLs that are weighed."""
+    if max(config.lambda_gaussian, config.lambda_dirichlet, config.lambda_vectors) > 0:
+        logger.warning_once(
+            "A training pass got no labels, so the KLs are in no loss: label_smoothing_factor and compute_loss_func "
+            "of a Trainer take the labels away. Leave them out, or add the output's kl_gaussian and kl_dirichlet to "
+            "your loss."
+        )
 
 
 def check_replacement(token_id: int | None) -> None:

@@ -45,13 +45,17 @@ WEIGHTS = ("lambda_gaussian", "lambda_dirichlet", "lambda_vectors", "free_bits_g
 
 
 def _of_base(name: str) -> property:
-    """A setting that is the base configuration's, read and written there."""
+    """A setting that is the base configuration's, read and written there; what comes before that waits for it."""
 
     def read(config: NvibConfig):
-        return getattr(config.base_config, name, None)
+        return getattr(vars(config).get("base_config"), name, None)
 
     def write(config: NvibConfig, value) -> None:
-        setattr(config.base_config, name, value)
+        base = vars(config).get("base_config")
+        if isinstance(base, PreTrainedConfig):
+            setattr(base, name, value)
+        else:
+            vars(config).setdefault("_waiting", {})[name] = value
 
     return property(read, write, doc=f"``{name}`` of the base configuration.")
 
@@ -199,6 +203,9 @@ class NvibConfig(PreTrainedConfig):
     eos_token_id = _of_base("eos_token_id")
     decoder_start_token_id = _of_base("decoder_start_token_id")
     tie_word_embeddings = _of_base("tie_word_embeddings")
+    id2label = _of_base("id2label")
+    label2id = _of_base("label2id")
+    problem_type = _of_base("problem_type")
 
     def __post_init__(self, **kwargs) -> None:
         if self.config_version > CONFIG_VERSION:
@@ -216,7 +223,11 @@ class NvibConfig(PreTrainedConfig):
                 "attn_implementation", {"": self.base_config._attn_implementation, "base_config": implementations}
             )
             self.base_config = copy.deepcopy(self.base_config)
+        waiting = vars(self).pop("_waiting", {})
         super().__post_init__(**kwargs)
+        for name, value in waiting.items():
+            if value is not None and not self.is_encoder_decoder:  # whose base may have labels, but uses none
+                setattr(self, name, value)
         check_prior(self.prior_mu, self.prior_var, self.prior_alpha)
         check_settings(
             self.delta,

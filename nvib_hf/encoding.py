@@ -12,7 +12,7 @@ from .latent import NvibLatents
 from .outputs import LatentOutput
 from .packing import pack
 from .posterior import NvibOutput
-from .stacked_attention import left_of
+from .stacked_attention import left_of, shortening
 
 
 class NvibEncodingMixin:
@@ -60,19 +60,20 @@ class NvibEncodingMixin:
         if states is None:
             for module in self._self_attentions().values():
                 module.nvib_generator = generator
-            for module in stacked:
-                module.nvib_shortens = decode_only and not self.training
-            outputs, padding = run_encoder(self.base, self._encoder_arguments(inputs))
+            with shortening(stacked, decode_only and not self.training):
+                outputs, mask = run_encoder(self.base, self._encoder_arguments(inputs))
         else:
             check_states_are_whole(stacked)
-            outputs = BaseModelOutput(last_hidden_state=states)
-            padding = source_padding(self.base.get_encoder(), inputs.get("attention_mask"), states.shape[1])
-        if stacked:
-            padding, left = left_of(stacked)
+            outputs, mask = BaseModelOutput(last_hidden_state=states), inputs.get("attention_mask")
+        left = left_of(stacked)
+        if left is None:
+            padding = source_padding(self.base.get_encoder(), mask, outputs.last_hidden_state.shape[1])
+        else:
+            padding, share = left
             check_length_is_left(padding, outputs.last_hidden_state)
         latents = self._latents(self.nvib(outputs.last_hidden_state, padding, sample, generator, decode_only))
-        if stacked and latents.prop_vectors is not None:  # of the source, not of what the encoder's layers left of it
-            latents.prop_vectors = latents.prop_vectors * left
+        if left is not None and latents.prop_vectors is not None:  # of the source, not of what its layers left of it
+            latents.prop_vectors = latents.prop_vectors * share
         if decode_only and latents.logvar is None:  # of a sample, draws decide what there is to see
             latents = latents.compact()
         return latents, outputs

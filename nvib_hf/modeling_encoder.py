@@ -19,14 +19,14 @@ from transformers import (
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .base_loading import load_base
-from .checks import check_unwrapped
+from .checks import check_unwrapped, warn_of_a_loss_without_terms
 from .configuration_nvib import NvibConfig
 from .layer_terms import begin_recording, end_recording
 from .loss import regulariser
 from .nvib_layers import NvibLayersMixin
 from .precision import SinglePrecisionMixin
 from .pretrained import NvibPretrainedMixin
-from .stacked_attention import clear
+from .stacked_attention import left_of
 from .versions import warn_if_untested
 from .wrapping import put_into_self_attention
 
@@ -82,6 +82,12 @@ def classifier_class(
     return found[0]
 
 
+def auto_class(base: PreTrainedModel, autos: tuple[type, ...]) -> str:
+    """The name of the one of Transformers' ``autos`` that loads such a base; the first, if none does."""
+    fitting = (auto for auto in autos if auto._model_mapping.get(type(base.config), None) is type(base))
+    return next(fitting, autos[0]).__name__
+
+
 class NvibEncoderModel(NvibPretrainedMixin, NvibLayersMixin, SinglePrecisionMixin, PreTrainedModel):
     r"""A pretrained encoder with a head, whose self-attentions read distributions: what its subclasses share.
 
@@ -127,9 +133,8 @@ class NvibEncoderModel(NvibPretrainedMixin, NvibLayersMixin, SinglePrecisionMixi
         config.attentions, config.is_encoder_decoder = attentions, False
         # The live configuration, so that a change of attention implementation is seen on both sides.
         config.base_config, config.base_architecture = base.config, type(base).__name__
-        config.id2label, config.label2id = base.config.id2label, base.config.label2id
-        config.problem_type = base.config.problem_type
         self.main_input_name = base.main_input_name
+        self._auto_class = auto_class(base, self._autos)  # of saved code
         self.base = base
         names = put_into_self_attention(base, {"encoder": base}, config)
         self._self_attention_names = {layer: f"base.{name}" for layer, name in names.items()}
@@ -176,20 +181,22 @@ class NvibEncoderModel(NvibPretrainedMixin, NvibLayersMixin, SinglePrecisionMixi
         given = {name: value for name, value in inputs.items() if value is not None}
         outputs = self.base(**given, **kwargs, return_dict=True)
         terms = end_recording(layers)
-        for module in self._stacked():
-            clear(module)  # what it handed on to the layer above
-        charged = terms.charged()
+        left_of(self._stacked())
+        charged = terms.charged()  # None where layer drop skipped all of them
+        regularisation = None if charged is None else regulariser(charged, self.kl_beta, self.config)
         loss = outputs.loss
-        if loss is not None:
-            loss = loss + regulariser(charged, self.kl_beta, self.config).mean()
+        if loss is not None and regularisation is not None:
+            loss = loss + regularisation.mean()
+        elif loss is None and self.training and torch.is_grad_enabled():
+            warn_of_a_loss_without_terms(self.config)
         return NvibClassifierOutput(
             loss=loss,
             logits=outputs.logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             cross_entropy=outputs.loss,
-            kl_gaussian=charged.kl_gaussian,
-            kl_dirichlet=charged.kl_dirichlet,
+            kl_gaussian=None if charged is None else charged.kl_gaussian,
+            kl_dirichlet=None if charged is None else charged.kl_dirichlet,
             layer_kl_gaussian=terms.kl_gaussian,
             layer_kl_dirichlet=terms.kl_dirichlet,
             layer_prop_vectors=terms.prop_vectors,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from .configuration_nvib import TAUS
 from .initialisation import EmpiricalPrior, PriorStatistics
 from .nvib_layer import NvibLayer
-from .self_attention import DenoisingSelfAttention, visible_keys
+from .self_attention import DenoisingSelfAttention
 from .stacked_attention import StackedSelfAttention
 
 
@@ -74,9 +75,10 @@ class NvibLayersMixin:
         """
         if unknown := sorted(taus.keys() - TAUS.keys()):
             raise TypeError(f"set_taus takes no argument {unknown[0]!r}, but {', '.join(TAUS)}.")
-        type(self.config)(**{name: getattr(self.config, name) for name in TAUS} | taus)  # checks them
-        for name, value in taus.items():
-            setattr(self.config, name, value)
+        config, names = self.config, ("alpha_activation", *TAUS)
+        checked = type(config)(**{name: getattr(config, name) for name in names} | taus)
+        for name in TAUS:
+            setattr(config, name, copy.deepcopy(getattr(checked, name)))
         for name, layer in self.nvib_layers().items():
             layer.identity_init(**self.config.taus(name.partition(".")[0]))
 
@@ -129,8 +131,7 @@ class NvibLayersMixin:
 def _watch_attention(seen: PriorStatistics) -> Callable:
     def see(module: DenoisingSelfAttention, args: tuple, kwargs: dict) -> None:
         hidden_states, mask = module.states_and_mask(args, kwargs)
-        visible = visible_keys(mask, hidden_states)
-        seen.add(hidden_states, None if visible is None else ~visible)
+        seen.add(hidden_states, module.unseen(mask, hidden_states))
 
     return see
 

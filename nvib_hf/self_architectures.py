@@ -27,6 +27,7 @@ class SelfAttention:
             if it takes none).
         has_position_bias: the module adds what its ``compute_bias`` makes of positions to the scores.
         returns: what ``forward`` returns, in order: ``output``, ``weights``, or the name of an argument.
+        shortens: what it drops can leave the sequence: nothing else in its layer reads a mask of the whole.
     """
 
     place: str
@@ -44,6 +45,7 @@ class SelfAttention:
     cache: str | None = CACHE
     has_position_bias: bool = False
     returns: tuple[str, ...] = ("output", "weights")
+    shortens: bool = True
 
 
 ATTRIBUTES = (
@@ -126,13 +128,13 @@ register_self_attention(
     "M2M100Attention",
     "MarianAttention",
     "MBartAttention",
-    "NllbMoeAttention",
     "PegasusAttention",
     "PegasusXAttention",
     "PLBartAttention",
     "Speech2TextAttention",
     "WhisperAttention",
 )
+register_self_attention(replace(BART, shortens=False), "NllbMoeAttention")  # its router reads the mask, too
 register_self_attention(
     T5,
     "LongT5Attention",

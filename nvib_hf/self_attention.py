@@ -72,6 +72,11 @@ class DenoisingSelfAttention(ConvertedAttention):
         if self.nvib_recording:
             self.nvib_posterior, self.nvib_visible = posterior, visible_keys(mask, hidden_states)
 
+    def unseen(self, mask: Tensor | None, hidden_states: Tensor) -> Tensor | None:
+        """Positions that no query sees, ``(B, N)``; ``None`` if there are none."""
+        visible = visible_keys(mask, hidden_states)
+        return None if visible is None else ~visible
+
     def states_and_mask(self, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor | None]:
         """Of a call's arguments."""
         inputs = self._given(args, kwargs)
@@ -192,7 +197,8 @@ def carried(key: Tensor, bias: Tensor, shrinkage: Tensor | None) -> Tensor:
     parts = [key, channels[:, None].expand(-1, heads, -1, -1)]
     if shrinkage is not None:
         missing = -shrinkage.shape[-1] % heads
-        parts.append(F.pad(shrinkage, (0, missing)).unflatten(-1, (heads, -1)).transpose(1, 2))
+        shrinkage = F.pad(shrinkage, (0, missing)).unflatten(-1, (heads, -1)).transpose(1, 2)
+        parts.append(shrinkage.to(key.dtype))  # under autocast its own may be wider, and would be that of all channels
     return torch.cat(parts, dim=-1)
 
 

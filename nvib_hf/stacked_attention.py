@@ -6,15 +6,18 @@ sequence altogether.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
 from .denoising_attention import AttendedLatent
 from .dropping import kept_first
 from .posterior import Posterior
-from .self_attention import DenoisingSelfAttention, visible_keys
+from .self_attention import DenoisingSelfAttention
 
-OF_A_PASS = ("nvib_gone", "nvib_places", "nvib_order", "nvib_log_alpha", "nvib_length")
+OF_A_PASS = ("nvib_gone", "nvib_places", "nvib_order", "nvib_log_alpha", "nvib_length", "nvib_left")
 NOT_SEEN = (
     "An encoder layer cannot see what the one below it dropped or weighed: its forward pass runs again without it, as "
     "in gradient checkpointing, or in a replica of nn.DataParallel. Train without them, or with NVIB in the encoder's "
@@ -26,26 +29,30 @@ class StackedSelfAttention(DenoisingSelfAttention):
     """The self-attention of an encoder layer in a stack, which :func:`stack` makes.
 
     ``nvib_below`` is the module below it in the stack, in a tuple, so that it is no part of this one;
-    ``nvib_shortens`` whether what is dropped leaves the sequence. The others are of a forward pass, until
-    :func:`left_of` clears them.
+    ``nvib_shortens`` whether what is dropped leaves the sequence; ``nvib_running`` whether the encoder runs. The
+    others are of that pass: when it ends, the top module keeps ``nvib_left`` for :func:`left_of`.
     """
 
     nvib_below: tuple[StackedSelfAttention, ...]
     nvib_shortens: bool
+    nvib_running: bool
     nvib_gone: Tensor | None  # (B, N'), True where nothing is left, of what this layer hands on
     nvib_places: Tensor | None  # (B, N'), where that stood in the encoder's input; None while it is all of it
     nvib_order: Tensor | None  # (B, N'), where it stood in this layer's own
     nvib_log_alpha: Tensor | None  # (B, N')
     nvib_length: int | None  # of the encoder's input
+    nvib_left: tuple[Tensor, Tensor] | None
 
     def _below(self, name: str) -> Tensor | int | None:
-        """What the layer below handed on; ``None`` if there is none."""
-        if not self.nvib_below:
-            return None
-        below = self.nvib_below[0]
-        if below.nvib_gone is None:
-            raise RuntimeError(NOT_SEEN)
-        return getattr(below, name)
+        """What the nearest layer below that ran (layer drop skips some) handed on; ``None`` if there is none."""
+        below = self.nvib_below
+        while below:
+            if not (self.nvib_running and below[0].nvib_running):
+                raise RuntimeError(NOT_SEEN)
+            if below[0].nvib_gone is not None:
+                return getattr(below[0], name)
+            below = below[0].nvib_below
+        return None
 
     def _latent(
         self, hidden_states: Tensor, log_alpha_below: Tensor | None = None
@@ -54,15 +61,20 @@ class StackedSelfAttention(DenoisingSelfAttention):
             hidden_states, self._below("nvib_log_alpha") if self.nvib_config.accumulate_alpha else None
         )
 
+    def unseen(self, mask: Tensor | None, hidden_states: Tensor) -> Tensor | None:
+        """What the layers below left nothing of, too."""
+        gone = self._below("nvib_gone")
+        return super().unseen(mask, hidden_states) if gone is None else gone
+
     def _see(self, posterior: Posterior, mask: Tensor | None, hidden_states: Tensor) -> None:
         """Leave what the layer above has to know, too."""
-        gone = self._below("nvib_gone")
+        gone, self.nvib_length = self.unseen(mask, hidden_states), self._below("nvib_length")
         if gone is None:
-            visible = visible_keys(mask, hidden_states)
-            gone = hidden_states.new_zeros(hidden_states.shape[:2], dtype=torch.bool) if visible is None else ~visible
+            gone = hidden_states.new_zeros(hidden_states.shape[:2], dtype=torch.bool)
+        if self.nvib_length is None:
             self.nvib_length, self.nvib_sources = hidden_states.shape[1], (~gone).sum(-1)
         else:
-            self.nvib_length, self.nvib_sources = self._below("nvib_length"), self.nvib_below[0].nvib_sources
+            self.nvib_sources = self._below("nvib_sources")
         if self.nvib_recording:
             self.nvib_posterior, self.nvib_visible = posterior, ~gone
         gone, log_alpha, places = gone | ~posterior.keep[:, 1:], posterior.log_alpha[:, 1:], self._below("nvib_places")
@@ -125,23 +137,66 @@ class Shortening:
         return (output[0].take_along_dim(order[..., None], dim=1), *output[1:])
 
 
-def stack(encoder: nn.Module, modules: dict[str, StackedSelfAttention]) -> None:
-    """Put converted modules of an encoder, by their names in it, on top of each other, the lowest first."""
+class Pass:
+    """Hooks of an encoder, before and after it runs: what the layers hand on to each other is of one pass.
+
+    By names, as :class:`Shortening`.
+    """
+
+    def __init__(self, attentions: list[str]) -> None:
+        self.attentions = attentions
+
+    def begin(self, encoder: nn.Module, args: tuple) -> None:
+        for name in self.attentions:
+            module = encoder.get_submodule(name)
+            clear(module)
+            module.nvib_running = True
+
+    def end(self, encoder: nn.Module, args: tuple, output: object) -> None:
+        modules = [encoder.get_submodule(name) for name in self.attentions]
+        top = next((module for module in reversed(modules) if module.nvib_gone is not None), None)
+        left = None if top is None else (top.nvib_gone, (~top.nvib_gone).sum(-1) / top.nvib_sources.clamp(min=1))
+        for module in modules:
+            clear(module)
+        modules[-1].nvib_left = left
+
+
+def stack(encoder: nn.Module, modules: list[StackedSelfAttention]) -> None:
+    """Put converted modules of an encoder on top of each other, the lowest first."""
+    names = {id(module): name for name, module in encoder.named_modules()}
     below = ()
-    for name, module in modules.items():
+    for module in modules:
         module.nvib_below, module.nvib_shortens = below, False
         below = (module,)
         clear(module)
+        name = names[id(module)]
         layer = encoder_layer(encoder, name)
         encoder.get_submodule(layer).register_forward_hook(Shortening(name.removeprefix(f"{layer}.")))
+    run = Pass([names[id(module)] for module in modules])
+    encoder.register_forward_pre_hook(run.begin)
+    encoder.register_forward_hook(run.end, always_call=True)
 
 
 def unstack(model: nn.Module) -> None:
     """Remove the hooks of :func:`stack` from the whole model."""
     for module in model.modules():
-        for key, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, Shortening):
-                del module._forward_hooks[key]
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, Shortening) or isinstance(getattr(hook, "__self__", None), Pass):
+                    del hooks[key]
+                    module._forward_hooks_always_called.pop(key, None)
+
+
+@contextmanager
+def shortening(modules: list[StackedSelfAttention], shortens: bool) -> Iterator[None]:
+    """Whether what they drop leaves the sequence, where their layers allow it."""
+    for module in modules:
+        module.nvib_shortens = shortens and module.nvib_row.shortens
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.nvib_shortens = False
 
 
 def encoder_layer(encoder: nn.Module, name: str) -> str:
@@ -153,19 +208,19 @@ def encoder_layer(encoder: nn.Module, name: str) -> str:
     raise ValueError(f"{type(encoder).__name__} keeps {name} in no list of layers, so nothing can be dropped in it.")
 
 
-def left_of(modules: list[StackedSelfAttention]) -> tuple[Tensor, Tensor]:
+def left_of(modules: list[StackedSelfAttention]) -> tuple[Tensor, Tensor] | None:
     """What a stack, which has run, left of the encoder's input: where nothing is, ``(B, N')``, and the share ``(B,)``.
 
-    Clears what is of that pass.
+    Once: it is forgotten then. ``None`` if there is no stack, or layer drop skipped all of it.
     """
-    top = modules[-1]
-    gone, sources = top.nvib_gone, top.nvib_sources
-    for module in modules:
-        clear(module)
-    return gone, (~gone).sum(-1) / sources.clamp(min=1)
+    if not modules:
+        return None
+    left, modules[-1].nvib_left = modules[-1].nvib_left, None
+    return left
 
 
 def clear(module: StackedSelfAttention) -> None:
     """Forget a forward pass."""
+    module.nvib_running = False
     for name in OF_A_PASS:
         setattr(module, name, None)

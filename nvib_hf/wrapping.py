@@ -95,7 +95,7 @@ def put_into_self_attention(base: PreTrainedModel, halves: dict[str, nn.Module],
         convert_self_attention(module, made, config, mixin)
     names = {layer: names[id(module)] for layer, module in found.items()}
     if stacked:
-        stack(base, {names[layer]: module for layer, module in found.items() if layer.startswith("encoder")})
+        stack(halves["encoder"], [module for layer, module in found.items() if layer.startswith("encoder")])
     return names
 
 

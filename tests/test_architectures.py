@@ -15,7 +15,7 @@ from transformers import GenerationMixin
 from nvib_hf import NvibForConditionalGeneration, NvibLatents, architectures, naive_denoising_attention
 from nvib_hf.architectures import find_cross_attention
 from nvib_hf.base_loading import base_class
-from nvib_hf.base_model import run_encoder
+from nvib_hf.base_model import run_encoder, source_padding
 from nvib_hf.cross_attention import DenoisingCrossAttention
 from nvib_hf.denoising_attention import attended_mixture, attended_points
 from nvib_hf.packing import pack
@@ -437,8 +437,9 @@ def deciding(family: str, **settings) -> NvibForConditionalGeneration:
     model = wrap(family, **settings, **NONTRIVIAL)
     layer = model.nvib
     layer.keep_weight.normal_(generator=torch.Generator().manual_seed(11))
-    states, padding = run_encoder(model.base, tiny_inputs(family))
-    posterior = layer.posterior(states.last_hidden_state, padding)
+    states, mask = run_encoder(model.base, tiny_inputs(family))
+    states = states.last_hidden_state
+    posterior = layer.posterior(states, source_padding(model.base.get_encoder(), mask, states.shape[1]))
     logits = posterior.keep_logit[:, 1:][posterior.mask[:, 1:]].sort().values
     middle = logits[len(logits) // 4 : -(len(logits) // 4)]
     widest = middle.diff().argmax()

@@ -201,24 +201,72 @@ def test_names_stay_and_unwrapping_gives_the_base_back():
     assert torch.equal(logits_of(unwrapped, "bert"), logits_of(base_of("bert"), "bert"))
 
 
-def test_code_from_a_folder_needs_no_package(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "auto"), [("bert", "AutoModelForSequenceClassification"), ("vit", "AutoModelForImageClassification")]
+)
+def test_code_from_a_folder_needs_no_package(kind, auto, tmp_path):
     """As from the hub, in a process that cannot import nvib_hf."""
-    model = wrap("bert", tau_alpha=1.0)
+    model = wrap(kind, tau_alpha=1.0)
     model.save_pretrained(tmp_path / "model")
-    torch.save({"inputs": inputs_of("bert"), "logits": logits_of(model, "bert")}, tmp_path / "expected.pt")
+    torch.save({"inputs": inputs_of(kind), "logits": logits_of(model, kind)}, tmp_path / "expected.pt")
     program = f"""
 import sys
 sys.modules["nvib_hf"] = None
 import torch
-from transformers import AutoModelForSequenceClassification
-model = AutoModelForSequenceClassification.from_pretrained({str(tmp_path / "model")!r}, trust_remote_code=True).eval()
+from transformers import {auto}
+model = {auto}.from_pretrained({str(tmp_path / "model")!r}, trust_remote_code=True).eval()
 expected = torch.load({str(tmp_path / "expected.pt")!r})
 with torch.no_grad():
-    assert torch.equal(model(**expected["inputs"]).logits, expected["logits"])
+    torch.testing.assert_close(model(**expected["inputs"]).logits, expected["logits"])
 """
     environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": ""}
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_labels_are_those_of_the_base(tmp_path):
+    """Set on a live model, saved, and given when loading, as of the base."""
+    model, names = wrap("bert"), {0: "bad", 1: "fair", 2: "good"}
+    model.config.id2label, model.config.label2id = names, {name: number for number, name in names.items()}
+    assert model.base.config.id2label == names
+    model.save_pretrained(tmp_path)
+    loaded = NvibForSequenceClassification.from_pretrained(tmp_path)
+    assert loaded.config.id2label == loaded.base.config.id2label == names
+    given = {"num_labels": 5, "problem_type": "multi_label_classification"}
+    loaded = NvibForSequenceClassification.from_pretrained(tmp_path, ignore_mismatched_sizes=True, **given).eval()
+    assert logits_of(loaded, "bert").shape == (3, 5)
+    assert loaded.config.num_labels == 5 and loaded.base.config.problem_type == "multi_label_classification"
+
+
+def test_a_live_kind_of_problem_counts():
+    model = wrap("bert").eval()
+    model.config.problem_type = "regression"
+    target = torch.arange(9.0).view(3, 3)
+    output = model(**inputs_of("bert"), labels=target)
+    torch.testing.assert_close(output.cross_entropy, (output.logits - target).square().mean())
+
+
+def test_a_training_whose_loss_has_no_divergences_is_warned_of(monkeypatch):
+    """A Trainer's label smoothing takes the labels away."""
+    said = []
+    monkeypatch.setattr("nvib_hf.checks.logger.warning_once", said.append)
+    for weight in (0.0, 0.01):
+        model = wrap("bert", lambda_gaussian=weight, lambda_dirichlet=weight)
+        for mode in (model.eval, model.train):
+            mode()(**inputs_of("bert"))
+        model.train()(**inputs_of("bert"), labels=labels_of("bert"))
+    assert len(said) == 1 and "label_smoothing_factor" in said[0]
+
+
+def test_layer_drop_skips_layers():
+    """A layer that does not run costs nothing; where none does, the loss is the head's."""
+    model = wrap("wav2vec2", attentions={"encoder": [1]}, lambda_gaussian=0.1, lambda_dirichlet=0.1).train()
+    for layerdrop, cost in ((0.0, True), (1.0, False)):
+        model.base.config.layerdrop = layerdrop
+        output = model(**inputs_of("wav2vec2"), labels=labels_of("wav2vec2"))
+        output.loss.backward()
+        assert (output.loss > output.cross_entropy).item() == cost
+        assert (output.kl_gaussian is not None) == cost
 
 
 def test_the_plain_trainer_fine_tunes_it(tmp_path):

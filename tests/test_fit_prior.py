@@ -94,6 +94,25 @@ def test_without_decoder_layers_inputs_are_enough():
     assert set(model.fit_prior([tiny_inputs("bart")])) == {"cross", "encoder.0", "encoder.1"}
 
 
+def test_what_layers_below_drop_is_not_counted():
+    model = NvibForConditionalGeneration.from_base_pretrained(
+        tiny_base("bart"), attentions=["cross", "encoder"], alpha_threshold=1.0, tau_alpha=0.0
+    )
+    layer, inputs, seen = model.nvib_layers()["encoder.0"], tiny_inputs("bart"), []
+    with torch.no_grad():
+        layer.alpha_quadratic.zero_()
+        layer.alpha_weight.normal_(generator=torch.Generator().manual_seed(1))
+        module = model.nvib_layers()["encoder.1"]
+        hook = module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        model.encode(**inputs)
+        states = model.get_encoder()(**inputs, output_hidden_states=True).hidden_states[0]
+        left = inputs["attention_mask"].bool() & (layer._log_alpha(states) > 0)
+        hook.remove()
+        assert 1 < left.sum() < inputs["attention_mask"].sum() - 1
+        priors = model.fit_prior([inputs])
+    torch.testing.assert_close(priors["encoder.1"].prior_mu, seen[0][left].mean(0), atol=1e-5, rtol=1e-5)
+
+
 def test_what_fails_changes_nothing():
     model = NvibForConditionalGeneration.from_base_pretrained(tiny_base("bart"), attentions=ALL).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -1,6 +1,7 @@
 """NVIB in the self-attention of every architecture that can have it: one body of tests over the shared matrix."""
 
 import copy
+import json
 import math
 from pathlib import Path
 
@@ -229,13 +230,15 @@ def test_training_attends_to_draws(family):
     torch.testing.assert_close(log_g.mean(0), expected, atol=0.15, rtol=0.05)
 
 
+@pytest.mark.parametrize("wider", [False, True])  # under autocast
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_what_a_key_carries_comes_back(dtype):
-    key, shrinkage = torch.randn(2, 4, 5, 8, dtype=dtype), torch.rand(2, 5, 30, dtype=dtype)
+def test_what_a_key_carries_comes_back(dtype, wider):
+    key, shrinkage = torch.randn(2, 4, 5, 8, dtype=dtype), torch.rand(2, 5, 30).to(dtype)
+    shrinkage = shrinkage.float() if wider else shrinkage
     bias = torch.randn(2, 5) * 100
     width, size = 8, 30
     again, its_bias, its_shrinkage = separated(carried(key, bias, shrinkage), width, size)
-    assert torch.equal(again, key) and torch.equal(its_shrinkage, shrinkage)
+    assert torch.equal(again, key) and torch.equal(its_shrinkage, shrinkage.to(dtype))
     torch.testing.assert_close(its_bias, bias, rtol=2**-22, atol=1e-5)
     assert separated(carried(key, bias, None), width, None)[2] is None
 
@@ -250,6 +253,19 @@ def test_cached_is_uncached(family, evaluation):
         uncached = {name: x for name, x in settings.items() if not name.startswith(("cache", "prompt"))}
         expected = generate(model, batch, use_cache=False, **uncached)
         assert torch.equal(generate(model, batch, **settings), expected)
+
+
+@EVALUATIONS
+def test_cached_is_uncached_under_autocast(evaluation):
+    """Keys are then in half precision, while a mixture's variances are not."""
+    model = wrap("t5", evaluation=evaluation, tau_alpha=3.0).eval()
+    with torch.no_grad():  # variances that differ from channel to channel
+        for layer in model.nvib_layers().values():
+            layer.mu_logvar.bias[layer.size_out :].normal_(std=2, generator=torch.Generator().manual_seed(0))
+    options = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = [model.generate(**tiny_inputs("t5"), **options, use_cache=use_cache) for use_cache in (True, False)]
+    assert (tokens[0] == tokens[1]).float().mean() > 0.9
 
 
 @EVALUATIONS
@@ -452,6 +468,18 @@ def test_taus_by_kind_and_anew():
     assert model.config.tau_alpha == {"decoder": 4.0}
     with pytest.raises(TypeError, match="tau_beta"):
         model.set_taus(tau_beta=1.0)
+    given = {"decoder": np.float32(3.0)}
+    model.set_taus(tau_alpha=given, tau_sigma=torch.tensor(0.5))  # as the configuration takes them
+    given["decoder"] = 7.0
+    assert model.config.tau_alpha == {"decoder": 3.0} and model.config.tau_sigma == 0.5
+    assert isinstance(json.loads(model.config.to_json_string())["tau_sigma"], float)
+
+
+def test_a_tau_that_a_model_cannot_be_loaded_with_is_refused():
+    model = wrap("bart", alpha_activation="relu")
+    with pytest.raises(ValueError, match="tau_alpha must be above 0"):
+        model.set_taus(tau_alpha=0.0)
+    assert model.config.tau_alpha == 10.0
 
 
 def test_freeze_base_trains_all_nvib_layers():

@@ -8,7 +8,7 @@ from tiny_models import tiny_base, tiny_inputs, tiny_labels
 from torch.nn import functional as F
 
 from nvib_hf import NvibForConditionalGeneration
-from nvib_hf.stacked_attention import Shortening, encoder_layer
+from nvib_hf.stacked_attention import encoder_layer
 
 FAMILIES = ["bart", "t5", "umt5", "whisper", "bert2gpt2"]
 THRESHOLD = 1.0
@@ -63,8 +63,9 @@ def test_what_is_taken_out_of_the_sequence_is_what_is_hidden(family, settings):
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
 
 
+# Encoders that downsample, and one whose router reads the mask, beside the usual ones.
 @pytest.mark.parametrize("evaluation", ["means", "mixture"])
-@pytest.mark.parametrize("family", ["bart", "t5", "bert2gpt2"])
+@pytest.mark.parametrize("family", ["bart", "t5", "bert2gpt2", "speech_to_text", "wav2vec2_to_bert", "nllb_moe"])
 def test_generation_from_inputs_and_from_latents(family, evaluation):
     model, inputs = stacked(family, evaluation=evaluation), tiny_inputs(family)
     options = {"max_new_tokens": 6, "do_sample": False, "num_beams": 2}
@@ -169,6 +170,24 @@ def test_a_fresh_stack_computes_the_base():
         torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("layers", ["all", [1]])
+def test_layer_drop_skips_layers(layers):
+    """What the layers that are skipped would have dropped is not dropped."""
+    model = stacked("m2m_100", layers).train()
+    inputs, labels = tiny_inputs("m2m_100"), tiny_labels("m2m_100")
+    encoder, dropped = model.get_encoder(), set()
+    encoder.layerdrop = 0.5
+    torch.manual_seed(0)
+    for _ in range(12):
+        output = model(**inputs, labels=labels)
+        output.loss.backward()
+        dropped.add(tuple(name for name in output.layer_prop_vectors or {} if name != "cross"))
+    assert len(dropped) == (4 if layers == "all" else 2)
+    encoder.layerdrop = 1.0
+    model.nvib.threshold_share.zero_()
+    assert model(**inputs, labels=labels).prop_vectors.tolist() == [1.0] * len(labels)
+
+
 def test_gradient_checkpointing_is_refused():
     model = stacked().train()
     model.activation_checkpointing_enable({"use_reentrant": False})
@@ -178,6 +197,19 @@ def test_gradient_checkpointing_is_refused():
 
 
 # --------------------------------------------------------------------------------------------------- the model
+def test_a_pass_leaves_nothing_behind():
+    """The encoder alone does the same whatever ran before, and the model can be copied after it."""
+    model, inputs = stacked(), tiny_inputs("bart")
+    before = model.get_encoder()(**inputs).last_hidden_state
+    model.generate(**inputs, max_new_tokens=3)
+    torch.testing.assert_close(model.get_encoder()(**inputs).last_hidden_state, before)
+    with pytest.raises(IndexError):  # a word that is not in the vocabulary: it fails before the layers
+        model.generate(input_ids=torch.tensor([[10**6]]), max_new_tokens=3)
+    torch.testing.assert_close(model.get_encoder()(**inputs).last_hidden_state, before)
+    assert before.shape[1] == inputs["input_ids"].shape[1] and before.requires_grad
+    copy.deepcopy(model)
+
+
 def test_a_copy_has_hooks_of_its_own():
     model, inputs = stacked(), tiny_inputs("bart")
     expected = model.generate(**inputs, max_new_tokens=5, do_sample=False)
@@ -201,8 +233,8 @@ def test_unwrapping_removes_the_hooks():
     unwrapped = NvibForConditionalGeneration.from_base_pretrained(
         base, attentions=["cross", "encoder"], alpha_threshold=0.5
     ).unwrap()
-    hooks = [hook for module in unwrapped.modules() for hook in module._forward_hooks.values()]
-    assert not any(isinstance(hook, Shortening) for hook in hooks)
+    for module in unwrapped.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks and not module._forward_hooks_always_called
     assert set(unwrapped.state_dict()) == names
     assert not [name for module in unwrapped.modules() for name in vars(module) if name.startswith("nvib")]
 
