@@ -129,6 +129,8 @@ class ThresholdCallback(MeasuringCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if state.global_step % self.interval or not (means := self.measured(args.device)):
             return
+        if not math.isfinite(means["cross_entropy"]):  # of a step that mixed precision skips
+            return
         self.average_cross_entropy = running_mean(self.average_cross_entropy, means["cross_entropy"])
         self.average_kept = running_mean(self.average_kept, means["prop_vectors"])
         if self.started:
@@ -170,7 +172,7 @@ class ConstraintCallback(ThresholdCallback):
     Args:
         cross_entropy: :math:`\tau`, the accepted cross-entropy of training, nats per target token.
         metric, metric_target: hold this result of the Trainer's evaluations, ``"eval_exact_match"`` or
-            ``"eval_bleu"``, at the target by moving :math:`\tau` after each evaluation.
+            ``"eval_bleu"``, at the target by moving :math:`\tau` after each evaluation that has it.
         target_prop_vectors: share of the source vectors to keep, in (0, 1).
         start_beta: both multipliers before the constraint is met.
         rate: of the integrals, per step.
@@ -179,7 +181,7 @@ class ConstraintCallback(ThresholdCallback):
 
     Raises:
         ValueError: an argument outside its range; a model that cannot drop vectors where a share is asked for; an
-            evaluation without the metric.
+            evaluations without the metric.
 
     Source: Rezende & Viola, *Taming VAEs* (2018), with the multiplier on the other side of the sum; the second
     multiplier is this project's own.
@@ -234,6 +236,7 @@ class ConstraintCallback(ThresholdCallback):
         self.integral = self.integral_vectors = math.log(start_beta)
         self.error = self.error_vectors = 0.0
         self.slow_average_kept: float | None = None
+        self._evaluated: dict[str, float] | None = {}  # without the metric; None as soon as one has it
 
     @property
     def beta(self) -> float:
@@ -272,17 +275,28 @@ class ConstraintCallback(ThresholdCallback):
             )
             self.integral_vectors += self.rate * self.interval * self.error_vectors
 
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
-        if self.metric is None:
-            return
-        if metrics is None or self.metric not in metrics:
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if self.metric is not None and self._evaluated:  # of several datasets, one may have it alone
             raise ValueError(
-                f"metric={self.metric!r} is not among the results of the evaluation ({', '.join(metrics or ())}). "
+                f"metric={self.metric!r} is not among the results of the evaluation ({', '.join(self._evaluated)}). "
                 "Give the Trainer a compute_metrics that returns it."
             )
-        if self.started:  # a miss of a tenth moves the tolerance by about 40 %
-            error = (metrics[self.metric] - self.metric_target) / self.metric_target
-            self.tolerance *= math.exp(min(max(5 * error, -0.5), 0.5))
+        super().on_step_end(args, state, control, **kwargs)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
+        if self.metric is None or self._is_over:
+            return
+        if metrics is None or self.metric not in metrics:
+            if self._evaluated is not None:
+                self._evaluated = {**self._evaluated, **(metrics or {"nothing": math.nan})}
+            return
+        self._evaluated = None
+        error = (metrics[self.metric] - self.metric_target) / self.metric_target
+        if not self.started or not math.isfinite(error):
+            return
+        # No further up than what the multiplier's error, which is clipped at 1, can see: the rest would be a debt.
+        if error < 0 or self.tolerance < math.e * self.average_cross_entropy:
+            self.tolerance *= math.exp(min(max(5 * error, -0.5), 0.5))  # a miss of a tenth moves it by about 40 %
 
     def trace(self) -> dict[str, float]:
         trace = {

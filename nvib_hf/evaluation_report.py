@@ -9,6 +9,7 @@ from pathlib import Path
 from .markdown import markdown_table, verbatim
 
 BEGIN, END = "<!-- evaluation of nvib_hf: begin -->", "<!-- evaluation of nvib_hf: end -->"
+EVALUATION = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END) + r"\n?", re.DOTALL)
 
 # What a number is called, and how it is written: of each part of the results, in the order of the tables.
 ROWS = {
@@ -130,14 +131,24 @@ def add_to_model_card(folder: str | os.PathLike, results: dict) -> None:
         raise FileNotFoundError(f"{path} does not exist. model.save_pretrained({str(folder)!r}) writes a card.")
     card = path.read_text(encoding="utf-8")
     section = f"{BEGIN}\n## Evaluation\n\n{evaluation_section(results)}\n{END}\n"
-    earlier = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END) + r"\n?", re.DOTALL)
-    if earlier.search(card):
-        card = earlier.sub(lambda _: section, card, count=1)
-    elif "\n## Citation\n" in card:
-        card = card.replace("\n## Citation\n", f"\n{section}\n## Citation\n", 1)
-    else:
-        card = f"{card.rstrip()}\n\n{section}"
-    path.write_text(card, encoding="utf-8")
+    path.write_text(with_evaluation(card, section), encoding="utf-8")
+
+
+def with_evaluation(card: str, section: str | None) -> str:
+    """A card with this section on an evaluation, as :func:`evaluation_of` finds it, in the place of an earlier one."""
+    if section is None:
+        return card
+    if EVALUATION.search(card):
+        return EVALUATION.sub(lambda _: section, card, count=1)
+    if "\n## Citation\n" in card:
+        return card.replace("\n## Citation\n", f"\n{section}\n## Citation\n", 1)
+    return f"{card.rstrip()}\n\n{section}"
+
+
+def evaluation_of(card: str) -> str | None:
+    """The section that :func:`add_to_model_card` put into a card."""
+    found = EVALUATION.search(card)
+    return None if found is None else found[0]
 
 
 def _written(value: float | None, form: str) -> str:

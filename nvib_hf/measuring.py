@@ -20,23 +20,31 @@ class MeasuringCallback(TrainerCallback, ExportableState):
 
     def __init__(self, arguments: dict) -> None:
         self.arguments = arguments
-        self._recorder, self._hook = Recorder(), None
+        self._recorder, self._hook, self._model, self._is_over = Recorder(), None, None, False
 
     def state(self) -> dict:
         """What the Trainer writes to ``trainer_state.json``."""
         return {"args": self.arguments, "attributes": {name: getattr(self, name) for name in self.kept_in_checkpoints}}
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
-        saved = state.stateful_callbacks.get(type(self).__name__, {})
+        model, name = find_nvib_model(model), type(self).__name__
+        if self._model is None:
+            self._at_start = {name: getattr(self, name) for name in self.kept_in_checkpoints}
+        elif self._model is not model and state.global_step == 0:  # as of a Trainer's model_init
+            state.stateful_callbacks.pop(name, None)  # which are those of the model before
+            vars(self).update(self._at_start)
+        # What a Trainer saves has to stand there, and does not in a checkpoint of a training without this callback.
+        saved = state.stateful_callbacks.setdefault(name, self.state())
         for entry in saved if isinstance(saved, list) else [saved]:
             if entry.get("args") == self.arguments:  # a resumed training goes on where it stood
                 vars(self).update(entry["attributes"])
         self.on_train_end(args, state, control)  # of a training that was broken off
-        self._model = find_nvib_model(model)
+        self._model, self._is_over = model, False
         self._recorder.clear()
         self._hook = self._model.register_forward_hook(self._see, with_kwargs=True)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
+        self._is_over = True
         if self._hook is not None:
             self._hook.remove()
 

@@ -78,8 +78,14 @@ def target_ids(
     A leading token that the decoder starts with anyway, such as BERT's [CLS], is no target.
     """
     targets = tokenizer(text_target=texts, truncation=True, max_length=max_length).input_ids
-    start = model.prepare_decoder_input_ids_from_labels(torch.zeros(1, 1, dtype=torch.long, device=model.device))
-    return [ids[1:] if ids[:1] == [start[0, 0].item()] else ids for ids in targets]
+    labels = [token for token in range(3) if token != model.config.pad_token_id]
+    starts = {
+        model.prepare_decoder_input_ids_from_labels(torch.tensor([[token]], device=model.device))[0, 0].item()
+        for token in labels
+    }
+    if len(starts) > 1:  # as mBART's, which starts with the last token of the text
+        return targets
+    return [ids[1:] if {*ids[:1]} == starts else ids for ids in targets]
 
 
 def labels_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int) -> Tensor:

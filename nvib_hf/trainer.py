@@ -12,6 +12,7 @@ from transformers import Seq2SeqTrainer, TrainerState
 from transformers.modelcard import TrainingSummary
 
 from .collapse import CollapseCallback
+from .evaluation_report import evaluation_of, with_evaluation
 from .loss import SMOOTHING
 from .markdown import markdown_table
 from .measuring import MeasuringCallback
@@ -117,7 +118,10 @@ class NvibTrainerMixin:
                 del metadata["model-index"]
             name = self.hub_model_id or summary.model_name
             card = model_card(self.model, name, training_section(self.state, summary), **metadata)
-            card.save(Path(self.args.output_dir) / "README.md")
+            path = Path(self.args.output_dir) / "README.md"
+            earlier = path.read_text(encoding="utf-8") if path.exists() else ""
+            card.content = with_evaluation(card.content, evaluation_of(earlier))
+            card.save(path)
         return None
 
 

@@ -34,8 +34,10 @@ class Step:
     cross_entropy: float
 
 
-def simulate(callback, steps, cross_entropy, kept=lambda beta: 1.0, lag=50, noise=0.0, model=None) -> list[Step]:
-    """A training that answers to its multipliers with a lag.
+def simulate(
+    callback, steps, cross_entropy, kept=lambda beta: 1.0, lag=50, noise=0.0, model=None, is_over=True
+) -> list[Step]:
+    """A training that answers to its multipliers with a lag, and ends unless ``is_over`` is False.
 
     ``cross_entropy(step, beta, share)`` is what the model settles at, ``kept(beta_vectors)`` the share that it falls
     to. Dropping is a cliff: what was dropped comes back ten times as slowly as it went.
@@ -60,7 +62,8 @@ def simulate(callback, steps, cross_entropy, kept=lambda beta: 1.0, lag=50, nois
         trace.append(Step(callback.beta, callback.beta_vectors, share, measured))
         if step % 100 == 0:
             assert model.kl_beta.tolist() == pytest.approx([callback.beta] * 2 + [callback.beta_vectors])
-    callback.on_train_end(args, state, None, model=model)
+    if is_over:
+        callback.on_train_end(args, state, None, model=model)
     return trace
 
 
@@ -186,13 +189,44 @@ def test_a_metric_moves_the_tolerance(share):
     callback = ConstraintCallback(cross_entropy=0.1, metric="eval_bleu", metric_target=90.0, target_prop_vectors=share)
     callback.on_evaluate(None, None, None, metrics={"eval_bleu": 50.0})
     assert callback.tolerance == 0.1  # nothing is compressed yet
-    simulate(callback, 20, lambda step, beta, share: 0.05)
+    simulate(callback, 20, lambda step, beta, share: 0.05, is_over=False)
     callback.on_evaluate(None, None, None, metrics={"eval_bleu": 81.0})
     assert callback.tolerance == pytest.approx(0.1 * math.exp(-0.5))
     callback.on_evaluate(None, None, None, metrics={"eval_bleu": 90.9})
     assert callback.tolerance == pytest.approx(0.1 * math.exp(-0.45))
+    callback.on_evaluate(None, None, None, metrics={"eval_bleu": math.nan})
+    callback.on_evaluate(None, None, None, metrics={"eval_test_bleu": 1.0})  # of another dataset
+    callback.on_train_end(None, None, None)
+    callback.on_evaluate(None, None, None, metrics={"eval_bleu": 10.0})  # after the training
+    assert callback.tolerance == pytest.approx(0.1 * math.exp(-0.45))
+
+
+def test_a_metric_that_no_evaluation_has():
+    """Known before the next step: of several datasets the last may have it."""
+    callback = ConstraintCallback(cross_entropy=0.1, metric="eval_second_bleu", metric_target=90.0)
+    for metrics in ({"eval_first_bleu": 50.0}, {"eval_second_bleu": 50.0}):
+        callback.on_evaluate(None, None, None, metrics=metrics)
+    simulate(callback, 20, lambda step, beta, share: 0.05, is_over=False)
+    callback = ConstraintCallback(cross_entropy=0.1, metric="eval_bleu", metric_target=90.0)
+    callback.on_evaluate(None, None, None, metrics={"eval_loss": 1.0})
     with pytest.raises(ValueError, match=r"eval_bleu.* not among .*eval_loss"):
-        callback.on_evaluate(None, None, None, metrics={"eval_loss": 1.0})
+        simulate(callback, 20, lambda step, beta, share: 0.05, is_over=False)
+
+
+def test_a_tolerance_runs_up_no_debt():
+    """However often it is evaluated, as the multiplier cannot follow that fast."""
+    callback = ConstraintCallback(cross_entropy=0.1, metric="eval_bleu", metric_target=50.0)
+    simulate(callback, 20, lambda step, beta, share: 0.05, is_over=False)
+    for _ in range(100):
+        callback.on_evaluate(None, None, None, metrics={"eval_bleu": 99.0})
+    assert math.e * 0.05 <= callback.tolerance <= math.e * math.exp(0.5) * 0.05
+
+
+def test_a_step_that_mixed_precision_skips_is_not_measured():
+    steps = iter([0.05, math.nan, math.inf])
+    callback = ConstraintCallback(cross_entropy=0.1, interval=10)
+    trace = simulate(callback, 30, lambda step, beta, share: next(steps) if step % 10 == 0 else 0.05)
+    assert callback.average_cross_entropy == 0.05 and math.isfinite(trace[-1].beta)
 
 
 def test_threshold_callback_leaves_the_weights():
@@ -262,6 +296,32 @@ def test_a_resumed_training_is_the_uninterrupted_one(trainer_class, restore, tmp
 
 
 @WITH_COMPILE
+@pytest.mark.parametrize("trainer_class", [Trainer, NvibTrainer])
+def test_a_checkpoint_of_a_training_without_the_callback(trainer_class, tmp_path):
+    """It starts there; a ``NvibTrainer`` has a ``CollapseCallback`` that the checkpoint of another lacks."""
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    trainer_of(Trainer, tiny_model(), tmp_path, max_steps=2, **saving).train()
+    callback = ConstraintCallback(cross_entropy=1e3, start_beta=0.5, interval=2)
+    trainer = trainer_of(trainer_class, tiny_model(), tmp_path, max_steps=4, callbacks=[callback], **saving)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    saved = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["stateful_callbacks"]
+    assert saved["ConstraintCallback"]["attributes"]["started"]
+
+
+def test_another_model_starts_anew(tmp_path):
+    """As in a search over settings, where one callback sees many models; the same model goes on."""
+    callback, model = ConstraintCallback(cross_entropy=1e3, start_beta=0.5, rate=0.1, interval=1), tiny_model()
+
+    def betas(model):
+        trainer = trainer_of(NvibTrainer, model, tmp_path, max_steps=4, callbacks=[callback])
+        trainer.train()
+        return [entry["constraint_beta"] for entry in trainer.state.log_history if "loss" in entry]
+
+    first, second, third = betas(model), betas(model), betas(tiny_model())
+    assert second[0] > first[-1]
+    assert third == pytest.approx(first)
+
+
 def test_under_torch_compile(tmp_path):
     def trace(**arguments):
         callbacks = [ConstraintCallback(cross_entropy=1e3, interval=1, threshold_share=1.0), CollapseCallback()]

@@ -24,7 +24,7 @@ from nvib_hf.evaluation import (
     reconstruction_scores,
 )
 from nvib_hf.likelihood import dirichlet_log_density, draw_and_log_ratio, log_importance_weights, mutual_information
-from nvib_hf.text_batches import as_read, evaluating, labels_of
+from nvib_hf.text_batches import as_read, evaluating, labels_of, target_ids
 
 TEXTS = ["w5 w6 w7", "w8", "w9 w10 w11 w12 w13 w14", "w5 w5 w90", "w20 w21", "w5 w40 w41 w42"]
 TOKENIZER = tiny_tokenizer()
@@ -429,6 +429,15 @@ def test_the_section_of_results():
 def test_the_section_of_a_plain_model():
     section = evaluation_section({"settings": {"texts": 7, "seed": 0}, "reconstruction": {"bleu": 61.25}})
     assert section.splitlines()[-1] == "| reconstruction BLEU | 61.2 |" and "prior" not in section
+
+
+@pytest.mark.parametrize("pad", [0, 1])
+def test_a_target_whose_start_is_its_last_token(pad):
+    """mBART starts with the last token of a target that is no padding: none is left out at its beginning."""
+    model, tokenizer = tiny_nvib("mbart"), tiny_tokenizer()
+    model.config.pad_token_id = pad
+    texts = ["w5 w6", ""]
+    assert target_ids(model, tokenizer, texts, 12) == tokenizer(text_target=texts).input_ids
 
 
 def test_results_in_the_model_card(tmp_path):

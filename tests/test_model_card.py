@@ -15,7 +15,7 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from nvib_hf import NvibForConditionalGeneration, NvibTrainer
+from nvib_hf import NvibForConditionalGeneration, NvibTrainer, add_to_model_card
 from nvib_hf.model_card import base_ids, model_card
 
 
@@ -242,6 +242,18 @@ def trained(folder, model=None, **arguments):
     )
     trainer.train()
     return trainer
+
+
+def test_an_evaluation_stays_in_the_card(tmp_path):
+    """That was put there before the Trainer writes a card of its own, as when it pushes."""
+    trainer = trained(tmp_path / "out")
+    trainer.save_model()
+    add_to_model_card(tmp_path / "out", {"settings": {"texts": 7, "seed": 0}, "reconstruction": {"exact_match": 0.5}})
+    before = (tmp_path / "out" / "README.md").read_text()
+    trainer.create_model_card()
+    after = (tmp_path / "out" / "README.md").read_text()
+    section = before[before.index("## Evaluation") : before.index("## Citation")]
+    assert section in after and "## Training" in after and after.count("## Evaluation") == 1
 
 
 def test_training_stands_in_the_card(tmp_path):

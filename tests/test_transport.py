@@ -310,6 +310,17 @@ def test_gradients_on_the_path_reach_both_means():
     assert (b.z.grad[3] == 0).all()
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
+def test_gradients_towards_a_point_are_numbers(weight):
+    """A sample's deviations are 0, where a logarithm has no gradient."""
+    a, b = mixture(length=6, seed=3), sample(seed=4)
+    for x in (a.z, a.logvar, b.z):
+        x.requires_grad_()
+    between = interpolate_by_transport(a, b, weight)
+    (between.z.sum() + between.logvar[between.logvar > -INF].sum()).backward()
+    assert all(x.grad.isfinite().all() for x in (a.z, a.logvar, b.z))
+
+
 # ------------------------------------------------------------------------------------------------ what is not there
 def test_without_the_package_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "ot", None)
