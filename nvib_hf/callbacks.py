@@ -180,8 +180,8 @@ class ConstraintCallback(ThresholdCallback):
         threshold_share, interval: as of :class:`ThresholdCallback`.
 
     Raises:
-        ValueError: an argument outside its range; a model that cannot drop vectors where a share is asked for; an
-            evaluations without the metric.
+        ValueError: an argument outside its range; a model that cannot drop vectors where a share is asked for;
+            evaluations none of which has the metric.
 
     Source: Rezende & Viola, *Taming VAEs* (2018), with the multiplier on the other side of the sum; the second
     multiplier is this project's own.
