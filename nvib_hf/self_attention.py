@@ -72,6 +72,10 @@ class DenoisingSelfAttention(ConvertedAttention):
         if self.nvib_recording:
             self.nvib_posterior, self.nvib_visible = posterior, visible_keys(mask, hidden_states)
 
+    def __getstate__(self) -> dict:
+        """Without what a pass that failed left: a graph, which nothing can copy."""
+        return vars(self) | {"nvib_posterior": None, "nvib_visible": None, "nvib_sources": None}
+
     def unseen(self, mask: Tensor | None, hidden_states: Tensor) -> Tensor | None:
         """Positions that no query sees, ``(B, N)``; ``None`` if there are none."""
         visible = visible_keys(mask, hidden_states)

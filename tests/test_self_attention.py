@@ -444,6 +444,14 @@ def test_names_stay_and_unwrapping_gives_the_base_back(family):
     assert torch.equal(logits_of(unwrapped, family), logits_of(tiny_base(family), family))
 
 
+def test_it_can_be_copied_after_a_pass_that_failed():
+    model = at_work("bart").train()
+    with pytest.raises(ValueError, match="3 latents but 2 decoder inputs"):
+        model(**tiny_inputs("bart"), labels=torch.full((2, 3), 5))
+    twin = copy.deepcopy(model).eval()
+    assert torch.equal(logits_of(twin, "bart"), logits_of(model.eval(), "bart"))
+
+
 def test_layers_may_be_chosen():
     attentions = {"cross": "all", "encoder": [1], "decoder": [0]}
     model = NvibForConditionalGeneration.from_base_pretrained(tiny_base("bart"), attentions=attentions)
