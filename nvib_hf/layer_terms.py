@@ -34,10 +34,8 @@ class LayerTerms(NamedTuple):
             if value is not None:
                 getattr(self, name)["cross"] = value
 
-    def charged(self) -> Charged | None:
-        """Means over the layers; ``None`` where there are none."""
-        if not self.kl_gaussian:
-            return None
+    def charged(self) -> Charged:
+        """Means over the layers; of ``None`` where there are none."""
         return Charged(*(_mean(getattr(self, name)) for name in Charged._fields))
 
 

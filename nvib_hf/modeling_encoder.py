@@ -26,7 +26,6 @@ from .loss import regulariser
 from .nvib_layers import NvibLayersMixin
 from .precision import SinglePrecisionMixin
 from .pretrained import NvibPretrainedMixin
-from .stacked_attention import left_of
 from .versions import warn_if_untested
 from .wrapping import put_into_self_attention
 
@@ -181,10 +180,8 @@ class NvibEncoderModel(NvibPretrainedMixin, NvibLayersMixin, SinglePrecisionMixi
         given = {name: value for name, value in inputs.items() if value is not None}
         outputs = self.base(**given, **kwargs, return_dict=True)
         terms = end_recording(layers)
-        left_of(self._stacked())
-        charged = terms.charged()  # None where layer drop skipped all of them
-        regularisation = None if charged is None else regulariser(charged, self.kl_beta, self.config)
-        loss = outputs.loss
+        charged, loss = terms.charged(), outputs.loss
+        regularisation = regulariser(charged, self.kl_beta, self.config)  # None where layer drop skipped all of them
         if loss is not None and regularisation is not None:
             loss = loss + regularisation.mean()
         elif loss is None and self.training and torch.is_grad_enabled():
@@ -195,8 +192,8 @@ class NvibEncoderModel(NvibPretrainedMixin, NvibLayersMixin, SinglePrecisionMixi
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             cross_entropy=outputs.loss,
-            kl_gaussian=None if charged is None else charged.kl_gaussian,
-            kl_dirichlet=None if charged is None else charged.kl_dirichlet,
+            kl_gaussian=charged.kl_gaussian,
+            kl_dirichlet=charged.kl_dirichlet,
             layer_kl_gaussian=terms.kl_gaussian,
             layer_kl_dirichlet=terms.kl_dirichlet,
             layer_prop_vectors=terms.prop_vectors,

@@ -266,10 +266,9 @@ class NvibForConditionalGeneration(
             return outputs
         terms = end_recording(layers, None if labels is None else labels != IGNORED)
         terms.add_latents(latents)
-        charged = terms.charged()
         loss = cross_entropy = None
         if labels is not None:
-            regularisation = None if charged is None else regulariser(charged, self.kl_beta, self.config)
+            regularisation = regulariser(terms.charged(), self.kl_beta, self.config)
             loss, cross_entropy = nvib_loss(
                 outputs.logits, labels, regularisation, num_items_in_batch, self.config.label_smoothing
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -78,7 +77,7 @@ class NvibLayersMixin:
         config, names = self.config, ("alpha_activation", *TAUS)
         checked = type(config)(**{name: getattr(config, name) for name in names} | taus)
         for name in TAUS:
-            setattr(config, name, copy.deepcopy(getattr(checked, name)))
+            setattr(config, name, getattr(checked, name))
         for name, layer in self.nvib_layers().items():
             layer.identity_init(**self.config.taus(name.partition(".")[0]))
 

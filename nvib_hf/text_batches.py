@@ -78,11 +78,9 @@ def target_ids(
     A leading token that the decoder starts with anyway, such as BERT's [CLS], is no target.
     """
     targets = tokenizer(text_target=texts, truncation=True, max_length=max_length).input_ids
-    labels = [token for token in range(3) if token != model.config.pad_token_id]
-    starts = {
-        model.prepare_decoder_input_ids_from_labels(torch.tensor([[token]], device=model.device))[0, 0].item()
-        for token in labels
-    }
+    labels = [[token] for token in range(3) if token != model.config.pad_token_id]
+    inputs = model.prepare_decoder_input_ids_from_labels(torch.tensor(labels, device=model.device))
+    starts = {*inputs[:, 0].tolist()}
     if len(starts) > 1:  # as mBART's, which starts with the last token of the text
         return targets
     return [ids[1:] if {*ids[:1]} == starts else ids for ids in targets]

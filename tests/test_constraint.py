@@ -295,7 +295,6 @@ def test_a_resumed_training_is_the_uninterrupted_one(trainer_class, restore, tmp
     assert trainer.model.nvib.threshold_share == pytest.approx(0.7)
 
 
-@WITH_COMPILE
 @pytest.mark.parametrize("trainer_class", [Trainer, NvibTrainer])
 def test_a_checkpoint_of_a_training_without_the_callback(trainer_class, tmp_path):
     """It starts there; a ``NvibTrainer`` has a ``CollapseCallback`` that the checkpoint of another lacks."""
@@ -322,6 +321,7 @@ def test_another_model_starts_anew(tmp_path):
     assert third == pytest.approx(first)
 
 
+@WITH_COMPILE
 def test_under_torch_compile(tmp_path):
     def trace(**arguments):
         callbacks = [ConstraintCallback(cross_entropy=1e3, interval=1, threshold_share=1.0), CollapseCallback()]
