@@ -90,14 +90,23 @@ class NvibLatents(ModelOutput):
     def __getitem__(self, index):
         if isinstance(index, str):
             return super().__getitem__(index)
-        if isinstance(index, Tensor) and index.dim() > 0:
-            index = index.to(self.z.device)
-        elif hasattr(index, "__index__"):  # one of them, as a batch of one
+        if not isinstance(index, slice):
+            index = self._rows(index)
+        return type(self)(**{name: value[index] for name, value in self.items()})
+
+    def _rows(self, index) -> list[int] | Tensor:
+        """What an index that is no slice selects: one as a batch of one, or those of a list, an array or a mask."""
+        if getattr(index, "ndim", 0) == 0 and hasattr(index, "__index__"):
             position = operator.index(index)
             if not -self.batch_size <= position < self.batch_size:
                 raise IndexError(f"index {position} is out of range for {self.batch_size} latents.")
-            index = [position]
-        return type(self)(**{name: value[index] for name, value in self.items()})
+            return [position]
+        if isinstance(index, tuple) or getattr(index, "ndim", 1) != 1 or not hasattr(index, "__len__"):
+            raise TypeError(
+                "latents are indexed by a row, a slice, or a list, one-dimensional array or mask of rows, but got "
+                f"{index!r}. Index a field, as in latents.z[0, 1], for what is in it."
+            )
+        return torch.as_tensor(index, device=self.device) if len(index) else []
 
     def __len__(self) -> int:
         return 0 if self.z is None else self.batch_size

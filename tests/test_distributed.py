@@ -60,6 +60,7 @@ worker.fix_draws(worker.rows_of(rank, world))
 logs = worker.run_trainer(Path("out"), worker.examples(), worker.BATCH // world)
 if rank == 0:
     Path("logs.json").write_text(json.dumps({"world": world, "logs": logs}))
+worker.dist.destroy_process_group()
 """
 
 

@@ -28,6 +28,10 @@ from nvib_hf.packing import pack, unpack
         ([True, False, False, True], [0, 3]),
         (torch.tensor([3, 1]), [3, 1]),
         (torch.tensor([False, True, True, False]), [1, 2]),
+        (torch.tensor([True, False, False, False]), [0]),
+        (np.array([3, 1]), [3, 1]),
+        (np.array([2]), [2]),
+        (np.array([True, False, False, True]), [0, 3]),
     ],
     ids=str,
 )
@@ -42,6 +46,18 @@ def test_index_selects_rows_of_every_field(make, index, rows):
 def test_index_out_of_range(index):
     with pytest.raises(IndexError, match=f"index {index} is out of range for 4 latents"):
         mixture()[index]
+
+
+@pytest.mark.parametrize(
+    "index", [(0, 1), (..., 0), None, 1.0, np.eye(4, dtype=bool), torch.zeros(2, 2, dtype=torch.long)]
+)
+def test_what_selects_no_rows_is_refused(index):
+    with pytest.raises(TypeError, match="latents are indexed by a row"):
+        mixture()[index]
+
+
+def test_no_rows():
+    assert len(mixture()[[]]) == 0 and mixture()[[]].z.shape[1:] == mixture().z.shape[1:]
 
 
 def test_fields_by_name():
