@@ -123,6 +123,9 @@ def evaluation_section(results: dict) -> str:
 def add_to_model_card(folder: str | os.PathLike, results: dict) -> None:
     """Put results into ``folder/README.md``, in the place of earlier ones; the rest of the card stays as it is.
 
+    It is published with the folder, by ``huggingface_hub.upload_folder``; where a repository has no card yet,
+    ``model.push_to_hub`` writes a fresh one.
+
     Raises:
         FileNotFoundError: no card; ``save_pretrained`` of an NVIB model writes one.
     """

@@ -1,5 +1,6 @@
 """The baselines of the experiments against plain models, closed forms and loops."""
 
+import copy
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from tiny_models import PAD, START, VOCAB_SIZE, tiny_base
 from tiny_text import tiny_tokenizer
 from torch.distributions import Normal, kl_divergence
 
+from nvib_hf import NvibForConditionalGeneration
 from nvib_hf.evaluation import rate_distortion
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "experiments"))
@@ -18,6 +20,7 @@ from baselines import (
     StridedBottleneck,
     VariableBottleneck,
     with_bottleneck,
+    with_stride,
 )
 
 ALL = {
@@ -184,3 +187,30 @@ def test_interpolation_ends_at_the_texts(name):
         assert middle.z.shape[1] == first.num_vectors + second.num_vectors - 1
     side_by_side = model.interpolate_latents(first, second, 0.25, method="mixture").compact()
     assert side_by_side.z.shape[1] == first.num_vectors + second.num_vectors
+
+
+def test_strided_nvib_is_nvib_over_the_vectors_it_keeps():
+    """The same layer over every third vector alone: the same latent, and the same cost of the vectors."""
+    batch, lengths = inputs((7, 4)), torch.tensor([7, 4])
+    options = {"tau_alpha": 0.0, "tau_sigma": 0.3, "delta": 0.3}
+    plain = NvibForConditionalGeneration.from_base_pretrained(tiny_base("bart"), **options)
+    strided = with_stride(copy.deepcopy(plain), 3)
+    states = hidden_states(plain.eval(), batch)
+    shorter = {"encoder_last_hidden_state": states[:, ::3], "attention_mask": batch["attention_mask"][:, ::3]}
+    with torch.no_grad():
+        expected = plain.encode(**shorter, sample=False)
+        latents = strided.encode(
+            encoder_last_hidden_state=states, attention_mask=batch["attention_mask"], sample=False
+        )
+        targets = torch.randint(START + 1, VOCAB_SIZE, (2, 5))
+        logits = [
+            model.eval()(encoder_outputs=x, decoder_input_ids=targets).logits
+            for model, x in ((plain, expected), (strided, latents))
+        ]
+    torch.testing.assert_close(logits[1], logits[0])
+    costs = latents.kl_gaussian * (lengths + 1), expected.kl_gaussian * (expected.num_vectors + 1)
+    torch.testing.assert_close(*costs)  # each is a mean over components, the prior's and what is dropped included
+    assert torch.equal(latents.num_vectors, expected.num_vectors) and latents.num_vectors.tolist() == [3, 2]
+    torch.testing.assert_close(latents.prop_vectors, latents.num_vectors / lengths)
+    drawn = strided.train().encode(**batch)
+    assert (drawn.log_pi > float("-inf")).tolist()[1] == [True, True, False, False, True, False, False, False]

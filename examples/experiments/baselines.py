@@ -21,6 +21,7 @@ from nvib_hf import NvibForConditionalGeneration, NvibLatents
 from nvib_hf.distributions import gaussian_sample
 from nvib_hf.kl import kl_gaussian
 from nvib_hf.nvib_layer import NvibLayer
+from nvib_hf.posterior import Posterior
 
 
 class VariableBottleneck(NvibLayer):
@@ -102,6 +103,11 @@ class VariableBottleneck(NvibLayer):
         return z, self.plain_log_pi(z, keep)
 
 
+def every(stride: int, mask: Tensor) -> Tensor:
+    """Each ``stride``-th of the vectors that are not padding, from the first on."""
+    return mask & ((mask.cumsum(-1) - 1) % stride == 0)
+
+
 class StridedBottleneck(VariableBottleneck):
     """Every ``stride``-th vector, from the first on."""
 
@@ -110,8 +116,18 @@ class StridedBottleneck(VariableBottleneck):
         self.stride = stride
 
     def chosen(self, mask: Tensor) -> Tensor:
-        place = mask.cumsum(-1) - 1  # among the vectors that are not padding
-        return mask & (place % self.stride == 0)
+        return every(self.stride, mask)
+
+
+class StridedNvib(NvibLayer):
+    """NVIB that keeps what :class:`StridedBottleneck` keeps: by place, where a threshold would decide."""
+
+    stride: int
+
+    def posterior(self, *args, **kwargs) -> Posterior:
+        posterior = super().posterior(*args, **kwargs)
+        by_place = F.pad(every(self.stride, posterior.mask[:, 1:]), (1, 0), value=True)  # the prior's is always kept
+        return posterior._replace(keep=posterior.keep & by_place)
 
 
 class PooledBottleneck(VariableBottleneck):
@@ -176,4 +192,10 @@ def with_bottleneck(
     width = model.nvib.size_in
     model.nvib = bottleneck(width, width, scale=model.scale, **options)
     model.nvib.identity_init(tau_sigma=tau_sigma)
+    return model
+
+
+def with_stride(model: NvibForConditionalGeneration, stride: int) -> NvibForConditionalGeneration:
+    """An NVIB model that keeps every ``stride``-th vector, changed in place."""
+    model.nvib.__class__, model.nvib.stride = StridedNvib, stride  # the layer keeps its settings and parameters
     return model

@@ -17,7 +17,14 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))  # the examples
 
 import text_vae as example
-from baselines import AutoencoderBottleneck, PooledBottleneck, StridedBottleneck, VariableBottleneck, with_bottleneck
+from baselines import (
+    AutoencoderBottleneck,
+    PooledBottleneck,
+    StridedBottleneck,
+    VariableBottleneck,
+    with_bottleneck,
+    with_stride,
+)
 from language_model import load_or_tiny, load_smollm2
 from runner import parser, run_all
 from text_vae_comparison_report import METHODS, report
@@ -84,6 +91,12 @@ def nvib_constrained(texts: list[str], kl_weights: str = "drawn", **constraint) 
     return model, tokenizer, [ConstraintCallback(**constraint)]
 
 
+def nvib_strided(texts: list[str], stride: int, **constraint) -> Built:
+    """The same of every ``stride``-th vector: NVIB with as many vectors as ``strided`` has."""
+    model, tokenizer, callbacks = nvib_constrained(texts, **constraint)
+    return with_stride(model, stride), tokenizer, callbacks
+
+
 def nvib_dropping(texts: list[str], dropping: str = "threshold", **constraint) -> Built:
     """As few vectors as the accepted ``cross_entropy`` allows, or as ``target_prop_vectors`` says."""
     options = {"threshold": example.DROPPING, "hard": example.HARD_DROPPING}
@@ -98,6 +111,7 @@ BUILD = {
     "variable": partial(baseline, VariableBottleneck),
     "nvib_fixed": nvib_fixed,
     "nvib_constrained": nvib_constrained,
+    "nvib_strided": nvib_strided,
     "nvib_dropping": nvib_dropping,
 }
 # Each setting is a row, with its steps. The weights of all VAEs are per target token and of means over vectors and
@@ -118,6 +132,11 @@ SETTINGS = {
         ({"cross_entropy": 2.2, "rate": 0.02}, 5000),
         ({"cross_entropy": 0.4, "kl_weights": "pseudo_counts"}, 8000),
         ({"cross_entropy": 0.4}, 8000),
+    ],
+    "nvib_strided": [
+        ({"stride": 2, "cross_entropy": 1.8, "rate": 0.02}, 5000),
+        ({"stride": 2, "cross_entropy": 2.2, "rate": 0.02}, 5000),
+        ({"stride": 2, "cross_entropy": 0.4}, 8000),
     ],
     "nvib_dropping": [
         ({"cross_entropy": 0.3, "target_prop_vectors": 0.5, "dropping": "hard"}, 5000),
