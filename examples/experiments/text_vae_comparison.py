@@ -121,6 +121,7 @@ SETTINGS = {
     "pooled": [({"lambda_gaussian": 1.0}, 3000)],
     "strided": [
         ({"stride": 2, "cross_entropy": 1.8, "rate": 0.02}, 5000),
+        ({"stride": 2, "cross_entropy": 1.4, "rate": 0.02}, 5000),
         ({"stride": 2, "cross_entropy": 0.4}, 5000),
     ],
     "variable": [({"cross_entropy": 1.8, "rate": 0.02}, 5000), ({"cross_entropy": 0.4}, 5000)],

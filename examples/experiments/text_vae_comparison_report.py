@@ -125,33 +125,39 @@ def verbatim(group: list[dict]) -> str:
 
 
 def draw(groups: list[list[dict]], real: list[dict], path: Path) -> None:
-    """Distortion, reconstruction and samples against the rate: a point for each run, a colour for each method."""
+    """The frontiers: distortion and reconstruction against the rate, and reconstruction against samples.
+
+    A point for each run, a diamond for their mean, a colour for each method.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    panels = [
-        ("distortion", "distortion, nats a text (of a draw)"),
-        ("bleu", "BLEU of reconstructions"),
-        ("greedy_perplexity", "perplexity of samples, greedy"),
-    ]
+    titles = {
+        "rate": "rate, nats a text",
+        "distortion": "distortion, nats a text (of a draw)",
+        "bleu": "BLEU of reconstructions",
+        "greedy_perplexity": "perplexity of samples, greedy",
+        "beam_perplexity": "perplexity of samples, 4 beams",
+    }
+    panels = [("rate", "distortion"), ("rate", "bleu"), ("greedy_perplexity", "bleu"), ("beam_perplexity", "bleu")]
     with_rate = [group for group in groups if values(group, "rate")]
     methods = list(dict.fromkeys(group[0]["settings"]["method"] for group in with_rate))
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4), layout="constrained")
-    for axis, (name, title) in zip(axes, panels, strict=True):
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 4), layout="constrained")
+    for axis, (across, up) in zip(axes, panels, strict=True):
         for group in with_rate:
             colour = f"C{methods.index(group[0]['settings']['method'])}"
-            rates, heights = values(group, "rate"), values(group, name)
-            axis.plot(rates, heights, "o", color=colour, alpha=0.35, markersize=4)
-            axis.plot(statistics.fmean(rates), statistics.fmean(heights), "D", color=colour)
-        axis.set(xlabel="rate, nats a text", ylabel=title, xscale="log")
-    axes[-1].set_yscale("log")
-    axes[-1].axhline(statistics.fmean(values(real, "perplexity")), color="grey", linestyle=":", label="held-out texts")
-    axes[-1].axhline(
-        2 * statistics.fmean(values(real, "perplexity")), color="grey", linestyle="--", label="twice that"
-    )
-    axes[1].axhline(TARGET_BLEU, color="grey", linestyle="--")
+            x, y = values(group, across), values(group, up)
+            axis.plot(x, y, "o", color=colour, alpha=0.35, markersize=4)
+            axis.plot(statistics.fmean(x), statistics.fmean(y), "D", color=colour)
+        axis.set(xlabel=titles[across], ylabel=titles[up], xscale="log")
+    of_real = statistics.fmean(values(real, "perplexity"))
+    for axis in axes[2:]:
+        axis.axvline(of_real, color="grey", linestyle=":", label="held-out texts")
+        axis.axvline(2 * of_real, color="grey", linestyle="--", label="twice that")
+    for axis in axes[1:]:
+        axis.axhline(TARGET_BLEU, color="grey", linestyle="--")
     axes[-1].legend(fontsize=8)
     handles = [plt.Line2D([], [], marker="D", linestyle="", color=f"C{i}", label=m) for i, m in enumerate(methods)]
     axes[0].legend(handles=handles, fontsize=8)
@@ -248,7 +254,7 @@ def report(args: argparse.Namespace, records: dict[str, dict], real: str) -> Non
         INTERPOLATIONS_LEGEND.strip(),
         interpolations_table(groups),
         "## Frontier",
-        f"![Distortion, BLEU and sample perplexity against the rate]({figure.name})",
+        f"![Distortion and BLEU against the rate, BLEU against the perplexity of samples]({figure.name})",
         "Small points are runs, diamonds means over seeds.",
         "## The constrained trainings",
         control_table(constrained) if constrained else "None.",
