@@ -29,6 +29,12 @@ def noise(kind: Callable[..., Tensor], like: Tensor, generator: torch.Generator 
     return kind(like.shape, dtype=like.dtype, device=like.device, **given)
 
 
+def log_of_positive(x: Tensor) -> Tensor:
+    """``log(x)``; ``-inf`` where ``x`` is not above 0, with a gradient of 0 there, where a logarithm has none."""
+    none = x <= 0
+    return x.masked_fill(none, 1).log().masked_fill(none, -math.inf)
+
+
 def log_gamma_sample(log_alpha: Tensor, generator: torch.Generator | None = None) -> Tensor:
     r"""Logarithm of a Gamma draw, with gradients with respect to ``log_alpha``.
 

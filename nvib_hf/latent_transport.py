@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .distributions import log_of_positive
 from .latent import NvibLatents, broadcast_pair, pad_latents
 from .transport import Plan, gaussian_points, transport_distance, transport_path, transport_plan
 
@@ -45,7 +46,7 @@ def interpolate_by_transport(first: NvibLatents, second: NvibLatents, weight: fl
     between = NvibLatents(
         z=moved[..., :width].to(dtype),
         log_pi=plan.log_weight.expand(len(weight), -1),
-        logvar=_logvar(moved[..., width:]).to(dtype) if mixture else None,
+        logvar=(2 * log_of_positive(moved[..., width:])).to(dtype) if mixture else None,
     )
     # The ends as they are: the same distributions as on the path, and not a bit of rounding.
     length = max(x.z.shape[1] for x in (between, first, second))
@@ -63,12 +64,6 @@ def interpolate_by_transport(first: NvibLatents, second: NvibLatents, weight: fl
         logvar=chosen("logvar").masked_fill(~seen[..., None], 0) if mixture else None,
         attention_mask=seen,
     )
-
-
-def _logvar(deviation: Tensor) -> Tensor:
-    """Of a deviation of 0 ``-inf``, without the gradient of a logarithm there, which is no number."""
-    zero = deviation == 0
-    return (2 * deviation.masked_fill(zero, 1).log()).masked_fill(zero, -torch.inf)
 
 
 def latent_distance(first: NvibLatents, second: NvibLatents) -> Tensor:

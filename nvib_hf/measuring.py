@@ -29,7 +29,7 @@ class MeasuringCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         model, name = find_nvib_model(model), type(self).__name__
         if self._model is None:
-            self._at_start = {name: getattr(self, name) for name in self.kept_in_checkpoints}
+            self._at_start = self.state()["attributes"]
         elif self._model is not model and state.global_step == 0:  # as of a Trainer's model_init
             state.stateful_callbacks.pop(name, None)  # which are those of the model before
             vars(self).update(self._at_start)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .denoising_attention import at_least_float32
+from .distributions import log_of_positive
 
 
 class _Fields(NamedTuple):
@@ -50,8 +51,7 @@ class NvibMemory(_Fields):
     ) -> NvibMemory:
         pi = _column("pi", pi, z)
         if log_pi is None:
-            masked = pi <= 0
-            log_pi = at_least_float32(pi).masked_fill(masked, 1).log().masked_fill(masked, float("-inf"))
+            log_pi = log_of_positive(at_least_float32(pi))
         memory = super().__new__(cls, z, pi, mu, logvar)
         memory.log_pi, memory.points = _column("log_pi", log_pi, z), points
         return memory
