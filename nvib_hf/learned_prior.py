@@ -1,0 +1,288 @@
+"""A learned prior: where the latents of texts lie, as a density of sequences of vectors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .causal_transformer import CausalTransformer
+from .codebook import k_means, nearest, sums_by_code
+
+ROUNDS = 4  # of fitting positions and centres in turn: the third changed nothing any more
+
+
+class LatentPrior(nn.Module):
+    r"""A density of the means of a text's latent vectors, in their order, and of how many there are.
+
+    .. math::
+        p(z_1 \dots z_n) = p(n) \prod_{i=1}^n \sum_{k=1}^K p(k \mid z_{<i}, n)\;
+        \mathcal N\bigl(z_i \mid m_i + c_k + W h_i, \operatorname{diag} s_k^2\bigr)
+
+    A vector is one of K codes, as a sub-word is one of a vocabulary, and a Gaussian around it. What its place alone
+    explains, :math:`m_i`, is taken away first, so that the codes are free for what is said. A causal transformer reads
+    the code nearest to each vector before, the number of vectors and how many are still to come; its state
+    :math:`h_i` gives the chances of the next code and moves the Gaussians.
+
+    :meth:`fit_codebook` first, then training (:func:`~nvib_hf.learned_prior_training.fit_latent_prior`).
+
+    Args:
+        width: P, of the vectors.
+        num_codes: K.
+        d_model, num_layers, num_heads, dropout: of the transformer.
+        max_length: the largest number of vectors.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_codes: int = 2048,
+        d_model: int = 192,
+        num_layers: int = 4,
+        num_heads: int = 4,
+        max_length: int = 64,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        sizes = {"width": width, "num_codes": num_codes, "d_model": d_model, "num_layers": num_layers}
+        for name, value in {**sizes, "num_heads": num_heads, "max_length": max_length}.items():
+            if value < 1 or value != int(value):
+                raise ValueError(f"{name} must be a whole number of at least 1, but got {value}.")
+        if d_model % num_heads:
+            raise ValueError(f"d_model must be a multiple of num_heads, but got {d_model} and {num_heads}.")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), but got {dropout}.")
+        self.width, self.num_codes, self.max_length, self.dropout = width, num_codes, max_length, dropout
+        self.register_buffer("places", torch.zeros(max_length, width))  # m
+        self.register_buffer("centres", torch.randn(num_codes, width))  # c
+        self.register_buffer("logvar", torch.zeros(num_codes, width))  # log s^2
+        self.register_buffer("log_lengths", torch.full((max_length,), -math.log(max_length)))  # log p(n), n from 1
+        self.code_embedding = nn.Embedding(num_codes + 1, d_model)  # the last one starts a sequence
+        self.centre_embedding = nn.Linear(width, d_model, bias=False)
+        self.place_embedding = nn.Embedding(max_length, d_model)
+        self.remaining_embedding = nn.Embedding(max_length + 1, d_model)
+        self.transformer = CausalTransformer(d_model, num_layers, num_heads, dropout)
+        self.code_bias = nn.Parameter(torch.zeros(num_codes))
+        self.shift = nn.Linear(d_model, width)
+        for embedding in (self.code_embedding, self.place_embedding, self.remaining_embedding):
+            nn.init.normal_(embedding.weight, std=0.02)
+        nn.init.normal_(self.centre_embedding.weight, std=0.02 / width**0.5)
+        nn.init.zeros_(self.shift.weight)
+        nn.init.zeros_(self.shift.bias)
+
+    # ------------------------------------------------------------------------------------------- codes
+    @torch.no_grad()
+    def fit_codebook(
+        self, z: Tensor, mask: Tensor, iterations: int = 15, generator: torch.Generator | None = None
+    ) -> None:
+        """Set places, codes and the distribution of lengths to those of vectors ``(B, n, P)`` with ``mask (B, n)``.
+
+        Centres by k-means on what the places leave, then places and centres in turn. The variances of a code are
+        those of its vectors, drawn to those of all codes where it has few. A length that was never seen has a chance
+        as if it had been seen 0.01 times.
+
+        Raises:
+            ValueError: fewer vectors than codes, or tensors that do not fit.
+        """
+        lengths = self._check(z, mask)
+        place = torch.arange(z.shape[1], device=z.device).expand_as(mask)[mask]
+        vectors = z[mask].to(self.centres)
+        self._fit_places(vectors, place)
+        self.centres.copy_(k_means(vectors - self.places[place], self.num_codes, iterations, generator))
+        for _ in range(ROUNDS):
+            codes = nearest(vectors - self.places[place], self.centres)
+            self._fit_places(vectors - self.centres[codes], place)
+            residuals = vectors - self.places[place]
+            codes = nearest(residuals, self.centres)
+            sums, counts = sums_by_code(residuals, codes, self.num_codes)
+            self.centres.copy_(torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], self.centres))
+        codes = nearest(residuals, self.centres)
+        squares = (residuals - self.centres[codes]).square()
+        sums, counts = sums_by_code(squares, codes, self.num_codes)
+        pooled, strength = squares.mean(0).clamp(min=1e-6), 10.0  # as if each code had 10 vectors like all others
+        self.logvar.copy_(((sums + strength * pooled) / (counts[:, None] + strength)).log())
+        seen = torch.bincount(lengths - 1, minlength=self.max_length).to(self.log_lengths) + 0.01
+        self.log_lengths.copy_((seen / seen.sum()).log())
+
+    def _fit_places(self, vectors: Tensor, place: Tensor) -> None:
+        """The mean of the vectors of each place; of those never seen that of the last that was."""
+        sums, counts = sums_by_code(vectors, place, self.max_length)
+        last = int(counts.nonzero().max())
+        self.places.copy_(sums / counts.clamp(min=1)[:, None])
+        self.places[last + 1 :] = self.places[last]
+
+    def codes(self, z: Tensor) -> Tensor:
+        """The code nearest to each vector of ``z`` ``(B, n, P)``, its place taken away: ``(B, n)``."""
+        return self._codes(z - self.places[: z.shape[1]])
+
+    def _codes(self, residuals: Tensor) -> Tensor:
+        return nearest(residuals.flatten(0, -2), self.centres).view(residuals.shape[:-1])
+
+    # ---------------------------------------------------------------------------------- the transformer
+    def _embed(self, codes: Tensor, place: Tensor, lengths: Tensor) -> Tensor:
+        """What the transformer reads: the code before each place, the place, and how many vectors are to come."""
+        remaining = (lengths[:, None] - place).clamp(min=0)
+        x = F.embedding(codes, self._code_table())
+        x = x + self.place_embedding(place) + self.remaining_embedding(remaining)
+        return F.dropout(x, self.dropout, self.training)
+
+    def _code_table(self) -> Tensor:
+        """Embeddings of all codes and of the start, ``(K + 1, d_model)``: learnt, and of where their centres lie."""
+        return self.code_embedding.weight + F.pad(self.centre_embedding(self.centres), (0, 0, 0, 1))
+
+    def _states(self, codes: Tensor, lengths: Tensor) -> Tensor:
+        """The states ``(B, n, d_model)`` before each of the vectors with these codes ``(B, n)``."""
+        before = F.pad(codes[:, :-1], (1, 0), value=self.num_codes)
+        return self.transformer(self._embed(before, torch.arange(codes.shape[1], device=codes.device), lengths))
+
+    def _log_chances(self, states: Tensor) -> Tensor:
+        """Log-probabilities of the next code, ``(..., K)``."""
+        return (states @ self._code_table()[:-1].T + self.code_bias).log_softmax(-1)
+
+    # ----------------------------------------------------------------------------------------- densities
+    def log_prob(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Log-density of each sequence, its length included, in nats: ``(B,)``.
+
+        Args:
+            z: vectors ``(B, n, P)``, in their order.
+            mask: ``(B, n)``, True = a vector, False = padding, which stands at the end; ``None``: all are vectors.
+        """
+        mask = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device) if mask is None else mask.bool()
+        lengths = self._check(z, mask)
+        z = z.to(self.centres)
+        states = self._states(self.codes(z), lengths)
+        residuals = z - self.places[: z.shape[1]] - self.shift(states)
+        log_density = (self._log_chances(states) + self._log_gaussians(residuals)).logsumexp(-1)
+        return self.log_lengths[lengths - 1] + log_density.masked_fill(~mask, 0).sum(-1)
+
+    def _log_gaussians(self, residuals: Tensor) -> Tensor:
+        """Log-density of each vector ``(..., P)`` under the Gaussian of each code, ``(..., K)``."""
+        precision = (-self.logvar).exp()
+        scaled = self.centres * precision
+        constant = (self.centres * scaled + self.logvar).sum(-1) + self.width * math.log(2 * math.pi)
+        return -0.5 * (residuals.square() @ precision.T - 2 * residuals @ scaled.T + constant)
+
+    def loss(self, z: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        r"""What training minimises: sums over the batch, in nats, of the two terms of each vector's
+
+        .. math:: -\log p(k^* \mid z_{<i}, n) - \log \mathcal N(z_i \mid m_i + c_{k^*} + W h_i, s_{k^*}^2)
+
+        with its nearest code :math:`k^*`. Together with :math:`-\log p(n)` they are never less than
+        ``-log_prob``. The code pays for itself: in the mixture's own likelihood, details within a cluster drown it.
+        The Gaussian teaches the shift alone, not the transformer.
+        """
+        lengths = self._check(z, mask)
+        z = z.to(self.centres)
+        codes = self.codes(z)
+        states = self._states(codes, lengths)[mask]
+        codes, place = codes[mask], torch.arange(z.shape[1], device=z.device).expand_as(mask)[mask]
+        of_codes = F.nll_loss(self._log_chances(states), codes, reduction="sum")
+        errors = z[mask] - self.places[place] - self.centres[codes] - self.shift(states.detach())
+        logvar = self.logvar[codes]
+        of_vectors = 0.5 * (errors.square() * (-logvar).exp() + logvar + math.log(2 * math.pi)).sum()
+        return of_codes, of_vectors
+
+    # ------------------------------------------------------------------------------------------- samples
+    @torch.no_grad()
+    def sample(
+        self,
+        num_samples: int,
+        num_vectors: int | Sequence[int] | Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        noise: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        r"""Sequences of vectors, and the mask of what is not padding.
+
+        Args:
+            num_samples: how many, B.
+            num_vectors: of each, one number or one per sample; drawn from :math:`p(n)` by default.
+            temperature: of the codes' chances; 0 takes the most probable.
+            top_p: draw among the most probable codes that have this share of the chances together.
+            noise: by what the deviations within a code are multiplied; 0 takes its mean. With 1 everywhere the
+                samples are those of :meth:`log_prob`'s density.
+
+        Returns:
+            ``z`` ``(B, n, P)``, 0 where padding, and ``mask`` ``(B, n)``.
+        """
+        if num_samples < 1 or num_samples != int(num_samples):
+            raise ValueError(f"num_samples must be a whole number of at least 1, but got {num_samples}.")
+        for name, value in (("temperature", temperature), ("noise", noise)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be 0 or positive, but got {value}.")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], but got {top_p}: 1 draws among all codes.")
+        training = self.training
+        self.eval()  # no dropout
+        try:
+            lengths = self._sampled_lengths(num_samples, num_vectors, generator)
+            z = self._sample(lengths, temperature, top_p, noise, generator)
+        finally:
+            self.train(training)
+        mask = torch.arange(z.shape[1], device=z.device) < lengths[:, None]
+        return z.masked_fill(~mask[..., None], 0), mask
+
+    def _sampled_lengths(self, num_samples: int, num_vectors, generator: torch.Generator | None) -> Tensor:
+        device = self.centres.device
+        if num_vectors is None:
+            return 1 + torch.multinomial(self.log_lengths.exp(), num_samples, replacement=True, generator=generator)
+        lengths = torch.as_tensor(num_vectors, device=device)
+        if lengths.dim() > 1 or lengths.numel() not in (1, num_samples) or lengths.is_floating_point():
+            raise ValueError(f"num_vectors must be a whole number or {num_samples} of them, but got {num_vectors!r}.")
+        self._check_lengths(lengths, "num_vectors")
+        return lengths.expand(num_samples)
+
+    def _sample(
+        self, lengths: Tensor, temperature: float, top_p: float, noise: float, generator: torch.Generator | None
+    ) -> Tensor:
+        chance, cache, drawn = {"generator": generator, "device": lengths.device}, self.transformer.empty_cache(), []
+        before = torch.full_like(lengths, self.num_codes)
+        for i in range(int(lengths.max())):
+            place = torch.tensor([i], device=lengths.device)
+            state = self.transformer(self._embed(before[:, None], place, lengths), cache)[:, 0]
+            chances = _sharpened(self._log_chances(state), temperature, top_p)
+            code = torch.multinomial(chances, 1, generator=generator)[:, 0]
+            spread = noise * (0.5 * self.logvar[code]).exp()
+            residual = self.centres[code] + self.shift(state) + spread * torch.randn(spread.shape, **chance)
+            drawn.append(self.places[i] + residual)
+            before = self._codes(residual)  # as log_prob reads it: not always the code it was drawn from
+        return torch.stack(drawn, dim=1)
+
+    # -------------------------------------------------------------------------------------------- checks
+    def _check(self, z: Tensor, mask: Tensor) -> Tensor:
+        """The numbers of vectors ``(B,)``; ValueError unless the tensors fit the prior and each other."""
+        if z.dim() != 3 or z.shape[-1] != self.width:
+            raise ValueError(f"z must be (B, n, {self.width}), but has shape {tuple(z.shape)}.")
+        if mask.shape != z.shape[:2]:
+            raise ValueError(f"mask must be {tuple(z.shape[:2])} as z has it, but has shape {tuple(mask.shape)}.")
+        mask = mask.bool()
+        if (mask[:, 1:] & ~mask[:, :-1]).any():
+            raise ValueError("mask has padding before a vector. Put the vectors of each row first.")
+        lengths = mask.sum(-1)
+        self._check_lengths(lengths, "mask: the number of vectors")
+        return lengths
+
+    def _check_lengths(self, lengths: Tensor, name: str) -> None:
+        low, high = int(lengths.min()), int(lengths.max())
+        if low < 1 or high > self.max_length:
+            raise ValueError(
+                f"{name} must be from 1 to {self.max_length}, but got {low if low < 1 else high}. "
+                "A prior with a larger max_length takes longer ones."
+            )
+
+
+def _sharpened(log_chances: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Probabilities ``(B, K)`` at a temperature, without those beyond the most probable ``top_p``; not normalised."""
+    if temperature == 0:
+        return F.one_hot(log_chances.argmax(-1), log_chances.shape[-1]).to(log_chances)
+    chances = (log_chances / temperature).softmax(-1)
+    if top_p < 1:
+        ordered, order = chances.sort(descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= top_p  # never the first
+        chances = chances.masked_fill(beyond.gather(-1, order.argsort(-1)), 0)
+    return chances
