@@ -1,4 +1,4 @@
-"""Clusters of vectors: k-means, and the Gaussian of each cluster."""
+"""Clusters of vectors: k-means, from starts that find rare clusters as well as frequent ones."""
 
 from __future__ import annotations
 
@@ -6,43 +6,73 @@ import torch
 from torch import Tensor
 
 CHUNK = 8192  # vectors whose distances to all centres are held at once
+STEPS, SURPLUS = 32, 1.5  # in which starts are drawn, and how many are drawn for one that stays
+
+
+def half_distances(vectors: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Half the squared distance of each vector to its nearest centre, less :math:`\lVert x \rVert^2 / 2`, and which.
+
+    ``(N,)`` each, of vectors ``(N, P)`` and centres ``(K, P)``.
+    """
+    half_norms = 0.5 * centres.square().sum(-1)
+    found = [(half_norms - part @ centres.T).min(-1) for part in vectors.split(CHUNK)]
+    return torch.cat([values for values, _ in found]), torch.cat([indices for _, indices in found])
 
 
 def nearest(vectors: Tensor, centres: Tensor) -> Tensor:
     """The index of the nearest centre ``(K, P)`` to each of the vectors ``(N, P)``: ``(N,)``."""
-    half_norms = 0.5 * centres.square().sum(-1)
-    return torch.cat([(half_norms - part @ centres.T).argmin(-1) for part in vectors.split(CHUNK)])
+    return half_distances(vectors, centres)[1]
 
 
-def k_means(vectors: Tensor, num_codes: int, iterations: int = 15, generator: torch.Generator | None = None) -> Tensor:
-    r"""Centres ``(K, P)`` that have a small mean squared distance to their nearest vectors ``(N, P)``.
+def spread_starts(vectors: Tensor, num_codes: int, generator: torch.Generator | None = None) -> Tensor:
+    r"""Vectors ``(K, P)`` of the ``(N, P)`` that lie far apart, so that clusters have one of them however rare.
 
-    The first centres are drawn as k-means++ draws them, each with a chance in proportion to the squared distance to
-    those before it, so that rare but distant vectors have one too. A centre that loses all its vectors stays.
+    Some at a time are drawn with a chance of :math:`d^4`, the distance to the nearest of those before (k-means++ takes
+    :math:`d^2`, which many vectors near the centre of a cluster outweigh), half as many again as are asked for; of
+    these, one after another, the farthest from all that are kept.
+    """
+    chance = {"generator": generator, "device": vectors.device}
+    half_norms = 0.5 * vectors.square().sum(-1)
+    distances, drawn, wanted = torch.ones_like(half_norms), [], min(int(SURPLUS * num_codes), len(vectors))
+    while wanted:
+        open_ones = int((distances > 0).sum())
+        if not open_ones:  # fewer different vectors than codes
+            distances, open_ones = torch.ones_like(distances), len(distances)
+        count = min(max(int(SURPLUS * num_codes) // STEPS, 1), wanted, open_ones)
+        chosen = vectors[torch.multinomial((distances / distances.max()).square(), count, generator=generator)]
+        drawn.append(chosen)
+        wanted -= count
+        to_chosen = (half_norms + half_distances(vectors, chosen)[0]).clamp(min=0)
+        distances = to_chosen if len(drawn) == 1 else torch.minimum(distances, to_chosen)
+    starts = torch.cat(drawn)
+    kept = [int(torch.randint(len(starts), (1,), **chance))]
+    distances = torch.full_like(starts[:, 0], float("inf"))
+    while len(kept) < num_codes:
+        distances = torch.minimum(distances, (starts - starts[kept[-1]]).square().sum(-1))
+        kept.append(int(distances.argmax()))
+    return starts[kept]
+
+
+def k_means(vectors: Tensor, num_codes: int, iterations: int = 1, generator: torch.Generator | None = None) -> Tensor:
+    """Centres ``(K, P)`` of vectors ``(N, P)``: :func:`spread_starts`, then the mean of what is nearest to each.
+
+    A centre that loses all its vectors stays.
 
     Raises:
         ValueError: fewer vectors than centres.
-
-    Source: Arthur & Vassilvitskii (SODA 2007), k-means++.
     """
     if len(vectors) < num_codes:
         raise ValueError(f"num_codes is {num_codes}, but there are only {len(vectors)} vectors to cluster.")
-    chance = {"generator": generator, "device": vectors.device}
-    few = vectors[torch.randperm(len(vectors), **chance)[: max(20 * num_codes, 1000)]]
-    centres = vectors.new_empty(num_codes, vectors.shape[-1])
-    norms, distance = few.square().sum(-1), torch.ones_like(few[:, 0])
-    for k in range(num_codes):
-        if not distance.any():  # fewer different vectors than centres
-            distance = torch.ones_like(distance)
-        chosen = few[torch.multinomial(distance, 1, generator=generator)[0]]
-        centres[k] = chosen
-        to_chosen = (norms + chosen.square().sum() - 2 * few @ chosen).clamp(min=0)
-        distance = to_chosen if k == 0 else torch.minimum(distance, to_chosen)
+    centres = spread_starts(vectors, num_codes, generator)
     for _ in range(iterations):
-        codes = nearest(vectors, centres)
-        sums, counts = sums_by_code(vectors, codes, num_codes)
-        centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centres)
+        centres = moved_to_means(centres, vectors, nearest(vectors, centres))
     return centres
+
+
+def moved_to_means(centres: Tensor, vectors: Tensor, codes: Tensor) -> Tensor:
+    """Each centre at the mean of the vectors of its code; where it was if there are none."""
+    sums, counts = sums_by_code(vectors, codes, len(centres))
+    return torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centres)
 
 
 def sums_by_code(values: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .causal_transformer import CausalTransformer
-from .codebook import k_means, nearest, sums_by_code
+from .codebook import k_means, moved_to_means, nearest, sums_by_code
 
-ROUNDS = 4  # of fitting positions and centres in turn: the third changed nothing any more
+ROUNDS = 3  # of fitting places and centres in turn
 
 
 class LatentPrior(nn.Module):
@@ -59,6 +59,7 @@ class LatentPrior(nn.Module):
         self.register_buffer("places", torch.zeros(max_length, width))  # m
         self.register_buffer("centres", torch.randn(num_codes, width))  # c
         self.register_buffer("logvar", torch.zeros(num_codes, width))  # log s^2
+        self.register_buffer("draws_logvar", torch.zeros(num_codes, width))  # log t^2
         self.register_buffer("log_lengths", torch.full((max_length,), -math.log(max_length)))  # log p(n), n from 1
         self.code_embedding = nn.Embedding(num_codes + 1, d_model)  # the last one starts a sequence
         self.centre_embedding = nn.Linear(width, d_model, bias=False)
@@ -75,9 +76,7 @@ class LatentPrior(nn.Module):
 
     # ------------------------------------------------------------------------------------------- codes
     @torch.no_grad()
-    def fit_codebook(
-        self, z: Tensor, mask: Tensor, iterations: int = 15, generator: torch.Generator | None = None
-    ) -> None:
+    def fit_codebook(self, z: Tensor, mask: Tensor, generator: torch.Generator | None = None) -> None:
         """Set places, codes and the distribution of lengths to those of vectors ``(B, n, P)`` with ``mask (B, n)``.
 
         Centres by k-means on what the places leave, then places and centres in turn. The variances of a code are
@@ -91,21 +90,33 @@ class LatentPrior(nn.Module):
         place = torch.arange(z.shape[1], device=z.device).expand_as(mask)[mask]
         vectors = z[mask].to(self.centres)
         self._fit_places(vectors, place)
-        self.centres.copy_(k_means(vectors - self.places[place], self.num_codes, iterations, generator))
+        residuals = vectors - self.places[place]
+        self.centres.copy_(k_means(residuals, self.num_codes, generator=generator))
         for _ in range(ROUNDS):
-            codes = nearest(vectors - self.places[place], self.centres)
-            self._fit_places(vectors - self.centres[codes], place)
+            self._fit_places(vectors - self.centres[nearest(residuals, self.centres)], place)
             residuals = vectors - self.places[place]
-            codes = nearest(residuals, self.centres)
-            sums, counts = sums_by_code(residuals, codes, self.num_codes)
-            self.centres.copy_(torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], self.centres))
+            self.centres.copy_(moved_to_means(self.centres, residuals, nearest(residuals, self.centres)))
         codes = nearest(residuals, self.centres)
-        squares = (residuals - self.centres[codes]).square()
-        sums, counts = sums_by_code(squares, codes, self.num_codes)
-        pooled, strength = squares.mean(0).clamp(min=1e-6), 10.0  # as if each code had 10 vectors like all others
-        self.logvar.copy_(((sums + strength * pooled) / (counts[:, None] + strength)).log())
+        self.logvar.copy_(self._variances((residuals - self.centres[codes]).square(), codes).log())
         seen = torch.bincount(lengths - 1, minlength=self.max_length).to(self.log_lengths) + 0.01
         self.log_lengths.copy_((seen / seen.sum()).log())
+
+    @torch.no_grad()
+    def fit_draws(self, z: Tensor, logvar: Tensor, mask: Tensor) -> None:
+        r"""For :meth:`rate`: set the variances :math:`t_k^2` of draws from posteriors, around the mean of their code.
+
+        Means ``z`` and ``logvar`` are ``(B, n, P)``.
+        """
+        self._check(z, mask)
+        codes, residuals = self.codes(z)[mask], (z - self.places[: z.shape[1]])[mask]
+        second = (residuals - self.centres[codes]).square() + logvar[mask].exp()
+        self.draws_logvar.copy_(self._variances(second, codes).log())
+
+    def _variances(self, squares: Tensor, codes: Tensor) -> Tensor:
+        """The mean square of each code, ``(K, P)``, as if it had 10 further vectors like all others."""
+        sums, counts = sums_by_code(squares, codes, self.num_codes)
+        pooled = squares.mean(0).clamp(min=1e-6)
+        return (sums + 10 * pooled) / (counts[:, None] + 10)
 
     def _fit_places(self, vectors: Tensor, place: Tensor) -> None:
         """The mean of the vectors of each place; of those never seen that of the last that was."""
@@ -164,6 +175,26 @@ class LatentPrior(nn.Module):
         scaled = self.centres * precision
         constant = (self.centres * scaled + self.logvar).sum(-1) + self.width * math.log(2 * math.pi)
         return -0.5 * (residuals.square() @ precision.T - 2 * residuals @ scaled.T + constant)
+
+    def rate(self, z: Tensor, logvar: Tensor, mask: Tensor) -> Tensor:
+        r"""What posteriors :math:`\mathcal N(z_i, \sigma_i^2)` of texts cost under this prior, in nats: ``(B,)``.
+
+        .. math::
+            -\log p(n) - \sum_i \log p(k_i^* \mid z_{<i}, n) + \sum_i \mathrm{KL}\bigl(
+            \mathcal N(z_i, \sigma_i^2) \,\|\, \mathcal N(m_i + c_{k_i^*}, t_{k_i^*}^2)\bigr)
+
+        The divergence of the draws and their codes from a prior that draws codes and then vectors, so never less than
+        that of the draws alone: with the cross-entropy of the text, a bound on its likelihood. Needs
+        :meth:`fit_draws`.
+        """
+        lengths = self._check(z, mask)
+        z, logvar = z.to(self.centres), logvar.to(self.centres)
+        codes = self.codes(z)
+        of_codes = -self._log_chances(self._states(codes, lengths)).gather(-1, codes[..., None])[..., 0]
+        errors = z - self.places[: z.shape[1]] - self.centres[codes]
+        wide = self.draws_logvar[codes]
+        of_vectors = 0.5 * ((errors.square() + logvar.exp()) * (-wide).exp() - 1 + wide - logvar).sum(-1)
+        return (of_codes + of_vectors).masked_fill(~mask, 0).sum(-1) - self.log_lengths[lengths - 1]
 
     def loss(self, z: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         r"""What training minimises: sums over the batch, in nats, of the two terms of each vector's
@@ -234,7 +265,8 @@ class LatentPrior(nn.Module):
         lengths = torch.as_tensor(num_vectors, device=device)
         if lengths.dim() > 1 or lengths.numel() not in (1, num_samples) or lengths.is_floating_point():
             raise ValueError(f"num_vectors must be a whole number or {num_samples} of them, but got {num_vectors!r}.")
-        self._check_lengths(lengths, "num_vectors")
+        if not ((lengths >= 1) & (lengths <= self.max_length)).all():
+            raise ValueError(f"num_vectors must be from 1 to {self.max_length}, but got {num_vectors!r}.")
         return lengths.expand(num_samples)
 
     def _sample(
@@ -245,7 +277,7 @@ class LatentPrior(nn.Module):
         for i in range(int(lengths.max())):
             place = torch.tensor([i], device=lengths.device)
             state = self.transformer(self._embed(before[:, None], place, lengths), cache)[:, 0]
-            chances = _sharpened(self._log_chances(state), temperature, top_p)
+            chances = sharpened(self._log_chances(state), temperature, top_p)
             code = torch.multinomial(chances, 1, generator=generator)[:, 0]
             spread = noise * (0.5 * self.logvar[code]).exp()
             residual = self.centres[code] + self.shift(state) + spread * torch.randn(spread.shape, **chance)
@@ -258,25 +290,23 @@ class LatentPrior(nn.Module):
         """The numbers of vectors ``(B,)``; ValueError unless the tensors fit the prior and each other."""
         if z.dim() != 3 or z.shape[-1] != self.width:
             raise ValueError(f"z must be (B, n, {self.width}), but has shape {tuple(z.shape)}.")
+        if z.shape[1] > self.max_length:
+            raise ValueError(
+                f"z has {z.shape[1]} vectors a row, padding included, but this prior's max_length is "
+                f"{self.max_length}. Cut the rows, or make a prior with a larger one."
+            )
         if mask.shape != z.shape[:2]:
             raise ValueError(f"mask must be {tuple(z.shape[:2])} as z has it, but has shape {tuple(mask.shape)}.")
         mask = mask.bool()
         if (mask[:, 1:] & ~mask[:, :-1]).any():
             raise ValueError("mask has padding before a vector. Put the vectors of each row first.")
         lengths = mask.sum(-1)
-        self._check_lengths(lengths, "mask: the number of vectors")
+        if (lengths < 1).any():
+            raise ValueError("mask has a row without any vector. Leave such rows out: a text has at least one.")
         return lengths
 
-    def _check_lengths(self, lengths: Tensor, name: str) -> None:
-        low, high = int(lengths.min()), int(lengths.max())
-        if low < 1 or high > self.max_length:
-            raise ValueError(
-                f"{name} must be from 1 to {self.max_length}, but got {low if low < 1 else high}. "
-                "A prior with a larger max_length takes longer ones."
-            )
 
-
-def _sharpened(log_chances: Tensor, temperature: float, top_p: float) -> Tensor:
+def sharpened(log_chances: Tensor, temperature: float, top_p: float) -> Tensor:
     """Probabilities ``(B, K)`` at a temperature, without those beyond the most probable ``top_p``; not normalised."""
     if temperature == 0:
         return F.one_hot(log_chances.argmax(-1), log_chances.shape[-1]).to(log_chances)
