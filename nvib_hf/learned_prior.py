@@ -20,12 +20,11 @@ class LatentPrior(nn.Module):
 
     .. math::
         p(z_1 \dots z_n) = p(n) \prod_{i=1}^n \sum_{k=1}^K p(k \mid z_{<i}, n)\;
-        \mathcal N\bigl(z_i \mid m_i + c_k + W h_i, \operatorname{diag} s_k^2\bigr)
+        \mathcal N\bigl(z_i \mid m_i + c_k, \operatorname{diag} s_k^2\bigr)
 
     A vector is one of K codes, as a sub-word is one of a vocabulary, and a Gaussian around it. What its place alone
     explains, :math:`m_i`, is taken away first, so that the codes are free for what is said. A causal transformer reads
-    the code nearest to each vector before, the number of vectors and how many are still to come; its state
-    :math:`h_i` gives the chances of the next code and moves the Gaussians.
+    the code nearest to each vector before and how many vectors are still to come, and says how probable each code is.
 
     :meth:`fit_codebook` first, then training (:func:`~nvib_hf.learned_prior_training.fit_latent_prior`).
 
@@ -67,12 +66,9 @@ class LatentPrior(nn.Module):
         self.remaining_embedding = nn.Embedding(max_length + 1, d_model)
         self.transformer = CausalTransformer(d_model, num_layers, num_heads, dropout)
         self.code_bias = nn.Parameter(torch.zeros(num_codes))
-        self.shift = nn.Linear(d_model, width)
         for embedding in (self.code_embedding, self.place_embedding, self.remaining_embedding):
             nn.init.normal_(embedding.weight, std=0.02)
         nn.init.normal_(self.centre_embedding.weight, std=0.02 / width**0.5)
-        nn.init.zeros_(self.shift.weight)
-        nn.init.zeros_(self.shift.bias)
 
     # ------------------------------------------------------------------------------------------- codes
     @torch.no_grad()
@@ -86,7 +82,7 @@ class LatentPrior(nn.Module):
         Raises:
             ValueError: fewer vectors than codes, or tensors that do not fit.
         """
-        lengths = self._check(z, mask)
+        mask, lengths = self._checked(z, mask)
         place = torch.arange(z.shape[1], device=z.device).expand_as(mask)[mask]
         vectors = z[mask].to(self.centres)
         self._fit_places(vectors, place)
@@ -102,12 +98,12 @@ class LatentPrior(nn.Module):
         self.log_lengths.copy_((seen / seen.sum()).log())
 
     @torch.no_grad()
-    def fit_draws(self, z: Tensor, logvar: Tensor, mask: Tensor) -> None:
+    def fit_draws(self, z: Tensor, logvar: Tensor, mask: Tensor | None = None) -> None:
         r"""For :meth:`rate`: set the variances :math:`t_k^2` of draws from posteriors, around the mean of their code.
 
         Means ``z`` and ``logvar`` are ``(B, n, P)``.
         """
-        self._check(z, mask)
+        mask, _ = self._checked(z, mask)
         codes, residuals = self.codes(z)[mask], (z - self.places[: z.shape[1]])[mask]
         second = (residuals - self.centres[codes]).square() + logvar[mask].exp()
         self.draws_logvar.copy_(self._variances(second, codes).log())
@@ -161,11 +157,10 @@ class LatentPrior(nn.Module):
             z: vectors ``(B, n, P)``, in their order.
             mask: ``(B, n)``, True = a vector, False = padding, which stands at the end; ``None``: all are vectors.
         """
-        mask = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device) if mask is None else mask.bool()
-        lengths = self._check(z, mask)
+        mask, lengths = self._checked(z, mask)
         z = z.to(self.centres)
         states = self._states(self.codes(z), lengths)
-        residuals = z - self.places[: z.shape[1]] - self.shift(states)
+        residuals = z - self.places[: z.shape[1]]
         log_density = (self._log_chances(states) + self._log_gaussians(residuals)).logsumexp(-1)
         return self.log_lengths[lengths - 1] + log_density.masked_fill(~mask, 0).sum(-1)
 
@@ -176,7 +171,7 @@ class LatentPrior(nn.Module):
         constant = (self.centres * scaled + self.logvar).sum(-1) + self.width * math.log(2 * math.pi)
         return -0.5 * (residuals.square() @ precision.T - 2 * residuals @ scaled.T + constant)
 
-    def rate(self, z: Tensor, logvar: Tensor, mask: Tensor) -> Tensor:
+    def rate(self, z: Tensor, logvar: Tensor, mask: Tensor | None = None) -> Tensor:
         r"""What posteriors :math:`\mathcal N(z_i, \sigma_i^2)` of texts cost under this prior, in nats: ``(B,)``.
 
         .. math::
@@ -187,34 +182,31 @@ class LatentPrior(nn.Module):
         that of the draws alone: with the cross-entropy of the text, a bound on its likelihood. Needs
         :meth:`fit_draws`.
         """
-        lengths = self._check(z, mask)
+        mask, lengths = self._checked(z, mask)
         z, logvar = z.to(self.centres), logvar.to(self.centres)
         codes = self.codes(z)
-        of_codes = -self._log_chances(self._states(codes, lengths)).gather(-1, codes[..., None])[..., 0]
+        of_codes = self._code_nats(codes, lengths)
         errors = z - self.places[: z.shape[1]] - self.centres[codes]
         wide = self.draws_logvar[codes]
         of_vectors = 0.5 * ((errors.square() + logvar.exp()) * (-wide).exp() - 1 + wide - logvar).sum(-1)
         return (of_codes + of_vectors).masked_fill(~mask, 0).sum(-1) - self.log_lengths[lengths - 1]
 
-    def loss(self, z: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        r"""What training minimises: sums over the batch, in nats, of the two terms of each vector's
+    def loss(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
+        r"""What training minimises, in nats, of each sequence: ``(B,)``.
 
-        .. math:: -\log p(k^* \mid z_{<i}, n) - \log \mathcal N(z_i \mid m_i + c_{k^*} + W h_i, s_{k^*}^2)
+        .. math:: -\sum_i \log p(k_i^* \mid z_{<i}, n)
 
-        with its nearest code :math:`k^*`. Together with :math:`-\log p(n)` they are never less than
-        ``-log_prob``. The code pays for itself: in the mixture's own likelihood, details within a cluster drown it.
-        The Gaussian teaches the shift alone, not the transformer.
+        with the code :math:`k_i^*` nearest to each vector. With the Gaussians of these codes and
+        :math:`-\log p(n)`, which training leaves as they are, it is never less than ``-log_prob``. In the mixture's
+        own likelihood, details within a cluster drown the codes.
         """
-        lengths = self._check(z, mask)
-        z = z.to(self.centres)
-        codes = self.codes(z)
-        states = self._states(codes, lengths)[mask]
-        codes, place = codes[mask], torch.arange(z.shape[1], device=z.device).expand_as(mask)[mask]
-        of_codes = F.nll_loss(self._log_chances(states), codes, reduction="sum")
-        errors = z[mask] - self.places[place] - self.centres[codes] - self.shift(states.detach())
-        logvar = self.logvar[codes]
-        of_vectors = 0.5 * (errors.square() * (-logvar).exp() + logvar + math.log(2 * math.pi)).sum()
-        return of_codes, of_vectors
+        mask, lengths = self._checked(z, mask)
+        return self._code_nats(self.codes(z.to(self.centres)), lengths).masked_fill(~mask, 0).sum(-1)
+
+    def _code_nats(self, codes: Tensor, lengths: Tensor) -> Tensor:
+        """What each code costs after those before it, ``(B, n)``."""
+        log_chances = self._log_chances(self._states(codes, lengths))
+        return -log_chances.gather(-1, codes[..., None])[..., 0]
 
     # ------------------------------------------------------------------------------------------- samples
     @torch.no_grad()
@@ -280,14 +272,14 @@ class LatentPrior(nn.Module):
             chances = sharpened(self._log_chances(state), temperature, top_p)
             code = torch.multinomial(chances, 1, generator=generator)[:, 0]
             spread = noise * (0.5 * self.logvar[code]).exp()
-            residual = self.centres[code] + self.shift(state) + spread * torch.randn(spread.shape, **chance)
+            residual = self.centres[code] + spread * torch.randn(spread.shape, **chance)
             drawn.append(self.places[i] + residual)
             before = self._codes(residual)  # as log_prob reads it: not always the code it was drawn from
         return torch.stack(drawn, dim=1)
 
     # -------------------------------------------------------------------------------------------- checks
-    def _check(self, z: Tensor, mask: Tensor) -> Tensor:
-        """The numbers of vectors ``(B,)``; ValueError unless the tensors fit the prior and each other."""
+    def _checked(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The mask and the numbers of vectors ``(B,)``; ValueError unless the tensors fit the prior and each other."""
         if z.dim() != 3 or z.shape[-1] != self.width:
             raise ValueError(f"z must be (B, n, {self.width}), but has shape {tuple(z.shape)}.")
         if z.shape[1] > self.max_length:
@@ -295,15 +287,15 @@ class LatentPrior(nn.Module):
                 f"z has {z.shape[1]} vectors a row, padding included, but this prior's max_length is "
                 f"{self.max_length}. Cut the rows, or make a prior with a larger one."
             )
+        mask = torch.ones_like(z[..., 0], dtype=torch.bool) if mask is None else mask.bool()
         if mask.shape != z.shape[:2]:
             raise ValueError(f"mask must be {tuple(z.shape[:2])} as z has it, but has shape {tuple(mask.shape)}.")
-        mask = mask.bool()
         if (mask[:, 1:] & ~mask[:, :-1]).any():
             raise ValueError("mask has padding before a vector. Put the vectors of each row first.")
         lengths = mask.sum(-1)
         if (lengths < 1).any():
             raise ValueError("mask has a row without any vector. Leave such rows out: a text has at least one.")
-        return lengths
+        return mask, lengths
 
 
 def sharpened(log_chances: Tensor, temperature: float, top_p: float) -> Tensor:

@@ -42,8 +42,8 @@ def fit_latent_prior(
         progress: show a bar.
 
     Returns:
-        At each look: ``step``, ``training_loss`` and ``held_out_loss`` (nats per sequence, :meth:`LatentPrior.loss`
-        without the length) and ``held_out_codes`` (of that, nats for the codes).
+        At each look: ``step``, ``training_loss`` and ``held_out_loss``, nats per sequence by
+        :meth:`LatentPrior.loss`.
 
     Raises:
         ValueError: no latents, or such as do not fit the prior; counts below 1.
@@ -97,7 +97,7 @@ class _Run:
         rows = [self.training[i] for i in self.waiting.pop()]
         self.prior.train()
         z, mask = (x.to(self.prior.centres.device) for x in padded(rows))
-        loss = sum(self.prior.loss(z, mask))
+        loss = self.prior.loss(z, mask).sum()
         self.optimizer.zero_grad()
         (loss / mask.sum()).backward()
         nn.utils.clip_grad_norm_(self.prior.parameters(), 1.0)
@@ -108,19 +108,12 @@ class _Run:
         self.since_look = (nats + loss.item(), sequences + len(rows))
 
     def look(self, held_out: Sequence[Tensor]) -> None:
-        of_codes, of_vectors = held_out_losses(self.prior, held_out, self.batch_size)
+        loss = held_out_loss(self.prior, held_out, self.batch_size)
         nats, sequences = self.since_look
         best = min((entry["held_out_loss"] for entry in self.history), default=float("inf"))
-        if of_codes + of_vectors < best:
+        if loss < best:
             self.best = {name: value.clone() for name, value in self.prior.state_dict().items()}
-        self.history.append(
-            {
-                "step": self.step,
-                "training_loss": nats / sequences,
-                "held_out_loss": of_codes + of_vectors,
-                "held_out_codes": of_codes,
-            }
-        )
+        self.history.append({"step": self.step, "training_loss": nats / sequences, "held_out_loss": loss})
         self.since_look = (0.0, 0)
 
     def looks_without_gain(self) -> int:
@@ -156,18 +149,16 @@ class _Run:
 
 
 @torch.no_grad()
-def held_out_losses(prior: LatentPrior, latents: Sequence[Tensor], batch_size: int = 64) -> tuple[float, float]:
-    """The two terms of :meth:`LatentPrior.loss`, nats per sequence, without dropout."""
+def held_out_loss(prior: LatentPrior, latents: Sequence[Tensor], batch_size: int = 64) -> float:
+    """The mean of :meth:`LatentPrior.loss`, nats per sequence, without dropout."""
     training = prior.training
     prior.eval()
-    order = sorted(range(len(latents)), key=lambda i: len(latents[i]))
-    totals = torch.zeros(2, dtype=torch.float64)
+    order, total = sorted(range(len(latents)), key=lambda i: len(latents[i])), 0.0
     for start in range(0, len(order), batch_size):
         z, mask = (x.to(prior.centres.device) for x in padded([latents[i] for i in order[start : start + batch_size]]))
-        totals += torch.stack(prior.loss(z, mask)).cpu()
+        total += prior.loss(z, mask).sum().item()
     prior.train(training)
-    of_codes, of_vectors = (totals / len(latents)).tolist()
-    return of_codes, of_vectors
+    return total / len(latents)
 
 
 def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
