@@ -82,9 +82,9 @@ class LatentPrior(nn.Module):
         Raises:
             ValueError: fewer vectors than codes, or tensors that do not fit.
         """
-        mask, lengths = self._checked(z, mask)
+        z, mask, lengths = self._checked(z, mask)
         place = torch.arange(z.shape[1], device=z.device).expand_as(mask)[mask]
-        vectors = z[mask].to(self.centres)
+        vectors = z[mask]
         self._fit_places(vectors, place)
         residuals = vectors - self.places[place]
         self.centres.copy_(k_means(residuals, self.num_codes, generator=generator))
@@ -103,7 +103,8 @@ class LatentPrior(nn.Module):
 
         Means ``z`` and ``logvar`` are ``(B, n, P)``.
         """
-        mask, _ = self._checked(z, mask)
+        z, mask, _ = self._checked(z, mask)
+        logvar = logvar.to(z)
         codes, residuals = self.codes(z)[mask], (z - self.places[: z.shape[1]])[mask]
         second = (residuals - self.centres[codes]).square() + logvar[mask].exp()
         self.draws_logvar.copy_(self._variances(second, codes).log())
@@ -157,8 +158,7 @@ class LatentPrior(nn.Module):
             z: vectors ``(B, n, P)``, in their order.
             mask: ``(B, n)``, True = a vector, False = padding, which stands at the end; ``None``: all are vectors.
         """
-        mask, lengths = self._checked(z, mask)
-        z = z.to(self.centres)
+        z, mask, lengths = self._checked(z, mask)
         states = self._states(self.codes(z), lengths)
         residuals = z - self.places[: z.shape[1]]
         log_density = (self._log_chances(states) + self._log_gaussians(residuals)).logsumexp(-1)
@@ -182,8 +182,8 @@ class LatentPrior(nn.Module):
         that of the draws alone: with the cross-entropy of the text, a bound on its likelihood. Needs
         :meth:`fit_draws`.
         """
-        mask, lengths = self._checked(z, mask)
-        z, logvar = z.to(self.centres), logvar.to(self.centres)
+        z, mask, lengths = self._checked(z, mask)
+        logvar = logvar.to(z)
         codes = self.codes(z)
         of_codes = self._code_nats(codes, lengths)
         errors = z - self.places[: z.shape[1]] - self.centres[codes]
@@ -200,8 +200,8 @@ class LatentPrior(nn.Module):
         :math:`-\log p(n)`, which training leaves as they are, it is never less than ``-log_prob``. In the mixture's
         own likelihood, details within a cluster drown the codes.
         """
-        mask, lengths = self._checked(z, mask)
-        return self._code_nats(self.codes(z.to(self.centres)), lengths).masked_fill(~mask, 0).sum(-1)
+        z, mask, lengths = self._checked(z, mask)
+        return self._code_nats(self.codes(z), lengths).masked_fill(~mask, 0).sum(-1)
 
     def _code_nats(self, codes: Tensor, lengths: Tensor) -> Tensor:
         """What each code costs after those before it, ``(B, n)``."""
@@ -278,8 +278,12 @@ class LatentPrior(nn.Module):
         return torch.stack(drawn, dim=1)
 
     # -------------------------------------------------------------------------------------------- checks
-    def _checked(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The mask and the numbers of vectors ``(B,)``; ValueError unless the tensors fit the prior and each other."""
+    def _checked(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Vectors and mask as the prior has its own, and the numbers of vectors ``(B,)``.
+
+        Raises:
+            ValueError: the tensors do not fit the prior or each other.
+        """
         if z.dim() != 3 or z.shape[-1] != self.width:
             raise ValueError(f"z must be (B, n, {self.width}), but has shape {tuple(z.shape)}.")
         if z.shape[1] > self.max_length:
@@ -295,7 +299,7 @@ class LatentPrior(nn.Module):
         lengths = mask.sum(-1)
         if (lengths < 1).any():
             raise ValueError("mask has a row without any vector. Leave such rows out: a text has at least one.")
-        return mask, lengths
+        return z.to(self.centres), mask.to(self.centres.device), lengths.to(self.centres.device)
 
 
 def sharpened(log_chances: Tensor, temperature: float, top_p: float) -> Tensor:

@@ -59,7 +59,8 @@ def fit_latent_prior(
     if checkpoint is not None and Path(checkpoint).exists():
         run.load(checkpoint)
     else:
-        prior.fit_codebook(*padded(training), generator=run.generator)
+        of_device = torch.Generator(prior.centres.device).manual_seed(seed)
+        prior.fit_codebook(*padded(training), generator=of_device)
     with _bar(max_steps, run.step, progress) as bar:
         while run.step < max_steps and run.looks_without_gain() < patience:
             run.train_step()
@@ -96,7 +97,7 @@ class _Run:
             self.waiting = list(shuffled_batches([len(z) for z in self.training], self.batch_size, self.generator))
         rows = [self.training[i] for i in self.waiting.pop()]
         self.prior.train()
-        z, mask = (x.to(self.prior.centres.device) for x in padded(rows))
+        z, mask = padded(rows)
         loss = self.prior.loss(z, mask).sum()
         self.optimizer.zero_grad()
         (loss / mask.sum()).backward()
@@ -155,8 +156,8 @@ def held_out_loss(prior: LatentPrior, latents: Sequence[Tensor], batch_size: int
     prior.eval()
     order, total = sorted(range(len(latents)), key=lambda i: len(latents[i])), 0.0
     for start in range(0, len(order), batch_size):
-        z, mask = (x.to(prior.centres.device) for x in padded([latents[i] for i in order[start : start + batch_size]]))
-        total += prior.loss(z, mask).sum().item()
+        rows = [latents[i] for i in order[start : start + batch_size]]
+        total += prior.loss(*padded(rows)).sum().item()
     prior.train(training)
     return total / len(latents)
 
