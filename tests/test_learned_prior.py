@@ -178,6 +178,14 @@ def test_sampling_step_by_step_is_reading_the_whole():
     torch.testing.assert_close(z, expected.masked_fill(~mask[..., None], 0))
 
 
+@torch.no_grad()
+def test_transformer_reads_in_parts_what_it_reads_whole():
+    transformer, cache = tiny().transformer, tiny().transformer.empty_cache()
+    x = torch.randn(3, 6, 8, dtype=torch.float64, generator=seeded())
+    parts = [transformer(part, cache) for part in x.split([1, 2, 3], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), transformer(x))
+
+
 # ------------------------------------------------------------------------------------------- sampling
 @torch.no_grad()
 def test_temperature_and_top_p_are_those_of_the_chances():
