@@ -14,9 +14,9 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def tiny(width: int = 2, num_codes: int = 5, max_length: int = 4, **settings) -> LatentPrior:
+def tiny(width: int = 2, num_codes: int = 5, max_length: int = 4, seed: int = 0, **settings) -> LatentPrior:
     """A prior in float64 whose every part matters, as if it had been trained."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     prior = LatentPrior(width, num_codes, d_model=8, num_layers=2, num_heads=2, max_length=max_length, **settings)
     for parameter in prior.parameters():
         torch.nn.init.normal_(parameter, std=0.6)
@@ -52,7 +52,7 @@ def test_density_of_all_sequences_integrates_to_one():
 @torch.no_grad()
 def test_samples_have_the_density():
     """Monte Carlo: shares of samples in cells of the plane of two vectors against the integral of the density."""
-    prior = tiny(width=1, max_length=2)
+    prior = tiny(width=1, max_length=2, seed=56)  # whose second vector depends most on its first
     z, mask = prior.sample(200_000, 2, generator=seeded())
     assert mask.all()
     points, step = grid(-14, 14, 561)
@@ -72,6 +72,20 @@ def test_samples_have_the_density():
     found = cells(z, torch.full((len(z),), 1 / len(z), dtype=torch.float64))
     assert (expected > 0.01).sum() > 15
     torch.testing.assert_close(found, expected, rtol=0, atol=0.005)
+
+
+@torch.no_grad()
+def test_samples_go_on_from_the_code_nearest_to_the_vector():
+    """Not from the one it was drawn from, which the density cannot know: by the means of second vectors."""
+    prior = tiny(width=1, max_length=2, seed=56)
+    prior.logvar.fill_(1.0)  # most vectors are nearest to another code
+    z, _ = prior.sample(100_000, 2, generator=seeded())
+    codes, lengths = prior.codes(z)[:, 0], torch.full((5,), 2)
+    chances = prior._log_chances(prior._states(torch.arange(5)[:, None].expand(-1, 2), lengths))[:, 1].exp()
+    means = prior.places[1] + chances @ prior.centres
+    assert means.std() > 0.5
+    found = torch.stack([z[codes == k, 1].mean(0) for k in range(5)])
+    torch.testing.assert_close(found, means, rtol=0, atol=0.05)
 
 
 @torch.no_grad()
@@ -191,6 +205,9 @@ def test_transformer_reads_in_parts_what_it_reads_whole():
 def test_temperature_and_top_p_are_those_of_the_chances():
     prior = tiny(num_codes=4)
     prior.centres.copy_(100 * torch.eye(4, 2) - 50 * torch.eye(4, 2).flip(0))  # far apart: a sample shows its code
+    for parameter in prior.transformer.norm.parameters():
+        parameter.zero_()  # the bias alone decides
+    prior.code_bias.copy_(torch.tensor([0.0, 1.5, 0.5, 1.0]))
     state = prior._states(torch.zeros(1, 1, dtype=torch.long), torch.tensor([1]))
     chances = prior._log_chances(state)[0, 0]
 
