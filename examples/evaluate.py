@@ -19,7 +19,7 @@ from text_vae import read_texts, title
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from nvib_hf import add_to_model_card, evaluate, evaluation_section
-from nvib_hf.evaluation_report import result_tables
+from nvib_hf.evaluation.report import result_tables
 
 
 # ---------------------------------------------------------------------------------------------- printing

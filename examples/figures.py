@@ -5,7 +5,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from nvib_hf import NvibForConditionalGeneration
-from nvib_hf.text_batches import MAX_LENGTH, encode_texts, evaluating
+from nvib_hf.evaluation.texts import MAX_LENGTH, encode_texts, evaluating
 
 
 def pyplot():

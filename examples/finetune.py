@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from nvib_hf import NvibForConditionalGeneration
-from nvib_hf.text_metrics import word_edits
+from nvib_hf.evaluation.samples import word_edits
 
 MAX_TOKENS, SIZES = 16, {"layers": 2, "attention_heads": 4, "ffn_dim": 512}
 NVIB = {"tau_sigma": 0.1, "lambda_gaussian": 0.005, "lambda_dirichlet": 0.005}  # near the model's own function

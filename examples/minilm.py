@@ -11,7 +11,7 @@ from transformers import (
 )
 
 from nvib_hf import NvibForConditionalGeneration
-from nvib_hf.text_batches import MAX_LENGTH
+from nvib_hf.evaluation.texts import MAX_LENGTH
 
 
 def trim(tokenizer: PreTrainedTokenizerFast, encoder: PreTrainedModel, texts: list[str]) -> PreTrainedTokenizerFast:

@@ -40,16 +40,16 @@ from transformers import (
 )
 
 from nvib_hf import ConstraintCallback, NvibForConditionalGeneration, NvibTrainer
-from nvib_hf.likelihood import divergences
-from nvib_hf.reconstruction import reconstruct
-from nvib_hf.sample_quality import interpolations
-from nvib_hf.text_batches import (
+from nvib_hf.evaluation.rate_distortion import divergences
+from nvib_hf.evaluation.samples import interpolations
+from nvib_hf.evaluation.texts import (
     MAX_LENGTH,
     as_read,
     encode_texts,
     evaluating,
     generate_texts,
     length_batches,
+    reconstruct,
     target_ids,
     token_lengths,
 )

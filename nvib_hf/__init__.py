@@ -2,27 +2,24 @@
 
 from importlib.util import find_spec
 
-from .denoising_attention import denoising_attention, naive_denoising_attention
-from .initialisation import EmpiricalPrior, empirical_prior
-from .kl import kl_dirichlet, kl_gaussian
-from .memory import NvibMemory
-from .multihead_attention import DenoisingMultiheadAttention
-from .published_layer import Nvib
+from . import layers
+from .layers import (
+    DenoisingMultiheadAttention,
+    EmpiricalPrior,
+    Nvib,
+    NvibMemory,
+    denoising_attention,
+    empirical_prior,
+    kl_dirichlet,
+    kl_gaussian,
+    naive_denoising_attention,
+)
 
 __version__ = "0.1.0"
 
-_TORCH = [
-    "DenoisingMultiheadAttention",
-    "EmpiricalPrior",
-    "Nvib",
-    "NvibMemory",
-    "denoising_attention",
-    "empirical_prior",
-    "kl_dirichlet",
-    "kl_gaussian",
-    "naive_denoising_attention",
-]
+_TORCH = layers.__all__
 _TRANSFORMERS = [
+    "AttentionSpec",
     "CollapseCallback",
     "CollapseWarning",
     "ConstraintCallback",
@@ -43,6 +40,7 @@ _TRANSFORMERS = [
     "evaluate",
     "evaluation_section",
     "latent_distance",
+    "register_attention",
     "register_cross_attention",
     "register_self_attention",
     "search_taus",
@@ -58,19 +56,25 @@ if find_spec("transformers") is not None:
         AutoModelForTokenClassification,
     )
 
-    from .architectures import CrossAttention, register_cross_attention
-    from .callbacks import ConstraintCallback, KLAnnealingCallback, ThresholdCallback
-    from .collapse import CollapseCallback, CollapseWarning, EvaluationGapWarning
     from .configuration_nvib import NvibConfig
-    from .evaluation import evaluate
-    from .evaluation_report import add_to_model_card, evaluation_section
-    from .latent import NvibLatents, concatenate_latents
-    from .latent_transport import latent_distance
-    from .modeling_encoder import NvibForSequenceClassification, NvibForTokenClassification
+    from .evaluation.evaluate import evaluate
+    from .evaluation.report import add_to_model_card, evaluation_section
+    from .latents.latents import NvibLatents, concatenate_latents
+    from .latents.transport import latent_distance
     from .modeling_nvib import NvibForConditionalGeneration
-    from .self_architectures import SelfAttention, register_self_attention
-    from .tau_search import search_taus
-    from .trainer import NvibTrainer, NvibTrainerMixin
+    from .modeling_nvib_classification import NvibForSequenceClassification, NvibForTokenClassification
+    from .training.callbacks import ConstraintCallback, KLAnnealingCallback, ThresholdCallback
+    from .training.collapse import CollapseCallback, CollapseWarning, EvaluationGapWarning
+    from .training.tau_search import search_taus
+    from .training.trainer import NvibTrainer, NvibTrainerMixin
+    from .wrapping.specs import (
+        AttentionSpec,
+        CrossAttention,
+        SelfAttention,
+        register_attention,
+        register_cross_attention,
+        register_self_attention,
+    )
 
     AutoConfig.register(NvibConfig.model_type, NvibConfig)
     AutoModelForSeq2SeqLM.register(NvibConfig, NvibForConditionalGeneration)
@@ -78,10 +82,6 @@ if find_spec("transformers") is not None:
     AutoModelForImageClassification.register(NvibConfig, NvibForSequenceClassification)
     AutoModelForAudioClassification.register(NvibConfig, NvibForSequenceClassification)
     AutoModelForTokenClassification.register(NvibConfig, NvibForTokenClassification)
-    NvibConfig.register_for_auto_class()
-    NvibForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
-    NvibForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
-    NvibForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
     __all__ = [*_TORCH, *_TRANSFORMERS]
 else:
     __all__ = _TORCH

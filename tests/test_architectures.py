@@ -13,12 +13,10 @@ from torch.nn import functional as F
 from transformers import GenerationMixin
 
 from nvib_hf import NvibForConditionalGeneration, NvibLatents, architectures, naive_denoising_attention
-from nvib_hf.architectures import find_cross_attention
-from nvib_hf.base_loading import base_class
-from nvib_hf.base_model import run_encoder, source_padding
-from nvib_hf.cross_attention import DenoisingCrossAttention
-from nvib_hf.denoising_attention import attended_mixture, attended_points
-from nvib_hf.packing import pack
+from nvib_hf.layers.denoising_attention import attended_mixture, attended_points, pack
+from nvib_hf.wrapping.base import base_class, run_encoder, source_padding
+from nvib_hf.wrapping.cross_attention import DenoisingCrossAttention
+from nvib_hf.wrapping.specs import find_cross_attention
 
 # What a base model of Transformers 5.23 gets wrong by itself. Nothing else may be skipped for the base's sake.
 FAULTS = {

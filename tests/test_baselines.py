@@ -11,7 +11,7 @@ from tiny_text import tiny_tokenizer
 from torch.distributions import Normal, kl_divergence
 
 from nvib_hf import NvibForConditionalGeneration
-from nvib_hf.evaluation import rate_distortion
+from nvib_hf.evaluation.evaluate import rate_distortion
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "experiments"))
 from baselines import (

@@ -12,7 +12,7 @@ from tiny_training import TRAINERS, WITH_COMPILE, tiny_model, trainer_of
 from transformers import Trainer, TrainerCallback
 
 from nvib_hf import CollapseCallback, CollapseWarning, EvaluationGapWarning, NvibTrainer
-from nvib_hf.collapse import ChannelMoments
+from nvib_hf.training.collapse import ChannelMoments
 
 
 def test_active_units_by_hand():

@@ -45,16 +45,15 @@ from transformers.models.bart.modeling_bart import BartAttention
 from transformers.pytorch_utils import Conv1D
 
 from nvib_hf import CrossAttention, NvibForConditionalGeneration, architectures, register_cross_attention
-from nvib_hf.architectures import BERT, attention_scale, find_cross_attention, memory_width
-from nvib_hf.cross_attention import (
+from nvib_hf.layers.denoising_attention import attended_mixture, pack
+from nvib_hf.versions import CACHE, TESTED_TRANSFORMERS
+from nvib_hf.wrapping.cross_attention import (
     DenoisingCrossAttention,
     convert_cross_attention,
     projection_matrix,
     restore_cross_attention,
 )
-from nvib_hf.denoising_attention import attended_mixture
-from nvib_hf.packing import pack
-from nvib_hf.versions import CACHE, TESTED_TRANSFORMERS
+from nvib_hf.wrapping.specs import BERT, attention_scale, find_cross_attention, memory_width
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nvib_hf import loss as module
-from nvib_hf.loss import cross_entropy
+from nvib_hf.layers.cross_entropy import cross_entropy
 
 N, V = 10, 7
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -10,7 +10,7 @@ from torch.distributions import Normal
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from nvib_hf.denoising_attention import (
+from nvib_hf.layers.denoising_attention import (
     append_bias,
     attended_means,
     attended_mixture,

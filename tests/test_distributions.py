@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from nvib_hf.distributions import gaussian_sample, log_dirichlet_sample, log_gamma_sample
+from nvib_hf.layers.distributions import gaussian_sample, log_dirichlet_sample, log_gamma_sample
 
 DRAWS = 20_000
 

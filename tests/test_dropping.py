@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nvib_hf import Nvib
-from nvib_hf.dropping import LEAK, LOG_ZERO, relaxed_share, relu_log_alpha
+from nvib_hf.layers.dropping import LEAK, LOG_ZERO, relaxed_share, relu_log_alpha
 
 THRESHOLD = 0.1
 

@@ -31,8 +31,8 @@ from transformers import (
 )
 
 from nvib_hf import KLAnnealingCallback, NvibConfig, NvibForSequenceClassification, NvibForTokenClassification
-from nvib_hf.self_architectures import find_self_attention
-from nvib_hf.self_attention import DenoisingSelfAttention
+from nvib_hf.wrapping.self_attention import DenoisingSelfAttention
+from nvib_hf.wrapping.specs import find_self_attention
 
 BERT = {**BERT_LIKE, "num_labels": 3}
 NARROW = {
@@ -249,7 +249,7 @@ def test_a_live_kind_of_problem_counts():
 def test_a_training_whose_loss_has_no_divergences_is_warned_of(monkeypatch):
     """A Trainer's label smoothing takes the labels away."""
     said = []
-    monkeypatch.setattr("nvib_hf.checks.logger.warning_once", said.append)
+    monkeypatch.setattr("nvib_hf.modeling_nvib_classification.logger.warning_once", said.append)
     for weight in (0.0, 0.01):
         model = wrap("bert", lambda_gaussian=weight, lambda_dirichlet=weight)
         for mode in (model.eval, model.train):

@@ -14,7 +14,7 @@ from tiny_text import tiny_tokenizer
 from torch.distributions import Dirichlet, Normal, kl_divergence
 
 from nvib_hf import NvibLatents, add_to_model_card, evaluate, evaluation_section, likelihood
-from nvib_hf.evaluation import (
+from nvib_hf.evaluation.evaluate import (
     kept_by_frequency,
     kept_by_length,
     kept_by_position,
@@ -23,8 +23,13 @@ from nvib_hf.evaluation import (
     reconstruct,
     reconstruction_scores,
 )
-from nvib_hf.likelihood import dirichlet_log_density, draw_and_log_ratio, log_importance_weights, mutual_information
-from nvib_hf.text_batches import as_read, evaluating, labels_of, target_ids
+from nvib_hf.evaluation.rate_distortion import (
+    dirichlet_log_density,
+    draw_and_log_ratio,
+    log_importance_weights,
+    mutual_information,
+)
+from nvib_hf.evaluation.texts import as_read, evaluating, labels_of, target_ids
 
 TEXTS = ["w5 w6 w7", "w8", "w9 w10 w11 w12 w13 w14", "w5 w5 w90", "w20 w21", "w5 w40 w41 w42"]
 TOKENIZER = tiny_tokenizer()

@@ -7,7 +7,7 @@ import torch
 from tiny_models import tiny_base, tiny_inputs, tiny_labels
 
 from nvib_hf import NvibForConditionalGeneration
-from nvib_hf.self_architectures import find_self_attention, self_attention_row
+from nvib_hf.wrapping.specs import find_self_attention, self_attention_row
 
 FAMILIES = ["bart", "t5", "whisper", "bert2gpt2"]
 ALL = ["cross", "encoder", "decoder"]

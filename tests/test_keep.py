@@ -17,8 +17,8 @@ from nvib_hf import (
     NvibForConditionalGeneration,
     ThresholdCallback,
 )
-from nvib_hf.denoising_attention import attended_points, denoising_attention
-from nvib_hf.dropping import hard_draw, relaxed_log_gate
+from nvib_hf.layers.denoising_attention import attended_points, denoising_attention
+from nvib_hf.layers.dropping import hard_draw, relaxed_log_gate
 
 LEARNED = pytest.mark.parametrize("dropping", ["relaxed", "hard"])
 TRAINING = pytest.mark.parametrize("training", [True, False])

@@ -7,7 +7,7 @@ import torch
 from torch.distributions import Dirichlet, Normal, kl_divergence
 from torch.testing import assert_close
 
-from nvib_hf.kl import _stirling_remainder, kl_dirichlet, kl_gaussian
+from nvib_hf.layers.kl import _stirling_remainder, kl_dirichlet, kl_gaussian
 
 
 @pytest.fixture(autouse=True)

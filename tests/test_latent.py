@@ -10,9 +10,8 @@ from tiny_latents import INF, WIDTH, assert_same, mixture, sample
 from torch.utils import _pytree as pytree
 
 from nvib_hf import NvibLatents, concatenate_latents
-from nvib_hf.denoising_attention import AttendedLatent
-from nvib_hf.latent import interpolate
-from nvib_hf.packing import pack, unpack
+from nvib_hf.latents.latents import interpolate
+from nvib_hf.layers.denoising_attention import AttendedLatent, pack, unpack
 
 
 @pytest.mark.parametrize(

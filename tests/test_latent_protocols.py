@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import trainer_pt_utils
 
 from nvib_hf import NvibLatents, concatenate_latents
-from nvib_hf.recording import Recorder
+from nvib_hf.training.recording import Recorder
 
 BOTH = pytest.mark.parametrize("make", [mixture, sample])
 

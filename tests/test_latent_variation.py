@@ -7,7 +7,7 @@ from tiny_models import tiny_inputs
 from tiny_nvib import tiny_nvib
 
 from nvib_hf import NvibLatents, latent_distance
-from nvib_hf.latent_variation import blend, vary
+from nvib_hf.latents.sampling import blend, vary
 
 
 def seeded(seed: int = 0) -> torch.Generator:

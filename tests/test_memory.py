@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from nvib_hf import DenoisingMultiheadAttention, Nvib, NvibMemory
-from nvib_hf.memory import as_memory
+from nvib_hf.layers.published import as_memory
 
 
 def fields(length=3, batch=2, width=4):

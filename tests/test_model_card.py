@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from nvib_hf import NvibForConditionalGeneration, NvibTrainer, add_to_model_card
-from nvib_hf.model_card import base_ids, model_card
+from nvib_hf.wrapping.model_card import base_ids, model_card
 
 
 def wrap(family="bart", names=("",), overrides=None, **settings):

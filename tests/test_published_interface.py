@@ -7,7 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from nvib_hf import DenoisingMultiheadAttention, Nvib, kl_dirichlet, kl_gaussian
-from nvib_hf.memory import as_memory
+from nvib_hf.layers.published import as_memory
 
 NS, NT, B, H, P = 7, 5, 3, 12, 8
 BY_VECTOR = ("pi", "alpha", "log_alpha")

@@ -8,15 +8,17 @@ from tiny_nvib import tiny_nvib
 from tiny_text import tiny_language_model, tiny_tokenizer
 
 from nvib_hf import sample_quality
-from nvib_hf.sample_quality import (
+from nvib_hf.evaluation.samples import (
     DECODINGS,
+    distinct_n,
+    fluency,
     interpolation_scores,
     interpolations,
     latent_lengths,
     sample_scores,
     sample_texts,
+    self_bleu,
 )
-from nvib_hf.text_metrics import distinct_n, fluency, self_bleu
 
 TOKENIZER = tiny_tokenizer()
 TEXTS = ["w5 w6 w7", "w8", "w9 w10 w11 w12 w13 w14", "w5 w5 w90"]

@@ -14,9 +14,9 @@ from tiny_training import WITH_PEFT, tiny_model, trainer_of
 from torch.nn import functional as F
 
 from nvib_hf import NvibConfig, NvibForConditionalGeneration, NvibTrainer
-from nvib_hf.attended_layer import AttendedNvibLayer
-from nvib_hf.self_architectures import SelfAttention, find_self_attention, register_self_attention
-from nvib_hf.self_attention import DenoisingSelfAttention, carried, separated
+from nvib_hf.layers.nvib import SelfAttentionNvibLayer
+from nvib_hf.wrapping.self_attention import DenoisingSelfAttention, carried, separated
+from nvib_hf.wrapping.specs import SelfAttention, find_self_attention, register_self_attention
 
 # What a row cannot describe, by the kind of attention; all others of the matrix have it.
 REFUSED = {
@@ -542,7 +542,7 @@ def test_an_attention_of_ones_own(monkeypatch):
     register_self_attention(SelfAttention(place="self_attn"), "BartAttention")
     expected = logits_of(base, "bart")
     model = wrap("bart", base=base)
-    assert isinstance(model._self_attentions()["encoder.0"].nvib, AttendedNvibLayer)
+    assert isinstance(model._self_attentions()["encoder.0"].nvib, SelfAttentionNvibLayer)
     torch.testing.assert_close(logits_of(model, "bart"), expected, atol=1e-3, rtol=0)
 
 

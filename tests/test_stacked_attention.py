@@ -8,7 +8,7 @@ from tiny_models import tiny_base, tiny_inputs, tiny_labels
 from torch.nn import functional as F
 
 from nvib_hf import NvibForConditionalGeneration
-from nvib_hf.stacked_attention import encoder_layer
+from nvib_hf.wrapping.stacked_encoder import encoder_layer
 
 FAMILIES = ["bart", "t5", "umt5", "whisper", "bert2gpt2"]
 THRESHOLD = 1.0

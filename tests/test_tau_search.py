@@ -7,7 +7,7 @@ import torch
 from tiny_models import tiny_base, tiny_inputs, tiny_labels
 
 from nvib_hf import NvibForConditionalGeneration, search_taus
-from nvib_hf.tau_search import RANGES
+from nvib_hf.training.tau_search import RANGES
 
 ALL = ["cross", "encoder", "decoder"]
 

@@ -8,7 +8,7 @@ import torch
 from tiny_models import VOCAB_SIZE
 from tiny_text import tiny_language_model, tiny_tokenizer
 
-from nvib_hf.text_metrics import copied, distinct_n, fluency, reverse_perplexity, self_bleu, word_edits
+from nvib_hf.evaluation.samples import copied, distinct_n, fluency, reverse_perplexity, self_bleu, word_edits
 
 TOKENIZER = tiny_tokenizer()
 TEXTS = ["w5 w6 w7", "w8", "w9 w10 w11 w12 w13 w14", "w5 w5 w90"]

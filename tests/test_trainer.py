@@ -14,7 +14,7 @@ from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
 import nvib_hf
 from nvib_hf import KLAnnealingCallback, NvibForConditionalGeneration, NvibTrainer
-from nvib_hf.recording import find_nvib_model
+from nvib_hf.training.recording import find_nvib_model
 
 TERMS = [
     "cross_entropy",

@@ -10,9 +10,8 @@ from tiny_nvib import tiny_nvib
 from torch import Tensor
 
 from nvib_hf import NvibLatents, concatenate_latents, latent_distance
-from nvib_hf.latent import pad_latents
-from nvib_hf.latent_transport import interpolate_by_transport
-from nvib_hf.transport import gaussian_points, transport_distance, transport_plan
+from nvib_hf.latents.latents import pad_latents
+from nvib_hf.latents.transport import gaussian_points, interpolate_by_transport, transport_distance, transport_plan
 
 ENDS = [(mixture, mixture), (mixture, sample), (sample, mixture), (sample, sample)]
 

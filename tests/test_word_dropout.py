@@ -5,7 +5,7 @@ import torch
 from tiny_models import tiny_inputs, tiny_labels
 from tiny_nvib import tiny_nvib
 
-from nvib_hf.base_model import drop_words
+from nvib_hf.wrapping.base import drop_words
 
 
 def test_share_and_place():

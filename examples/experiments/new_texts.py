@@ -21,11 +21,18 @@ from training import clauses, train
 from transformers import set_seed
 
 from nvib_hf import NvibForConditionalGeneration, NvibLatents
-from nvib_hf.evaluation import reconstruct, reconstruction_scores
-from nvib_hf.latent_transport import latent_distance
-from nvib_hf.sample_quality import interpolation_scores, interpolations, latent_lengths, sample_scores, sample_texts
-from nvib_hf.text_batches import as_read, encode_texts, evaluating, generate_texts
-from nvib_hf.text_metrics import copied, word_edits
+from nvib_hf.evaluation.evaluate import reconstruct, reconstruction_scores
+from nvib_hf.evaluation.samples import (
+    copied,
+    interpolation_scores,
+    interpolations,
+    latent_lengths,
+    sample_scores,
+    sample_texts,
+    word_edits,
+)
+from nvib_hf.evaluation.texts import as_read, encode_texts, evaluating, generate_texts
+from nvib_hf.latents.transport import latent_distance
 
 FULL = {
     "texts": None,

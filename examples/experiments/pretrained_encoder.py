@@ -32,8 +32,14 @@ from transformers import (
 )
 
 from nvib_hf import ConstraintCallback, NvibForConditionalGeneration
-from nvib_hf.evaluation import kept_by_length, kept_tokens, rate_distortion, reconstruct, reconstruction_scores
-from nvib_hf.text_batches import as_read
+from nvib_hf.evaluation.evaluate import (
+    kept_by_length,
+    kept_tokens,
+    rate_distortion,
+    reconstruct,
+    reconstruction_scores,
+)
+from nvib_hf.evaluation.texts import as_read
 
 NUM_PIECES = 4000  # a softmax over all 18k that the examples use would take most of the time
 MAX_WORDS = 8

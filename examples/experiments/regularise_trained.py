@@ -39,10 +39,10 @@ from training import clauses
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, set_seed
 
 from nvib_hf import NvibForConditionalGeneration, search_taus
-from nvib_hf.evaluation import reconstruct
-from nvib_hf.tau_search import IDENTITY
-from nvib_hf.text_batches import as_read
-from nvib_hf.text_metrics import word_edits
+from nvib_hf.evaluation.evaluate import reconstruct
+from nvib_hf.evaluation.samples import word_edits
+from nvib_hf.evaluation.texts import as_read
+from nvib_hf.training.tau_search import IDENTITY
 
 FULL = {"steps": 2000, "prior": 1000, "tuning": 200, "test": 800, "trials": 24}
 QUICK = {"steps": 2, "prior": 20, "tuning": 10, "test": 10, "trials": 2}

@@ -34,8 +34,8 @@ from transformers import (
 )
 
 from nvib_hf import NvibForConditionalGeneration
-from nvib_hf.evaluation import reconstruct
-from nvib_hf.text_metrics import word_edits
+from nvib_hf.evaluation.evaluate import reconstruct
+from nvib_hf.evaluation.samples import word_edits
 
 sys.path.append(str(Path(__file__).parents[1]))  # the examples
 import bbe

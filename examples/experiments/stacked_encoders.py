@@ -28,8 +28,8 @@ from training import clauses, train
 from transformers import set_seed
 
 from nvib_hf import ConstraintCallback, NvibForConditionalGeneration
-from nvib_hf.evaluation import rate_distortion, reconstruct, reconstruction_scores
-from nvib_hf.text_batches import MAX_LENGTH, as_read, encoder_inputs, evaluating, labels_of
+from nvib_hf.evaluation.evaluate import rate_distortion, reconstruct, reconstruction_scores
+from nvib_hf.evaluation.texts import MAX_LENGTH, as_read, encoder_inputs, evaluating, labels_of
 
 FULL = {"texts": None, "longest": 24, "held_out": 500, "batch_size": 32}
 QUICK = {"texts": 400, "longest": 24, "held_out": 32, "batch_size": 8}

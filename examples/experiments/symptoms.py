@@ -19,9 +19,9 @@ from training import clauses, train
 from transformers import set_seed
 
 from nvib_hf import CollapseWarning, ConstraintCallback, KLAnnealingCallback
-from nvib_hf.evaluation import rate_distortion, reconstruct, reconstruction_scores
-from nvib_hf.sample_quality import latent_lengths, sample_texts
-from nvib_hf.text_batches import as_read
+from nvib_hf.evaluation.evaluate import rate_distortion, reconstruct, reconstruction_scores
+from nvib_hf.evaluation.samples import latent_lengths, sample_texts
+from nvib_hf.evaluation.texts import as_read
 
 FULL = {"texts": None, "held_out": 200, "steps": 600, "batch_size": 64, "samples": 100}
 QUICK = {"texts": 400, "held_out": 16, "steps": 4, "batch_size": 8, "samples": 4}

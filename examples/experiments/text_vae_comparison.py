@@ -32,10 +32,20 @@ from training import clauses, train
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from nvib_hf import ConstraintCallback, KLAnnealingCallback, NvibForConditionalGeneration
-from nvib_hf.evaluation import rate_distortion, reconstruct, reconstruction_scores
-from nvib_hf.sample_quality import DECODINGS, interpolation_scores, interpolations, latent_lengths, sample_texts
-from nvib_hf.text_batches import as_read
-from nvib_hf.text_metrics import copied, distinct_n, fluency, reverse_perplexity, self_bleu
+from nvib_hf.evaluation.evaluate import rate_distortion, reconstruct, reconstruction_scores
+from nvib_hf.evaluation.samples import (
+    DECODINGS,
+    copied,
+    distinct_n,
+    fluency,
+    interpolation_scores,
+    interpolations,
+    latent_lengths,
+    reverse_perplexity,
+    sample_texts,
+    self_bleu,
+)
+from nvib_hf.evaluation.texts import as_read
 
 SHOWN = 8  # samples and reconstructions that a report prints
 FULL = {
