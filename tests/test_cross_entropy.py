@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nvib_hf import loss as module
+from nvib_hf.layers import cross_entropy as module
 from nvib_hf.layers.cross_entropy import cross_entropy
 
 N, V = 10, 7

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nvib_hf import posterior
+from nvib_hf.layers import distributions as posterior
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
 

@@ -7,7 +7,7 @@ import torch
 from tiny_nvib import tiny_nvib
 from tiny_text import tiny_language_model, tiny_tokenizer
 
-from nvib_hf import sample_quality
+from nvib_hf.evaluation import samples as sample_quality
 from nvib_hf.evaluation.samples import (
     DECODINGS,
     distinct_n,
