@@ -7,6 +7,8 @@ the gradient is written in the logits' own precision.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,14 +34,11 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
         label_smoothing: :math:`\epsilon`, in [0, 1].
     """
     if torch.compiler.is_compiling():  # which makes no copies where it fuses, but would unroll a loop over rows
-        return _whole(logits, labels, label_smoothing)
+        return _sum_of_rows(at_least_float32(logits), labels, label_smoothing=label_smoothing)
     return _CrossEntropy.apply(logits, labels, label_smoothing)
 
 
-def _whole(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    return F.cross_entropy(
-        at_least_float32(logits), labels, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing
-    )
+_sum_of_rows = functools.partial(F.cross_entropy, ignore_index=IGNORED, reduction="sum")
 
 
 def _gradient(logits: Tensor, labels: Tensor, weight: Tensor, smoothing: float) -> Tensor:
@@ -70,7 +69,8 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
         rows = _rows(logits)
         parts = zip(logits.split(rows), labels.split(rows), strict=True)
-        return torch.stack([_whole(x, y, smoothing) for x, y in parts]).sum()
+        sums = [_sum_of_rows(at_least_float32(x), y, label_smoothing=smoothing) for x, y in parts]
+        return torch.stack(sums).sum()
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:

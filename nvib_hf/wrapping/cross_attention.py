@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import EncoderDecoderCache
 
-from ..layers.denoising_attention import append_bias, denoising_attention, is_half, unpack
+from ..layers.denoising_attention import HALF_PRECISION, append_bias, denoising_attention, unpack
 from ..versions import CACHE, installed_and_tested
 from .specs import AttentionSpec
 
@@ -160,7 +160,7 @@ class DenoisingCrossAttention(ConvertedAttention):
             beside |= {"shrinkage": latent.shrinkage.to(dtype), **self._matrices(vectors)}
         if has_cache:
             plain = latent.shrinkage is None and self.nvib_spec.softcap is None
-            if plain and is_half(dtype):  # once, not at every step, for which fp32 has a mask
+            if plain and dtype in HALF_PRECISION:  # once, not at every step, for which fp32 has a mask
                 key, value = append_bias(key, value, beside["bias"], self.nvib_scale)
             key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
             cache.is_updated[self.layer_idx] = True

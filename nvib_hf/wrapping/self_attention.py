@@ -19,7 +19,13 @@ from torch.nn import functional as F
 from transformers import EncoderDecoderCache
 
 from ..configuration_nvib import NvibConfig
-from ..layers.denoising_attention import AttendedLatent, additive_mask, denoising_attention, is_half, three_summands
+from ..layers.denoising_attention import (
+    HALF_PRECISION,
+    AttendedLatent,
+    additive_mask,
+    denoising_attention,
+    three_summands,
+)
 from ..layers.distributions import Posterior
 from ..layers.nvib import SelfAttentionNvibLayer
 from .cross_attention import ConvertedAttention, converted_class, own_class, set_class
@@ -275,7 +281,7 @@ def carried(key: Tensor, bias: Tensor, shrinkage: Tensor | None) -> Tensor:
     ``(B, N, P)`` a slice for each head.
     """
     heads = key.shape[1]
-    channels = three_summands(bias) if is_half(key.dtype) else bias[..., None]
+    channels = three_summands(bias, shift=False) if key.dtype in HALF_PRECISION else bias[..., None]
     channels = channels.clamp(min=torch.finfo(key.dtype).min).to(key.dtype)
     parts = [key, channels[:, None].expand(-1, heads, -1, -1)]
     if shrinkage is not None:
@@ -287,9 +293,9 @@ def carried(key: Tensor, bias: Tensor, shrinkage: Tensor | None) -> Tensor:
 
 def separated(wide: Tensor, width: int, size: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys of ``width``, bias and shrinkage (of ``size`` ``P``, ``None`` for none) of what :func:`carried` made."""
-    beyond = width + (3 if is_half(wide.dtype) else 1)
+    beyond = width + (3 if wide.dtype in HALF_PRECISION else 1)
     bias = wide[:, 0, :, width:beyond]
-    bias = (bias.float() if is_half(bias.dtype) else bias).sum(-1)
+    bias = (bias.float() if bias.dtype in HALF_PRECISION else bias).sum(-1)
     shrinkage = None if size is None else wide[..., beyond:].transpose(1, 2).flatten(2)[..., :size]
     return wide[..., :width], bias, shrinkage
 
