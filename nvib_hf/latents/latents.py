@@ -7,7 +7,7 @@ import operator
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, NoReturn, overload
 
 import torch
 from safetensors import SafetensorError
@@ -320,13 +320,12 @@ def interpolate(first: NvibLatents, second: NvibLatents, weight: float | Tensor)
 # Latents
 
 
-def check_batch(packed: Tensor, decoder_inputs: Tensor) -> None:
-    """Raise ValueError unless there is a latent for every row: one would be broadcast to all without a word."""
-    if len(packed) != len(decoder_inputs):
-        raise ValueError(
-            f"There are {len(packed)} latents but {len(decoder_inputs)} decoder inputs. Pass one latent for each "
-            "row of labels or decoder_input_ids: latents[[0] * n] repeats the first n times."
-        )
+def refuse_batch(packed: Tensor, decoder_inputs: Tensor) -> NoReturn:
+    """Raise ValueError for another number of latents than of rows: one would be broadcast to all without a word."""
+    raise ValueError(
+        f"There are {len(packed)} latents but {len(decoder_inputs)} decoder inputs. Pass one latent for each "
+        "row of labels or decoder_input_ids: latents[[0] * n] repeats the first n times."
+    )
 
 
 def check_latents(latents: NvibLatents, layer: nn.Module) -> None:

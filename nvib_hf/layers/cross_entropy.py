@@ -67,7 +67,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-        rows = _rows(logits)
+        rows = max(1, AT_A_TIME.get(logits.device.type, AT_A_TIME_ELSEWHERE) // logits.shape[1])
         parts = zip(logits.split(rows), labels.split(rows), strict=True)
         sums = [_sum_of_rows(at_least_float32(x), y, label_smoothing=smoothing) for x, y in parts]
         return torch.stack(sums).sum()
@@ -84,11 +84,8 @@ class _CrossEntropy(torch.autograd.Function):
         labels, weight = labels[:, None].masked_fill(~counted, 0), counted * gradient
         if torch.is_grad_enabled():  # for a second derivative
             return _gradient(logits, labels, weight, ctx.smoothing).to(logits.dtype), None, None
-        result, rows = torch.empty_like(logits), _rows(logits)
+        result = torch.empty_like(logits)
+        rows = max(1, AT_A_TIME.get(logits.device.type, AT_A_TIME_ELSEWHERE) // logits.shape[1])
         for into, *part in zip(*(x.split(rows) for x in (result, logits, labels, weight)), strict=True):
             into.copy_(_gradient(*part, ctx.smoothing))
         return result, None, None
-
-
-def _rows(logits: Tensor) -> int:
-    return max(1, AT_A_TIME.get(logits.device.type, AT_A_TIME_ELSEWHERE) // logits.shape[1])

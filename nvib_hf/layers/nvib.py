@@ -129,6 +129,7 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
         learned = dropping != "threshold"
         self.keep_weight = nn.Parameter(torch.empty(size_in)) if learned else None
         self.keep_bias = nn.Parameter(torch.empty(1)) if learned else None
+        self.drops = learned or alpha_threshold > 0  # whether anything decides what is kept
         self.make_prior(size_out)
         self.register_buffer("threshold_share", torch.tensor(float(threshold_share)))
         self.set_prior(prior_mu, prior_var, math.log(prior_alpha))
@@ -224,7 +225,14 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
             kept_only: of what evaluation keeps alone, as many as the row that keeps the most.
             log_alpha_below: log pseudo-counts ``(B, Ns)`` of the layer below, which are added to this one's.
         """
-        check_source(hidden_states, padding_mask, self.size_in)
+        batch, length, width = hidden_states.shape
+        if width != self.size_in:
+            raise ValueError(f"The input is {width} wide, but this layer was made with size_in={self.size_in}.")
+        if padding_mask is not None and padding_mask.shape != (batch, length):
+            raise ValueError(
+                f"The padding mask has shape {tuple(padding_mask.shape)}, but the input needs {(batch, length)}: "
+                "one entry per source vector, batch first."
+            )
         mask = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool)
         if padding_mask is not None:
             mask = ~padding_mask.bool()
@@ -264,11 +272,6 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
         if self.alpha_quadratic is not None:
             return (x * torch.addcmul(weight, self.alpha_quadratic.to(x.dtype), x)).sum(-1) + bias
         return relu_log_alpha((x * weight).sum(-1) + bias)
-
-    @property
-    def drops(self) -> bool:
-        """Whether anything decides what is kept."""
-        return self.keep_weight is not None or self.alpha_threshold > 0
 
     def _keep_logit(self, x: Tensor, log_alpha: Tensor) -> Tensor:
         """Above 0 for what is kept, ``(B, Ns)``, in fp32."""
@@ -364,15 +367,3 @@ class SelfAttentionNvibLayer(NvibLayer):
             return attended_points(z, log_g, self.scale), posterior
         z, log_pi, drawn = self.sample_posterior(posterior, generator)
         return attended_points(z, log_pi, self.scale), drawn
-
-
-def check_source(hidden_states: Tensor, padding_mask: Tensor | None, width: int) -> None:
-    """Raise ValueError unless vectors are ``(B, Ns, width)`` and their mask, if any, is ``(B, Ns)``."""
-    batch, length, given = hidden_states.shape
-    if given != width:
-        raise ValueError(f"The input is {given} wide, but this layer was made with size_in={width}.")
-    if padding_mask is not None and padding_mask.shape != (batch, length):
-        raise ValueError(
-            f"The padding mask has shape {tuple(padding_mask.shape)}, but the input needs {(batch, length)}: "
-            "one entry per source vector, batch first."
-        )

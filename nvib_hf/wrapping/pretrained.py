@@ -24,7 +24,7 @@ from .cross_attention import restore_cross_attention
 from .hub import auto_map_entry, save_code
 from .model_card import model_card
 from .self_attention import DenoisingSelfAttention, restore_self_attention
-from .stacked_encoder import StackedSelfAttention, unstack
+from .stacked_encoder import unstack
 from .wrap import split_settings, wrap
 
 
@@ -207,19 +207,15 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
             )
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
-    def _check_generator(self, generator: torch.Generator | None) -> None:
+    def _check_generator(self, generator: torch.Generator) -> None:
         """Raise ValueError for a generator whose draws checkpointing would not repeat in the backward pass."""
-        if generator is None or not self.training or not self._self_attention_names:
+        if not self.training or not self._self_attention_names:
             return
         if any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
             raise ValueError(
                 "A generator was given under gradient checkpointing, which restores the state of the global one alone "
                 "when it runs the layers again. Leave it out and call torch.manual_seed."
             )
-
-    def _stacked(self) -> list[StackedSelfAttention]:
-        """Those of the encoder, from below to above, where they hand on what they dropped or weighed."""
-        return [module for module in self._self_attentions().values() if isinstance(module, StackedSelfAttention)]
 
     @torch.no_grad()
     def set_taus(self, **taus: float | dict[str, float]) -> None:

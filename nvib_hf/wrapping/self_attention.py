@@ -126,7 +126,7 @@ class DenoisingSelfAttention(ConvertedAttention):
     nvib_config: NvibConfig
 
     def forward(self, *args, **kwargs):
-        spec, inputs = self.nvib_spec, self._given(args, kwargs)
+        spec, inputs = self.nvib_spec, dict(zip(self.nvib_arguments, args, strict=False)) | kwargs
         hidden_states, mask = self.states_and_mask(args, kwargs)
         check_mask(mask, type(self).__name__)
         cache = inputs.get(spec.cache) if spec.cache else None
@@ -154,8 +154,7 @@ class DenoisingSelfAttention(ConvertedAttention):
             scale=self.nvib.scale,
             exact=self.nvib_config.exact_attention,
             attention_mask=self._scores_mask(mask, inputs.get("is_causal"), bias, query, num_keys),
-            dropout_p=self._probability(spec.dropout),
-            need_weights=self._needs_weights(inputs),
+            **self._weights_arguments(inputs),
         )
         inputs |= {"output": self._joined(output), "weights": weights, "position_bias": position_bias}
         return tuple(inputs.get(name) for name in spec.returns)
@@ -187,7 +186,7 @@ class DenoisingSelfAttention(ConvertedAttention):
 
     def states_and_mask(self, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor | None]:
         """Of a call's arguments."""
-        inputs = self._given(args, kwargs)
+        inputs = dict(zip(self.nvib_arguments, args, strict=False)) | kwargs
         return inputs[self.nvib_spec.hidden_states], inputs.get(self.nvib_spec.mask)
 
     def _query(self, hidden_states: Tensor) -> Tensor:
