@@ -67,12 +67,12 @@ class AttentionSpec:
         return "self" if self.memory is None else "cross"
 
 
-def CrossAttention(place: str, **names) -> AttentionSpec:  # noqa: N802 (the name that users know)
+def CrossAttention(place: str, **names) -> AttentionSpec:
     """The :class:`AttentionSpec` of a cross-attention."""
     return AttentionSpec(place, **names)
 
 
-def SelfAttention(place: str, **names) -> AttentionSpec:  # noqa: N802
+def SelfAttention(place: str, **names) -> AttentionSpec:
     """The :class:`AttentionSpec` of a self-attention."""
     return AttentionSpec(place, memory=None, **names)
 

@@ -7,16 +7,16 @@ import copy
 
 import pytest
 import torch
-from tiny_models import EOS, FAMILIES, PAD, START, decoder_inputs, row_of, tiny_base, tiny_inputs, tiny_labels
+from tiny_models import EOS, FAMILIES, PAD, decoder_inputs, row_of, tiny_base, tiny_inputs, tiny_labels
 from tiny_nvib import generate
 from torch import nn
 from torch.nn import functional as F
 
 from nvib_hf import NvibForConditionalGeneration, NvibLatents, naive_denoising_attention
 from nvib_hf.layers.denoising_attention import attended_mixture, attended_points, pack
+from nvib_hf.wrapping import specs
 from nvib_hf.wrapping.base import base_class, run_encoder, shortened_mask
 from nvib_hf.wrapping.cross_attention import DenoisingCrossAttention
-from nvib_hf.wrapping import specs
 from nvib_hf.wrapping.specs import find_cross_attention
 
 # What a base model of Transformers 5.23 gets wrong by itself. Nothing else may be skipped for the base's sake.

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from nvib_hf import NvibConfig, NvibForConditionalGeneration, NvibTrainer
 from nvib_hf.layers.nvib import SelfAttentionNvibLayer
-from nvib_hf.wrapping.self_attention import DenoisingSelfAttention, carried, current_pass, separated
 from nvib_hf.wrapping import specs
+from nvib_hf.wrapping.self_attention import DenoisingSelfAttention, carried, current_pass, separated
 from nvib_hf.wrapping.specs import SelfAttention, find_self_attention, register_self_attention
 
 ABLE = [(family, kind) for kind in REFUSED for family in FAMILIES if family not in REFUSED[kind]]
