@@ -222,12 +222,13 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
             check_states_are_whole(self._has_stacked_encoder)
             outputs, mask = BaseModelOutput(last_hidden_state=states), inputs.get("attention_mask")
         vectors, left = outputs.last_hidden_state, current_pass().left if self._has_stacked_encoder else None
-        if mask is not None and mask.shape[1] != vectors.shape[1]:
-            mask = shortened_mask(self.base.get_encoder(), mask, vectors.shape[1])
-        padding = None if mask is None else mask == 0
         if left is not None:
             padding, share = left
             check_length_is_left(padding, vectors)
+        else:
+            if mask is not None and mask.shape[1] != vectors.shape[1]:
+                mask = shortened_mask(self.base.get_encoder(), mask, vectors.shape[1])
+            padding = None if mask is None else mask == 0
         latents = NvibLatents.of(self.nvib(vectors, padding, sample, generator, decode_only))
         if left is not None and latents.prop_vectors is not None:
             latents.prop_vectors = latents.prop_vectors * share  # of the source, not of what its layers left of it
