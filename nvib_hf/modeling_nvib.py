@@ -391,7 +391,8 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
         if given[CACHE] is None and read is not None and positions is not None and read.shape[-1] > positions:
             raise ValueError(
                 f"{'decoder_input_ids' if labels is None else 'labels'} are {read.shape[-1]} tokens long, but the "
-                f"decoder has {positions} positions. Truncate them: tokenizer(..., max_length={positions}, truncation=True)."
+                f"decoder has {positions} positions. Truncate them: tokenizer(..., max_length={positions}, "
+                "truncation=True)."
             )
         if labels is None:
             return given

@@ -91,10 +91,10 @@ class NvibLatents:
 
     def items(self) -> list[tuple[str, Tensor]]:
         """The fields that are not ``None``, by name."""
-        return [(name, getattr(self, name)) for name in self.keys()]  # noqa: SIM118
+        return [(name, getattr(self, name)) for name in self.keys()]
 
     def __contains__(self, name: object) -> bool:
-        return name in self.keys()  # noqa: SIM118
+        return name in self.keys()
 
     @overload
     def __getitem__(self, index: str) -> Tensor: ...

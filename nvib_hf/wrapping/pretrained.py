@@ -141,7 +141,7 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
     # -------------------------------------------------------------------------------------------------- saving
     @classmethod
     def register_for_auto_class(cls, auto_class: object = "AutoModel") -> None:
-        """Does nothing: a saved model brings its code anyway, while Transformers would save that of one folder alone."""
+        """Does nothing: a saved model brings its code anyway, from all folders of the package."""
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, is_main_process: bool = True, *args, **kwargs

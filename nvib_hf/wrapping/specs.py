@@ -67,12 +67,12 @@ class AttentionSpec:
         return "self" if self.memory is None else "cross"
 
 
-def CrossAttention(place: str, **names) -> AttentionSpec:  # noqa: N802 (the name that users know)
+def CrossAttention(place: str, **names) -> AttentionSpec:
     """The :class:`AttentionSpec` of a cross-attention."""
     return AttentionSpec(place, **names)
 
 
-def SelfAttention(place: str, **names) -> AttentionSpec:  # noqa: N802
+def SelfAttention(place: str, **names) -> AttentionSpec:
     """The :class:`AttentionSpec` of a self-attention."""
     return AttentionSpec(place, memory=None, **names)
 
@@ -373,5 +373,6 @@ def check_names(module: nn.Module, spec: AttentionSpec) -> None:
         raise ValueError(
             f"{name} is not what the table of {spec.kind}-attention says: {what} (field {field!r} of its spec), so it "
             f"would compute something else. {installed_and_tested()}. Install a tested version, or describe the "
-            f"module anew: nvib_hf.register_{spec.kind}_attention({spec.kind.title()}Attention(..., {field}=...), {name!r})."
+            f"module anew: nvib_hf.register_{spec.kind}_attention({spec.kind.title()}Attention(..., {field}=...), "
+            f"{name!r})."
         )
