@@ -170,7 +170,7 @@ def check_encoder_outputs(given: object) -> None:
         )
 
 
-# Whisper's loop reads nothing but the length of its sound, drops rows that are done, and carries no other tensor along.
+# Whisper's loop reads only the length of its sound, drops rows that are done, and carries no other tensor along.
 # Where there are latents and no sound, a window stands for each of them: its number, everywhere.
 def sound_for_rows(latents: Tensor, config: PreTrainedConfig) -> Tensor:
     """A window ``(B, mels, frames)`` for each of ``B`` latents, from which :func:`rows_of` reads which one it is."""

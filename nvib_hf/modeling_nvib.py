@@ -346,7 +346,7 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
             loss, cross_entropy = nvib_loss(
                 outputs.logits, labels, regularisation, num_items_in_batch, self.config.label_smoothing
             )
-        of_layers, states = set(terms.kl_gaussian) - {"cross"}, states or BaseModelOutput()
+        of_layers, states = set(terms.kl_gaussian) - {"cross"}, BaseModelOutput() if states is None else states
         return NvibSeq2SeqLMOutput(
             loss=loss,
             logits=outputs.logits,
@@ -384,10 +384,8 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
             if input_ids is None or not self._takes_source_tokens:
                 raise ValueError(NOTHING_TO_READ)
             given = {**given, "input_ids": input_ids}
-        read, positions = (
-            (input_ids if tokens is None else tokens) if labels is None else labels,
-            self._decoder_positions,
-        )
+        read = labels if labels is not None else given.get("input_ids", tokens)
+        positions = self._decoder_positions
         if given[CACHE] is None and read is not None and positions is not None and read.shape[-1] > positions:
             raise ValueError(
                 f"{'decoder_input_ids' if labels is None else 'labels'} are {read.shape[-1]} tokens long, but the "
