@@ -311,7 +311,7 @@ class NvibConfig(PreTrainedConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """As in the base class; the code of this class is written beside it (see ``wrapping/hub.py``)."""
-        self.auto_map = {**(self.auto_map or {}), "AutoConfig": auto_map_entry(type(self))}
+        self.auto_map = {**(getattr(self, "auto_map", None) or {}), "AutoConfig": auto_map_entry(type(self))}
         super().save_pretrained(save_directory, *args, **kwargs)
         save_code(type(self), save_directory)
 

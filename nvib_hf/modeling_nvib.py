@@ -191,8 +191,8 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
             generator: for the draws.
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
-        if not inputs.keys() <= self._argument_names:
-            check_known(inputs, type(self).__name__, self._argument_names)
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        check_known(inputs, type(self).__name__, self._argument_names)
         return self._encode_alone(inputs, sample, generator)[0]
 
     def _encode_alone(
@@ -289,7 +289,8 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
                 positions, or taken away by the Trainer's own label smoothing.
         """
         if not kwargs.keys() <= self._argument_names:
-            check_known(kwargs, type(self).__name__, self._argument_names)
+            given = [name for name, value in kwargs.items() if value is not None]
+            check_known(given, type(self).__name__, self._argument_names)
         if labels is None and num_items_in_batch is not None:
             raise ValueError(LABELS_WERE_TAKEN)
         if cache is not None and past_key_values is not None:

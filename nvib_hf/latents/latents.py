@@ -228,6 +228,10 @@ torch.utils._pytree.register_pytree_node(
     NvibLatents,
     lambda latents: ([value for _, value in latents.items()], latents.keys()),
     lambda values, names: NvibLatents(**dict(zip(names, values, strict=True))),
+    flatten_with_keys_fn=lambda latents: (
+        [(torch.utils._pytree.MappingKey(name), value) for name, value in latents.items()],
+        latents.keys(),
+    ),
     serialized_type_name=f"{NvibLatents.__module__}.NvibLatents",
 )
 
