@@ -116,9 +116,11 @@ def one(settings: dict, cache: Path) -> dict:
     references = as_read(tokenizer, held_out)
     given = references[: settings["samples"]]
     made = make(model, tokenizer, given, held_out, seed)
-    scores = sample_scores(made, references, texts, reverse_steps=0, seed=seed, **judges)
+    scores = sample_scores(made, references, texts, seed=seed, **judges)
     for name, written in made.items():
         scores[name]["given"] = copied(written, given)
+        if name not in SHOWN:
+            del scores[name]["examples"]
         if name.startswith("around"):
             edits = [word_edits(a, b) for a, b in zip(written, given, strict=True)]
             scores[name]["edits"] = sum(edits) / len(edits)
@@ -188,8 +190,8 @@ def report(groups: list[list[dict]]) -> str:
 def main() -> None:
     args = parser(__doc__.splitlines()[0], "new_texts", example.PURPOSES).parse_args()
     cache = args.output / "smollm2"
-    if not args.quick:
-        load_smollm2(cache)
+    if not args.quick and args.jobs:
+        load_smollm2(cache)  # by one process, before many want it
     size = QUICK if args.quick else FULL
     runs = {
         f"{purpose}-seed{seed}": {"purpose": purpose, "seed": seed, **size}

@@ -121,8 +121,8 @@ def one(settings: dict) -> dict:
     set_seed(settings["seed"])
     model, tokenizer, callbacks = build(settings["method"], settings["share"], training)
     model.get_encoder().requires_grad_(False)  # only the layer and the decoder learn
-    log = train(model, tokenizer, callbacks, training, settings)
-    results = {"training texts": len(training), "pieces": len(tokenizer), "log": log, "tests": {}}
+    train(model, tokenizer, callbacks, training, settings)
+    results = {"training texts": len(training), "pieces": len(tokenizer), "tests": {}}
     for name, texts in sets.items():
         written, read = reconstruct(model, tokenizer, texts), as_read(tokenizer, texts)
         records = kept_tokens(model, tokenizer, texts)
@@ -205,7 +205,7 @@ def main() -> None:
     arguments.set_defaults(seeds=[0, 1])  # side by side: a run takes eight minutes
     args = arguments.parse_args()
     size = QUICK if args.quick else FULL
-    size["corpus"] = wordnet.corpus_for(args.quick)
+    size["corpus"] = wordnet.corpus_for(args.quick, args.jobs)
     runs = {
         f"{method}-{share}-seed{seed}": {"method": method, "share": share, "seed": seed, **size}
         for method in args.only

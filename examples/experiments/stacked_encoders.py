@@ -119,7 +119,7 @@ def one(settings: dict) -> dict:
     held_out = [text for text in held_out if text not in set(texts)][: settings["held_out"]]
     set_seed(settings["seed"])
     model, tokenizer, callbacks = build(settings["method"], texts)
-    trace = train(model, tokenizer, callbacks, texts, settings)
+    train(model, tokenizer, callbacks, texts, settings)
     references = as_read(tokenizer, held_out)
     results = reconstruction_scores(reconstruct(model, tokenizer, held_out), references)
     if METHODS[settings["method"]][0] is not None:
@@ -128,7 +128,7 @@ def one(settings: dict) -> dict:
         kept = kept_by_layer(model, tokenizer, held_out)
         results["kept"] = {name: statistics.fmean(sum(row) / len(row) for row in rows) for name, rows in kept.items()}
         results["shown"] = [
-            {"text": text, "kept": {name: rows[i] for name, rows in kept.items()}}
+            {"text": text, "kept": {name: [int(x) for x in rows[i]] for name, rows in kept.items()}}
             for i, text in enumerate(references[:SHOWN])
         ]
         ends = [[c == " " for c in (*text[1:], " ")] for text in references]  # the last letter of each word
@@ -144,7 +144,7 @@ def one(settings: dict) -> dict:
         scores = reconstruction_scores(reconstruct(model, tokenizer, wrong), wrong)
         results[f"copied_{share}"] = scores["exact_match"]
         results[f"likelihood_{share}"] = cross_entropy_of(model, tokenizer, wrong, references)
-    return {**results, "trace": trace}
+    return results
 
 
 def share_of(kept: list[list[bool]], chosen: list[list[bool]]) -> float:

@@ -73,7 +73,6 @@ def one(settings: dict) -> dict:
         "different_samples": len(set(samples)) / len(samples),
         "sample": samples[0],
         "warned": [message.split(": ", 1)[1].split(" are ")[0] for message in messages],
-        "log": log,
     }
 
 

@@ -27,8 +27,8 @@ from baselines import (
 )
 from language_model import load_or_tiny, load_smollm2
 from runner import parser, run_all
-from text_vae_comparison_report import METHODS, report
-from training import clauses, train
+from text_vae_comparison_report import METHODS, TRACE, report
+from training import clauses, trace_of, train
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from nvib_hf import ConstraintCallback, KLAnnealingCallback, NvibForConditionalGeneration
@@ -204,7 +204,7 @@ def one(settings: dict, cache: Path) -> dict:
         judge = load_or_tiny(settings["language_model"], texts, cache)
         return judged(some, texts, held_out, judge, settings)
     model, tokenizer, callbacks = BUILD[method](texts, **settings["setting"])
-    trace = train(model, tokenizer, callbacks, texts, settings)
+    log = train(model, tokenizer, callbacks, texts, settings)
     judge = load_or_tiny(settings["language_model"], texts, cache)
 
     references = as_read(tokenizer, held_out)
@@ -232,7 +232,7 @@ def one(settings: dict, cache: Path) -> dict:
     return {
         **results,
         "shown_reconstructions": list(zip(references, written, strict=True))[:SHOWN],
-        "trace": trace,
+        "trace": trace_of(log, TRACE),
     }
 
 
