@@ -37,9 +37,12 @@ _TRANSFORMERS = [
     "ThresholdCallback",
     "add_to_model_card",
     "concatenate_latents",
+    "decode_latents",
+    "encode_texts",
     "evaluate",
     "evaluation_section",
     "latent_distance",
+    "reconstruct",
     "register_attention",
     "register_cross_attention",
     "register_self_attention",
@@ -59,6 +62,7 @@ if find_spec("transformers") is not None:
     from .configuration_nvib import NvibConfig
     from .evaluation.evaluate import evaluate
     from .evaluation.report import add_to_model_card, evaluation_section
+    from .evaluation.texts import decode_latents, encode_texts, reconstruct
     from .latents.latents import NvibLatents, concatenate_latents
     from .latents.transport import latent_distance
     from .modeling_nvib import NvibForConditionalGeneration
