@@ -38,8 +38,7 @@ from runner import over_seeds, parser, run_all, table_of_rows, write_report
 from training import clauses
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, set_seed
 
-from nvib_hf import NvibForConditionalGeneration, search_taus
-from nvib_hf.evaluation.evaluate import reconstruct
+from nvib_hf import NvibForConditionalGeneration, reconstruct, search_taus
 from nvib_hf.evaluation.samples import word_edits
 from nvib_hf.evaluation.texts import as_read
 from nvib_hf.training.tau_search import IDENTITY

@@ -33,15 +33,14 @@ from transformers import (
     set_seed,
 )
 
-from nvib_hf import NvibForConditionalGeneration
-from nvib_hf.evaluation.evaluate import reconstruct
+from nvib_hf import NvibForConditionalGeneration, reconstruct
 from nvib_hf.evaluation.samples import word_edits
 
 sys.path.append(str(Path(__file__).parents[1]))  # the examples
 import bbe
 import wordnet
 from figures import pyplot
-from shared_trainer import make_trainer
+from text_vae import make_trainer
 
 # By the percentage of the words: of the checkpoint, and of each fine-tuning.
 STEPS = {"1": (250, 120), "10": (700, 250), "100": (1200, 300)}

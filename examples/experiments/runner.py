@@ -138,12 +138,12 @@ def _failure(receiver, exitcode: int) -> str:
 
 # --------------------------------------------------------------------------------------------- records
 LONG = 100  # numbers; a list of more whole ones is packed
-DIGITS = 5  # of a float
+DIGITS = 7  # of a float: a table shows fewer
 LIST = "list"  # what a packed list has in its place: its number
 
 
 def written(record: dict) -> str:
-    """A record as its file holds it: a line for each result, floats of 5 digits, long lists of whole numbers packed.
+    """A record as its file holds it: a line for each result, floats of 7 digits, long lists of whole numbers packed.
 
     Such a list, for instance the errors in each test text, is a number in its place: where it stands among the
     ``lists``, which are compressed together because those of several methods are much alike.

@@ -27,9 +27,9 @@ from runner import cell, over_seeds, parser, run_all, table_of_rows, write_repor
 from training import clauses, train
 from transformers import set_seed
 
-from nvib_hf import ConstraintCallback, NvibForConditionalGeneration
-from nvib_hf.evaluation.evaluate import rate_distortion, reconstruct, reconstruction_scores
-from nvib_hf.evaluation.texts import MAX_LENGTH, as_read, encoder_inputs, evaluating, labels_of
+from nvib_hf import ConstraintCallback, NvibForConditionalGeneration, reconstruct
+from nvib_hf.evaluation.rate_distortion import rate_distortion
+from nvib_hf.evaluation.texts import as_read, encoder_inputs, evaluating, labels_of, reconstruction_scores
 
 FULL = {"texts": None, "longest": 24, "held_out": 500, "batch_size": 32}
 QUICK = {"texts": 400, "longest": 24, "held_out": 32, "batch_size": 8}
@@ -63,7 +63,7 @@ def build(method: str, texts: list[str]):
     A Marian, whose positions are sinusoids: with positions to learn, copying takes several times the steps.
     """
     tokenizer = example.train_tokenizer(texts, CHARACTERS)
-    positions = MAX_LENGTH + 2
+    positions = example.MAX_LENGTH + 2
     base = make_model(tokenizer, encoder_layers=ENCODER_LAYERS, max_position_embeddings=positions, dropout=0.0)
     accepted, _ = METHODS[method]
     if accepted is None:
