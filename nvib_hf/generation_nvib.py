@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from .latents.latents import NvibLatents, check_batch, check_latents
+from .latents.latents import NvibLatents, check_latents, refuse_batch
 from .wrapping.base import STATES, LatentOutput
 
 
@@ -37,7 +37,7 @@ class NvibGenerationMixin(GenerationMixin):
             if has_prompts(self.generation_config):
                 return generate_as_base(self, inputs, generation_config, **kwargs)
         elif kwargs.get("encoder_outputs") is not None:
-            check_batch(kwargs["encoder_outputs"].last_hidden_state, kwargs["decoder_input_ids"])
+            self._check_batch(kwargs["encoder_outputs"].last_hidden_state, kwargs["decoder_input_ids"])
         return super().generate(inputs, generation_config, **kwargs)
 
     def _packed_encoder_outputs(self, latents: NvibLatents | BaseModelOutput) -> BaseModelOutput:
@@ -47,6 +47,10 @@ class NvibGenerationMixin(GenerationMixin):
             return latents
         check_latents(latents, self.nvib)
         return self._packed(latents.compact())
+
+    def _check_batch(self, packed: Tensor, decoder_input_ids: Tensor) -> None:
+        if len(packed) != len(decoder_input_ids):
+            refuse_batch(packed, decoder_input_ids)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         """What the base's encoder takes is known, too."""
@@ -63,7 +67,7 @@ class NvibGenerationMixin(GenerationMixin):
         name = model_input_name or self.main_input_name
         latents, states = self._encode_alone({**model_kwargs, **recorded, name: inputs_tensor}, decode_only=True)
         if model_kwargs.get("decoder_input_ids") is not None:
-            check_batch(latents.z, model_kwargs["decoder_input_ids"])
+            self._check_batch(latents.z, model_kwargs["decoder_input_ids"])
         model_kwargs["encoder_outputs"] = self._packed(latents, states)
         return model_kwargs
 
@@ -101,8 +105,8 @@ class LatentView:
         return self.model_of_latents.get_compiled_call(*args, **kwargs)
 
     def _of_rows(self, sound: Tensor) -> LatentOutput:
-        """The latents of the rows that are left: each value of the sound that stands for them is a row's number."""
-        return LatentOutput(self.packed.last_hidden_state[sound[:, 0, 0].long()])
+        """The latents of the rows that are left."""
+        return LatentOutput(self.packed.last_hidden_state[rows_of(sound)])
 
     def _prepare_text_encoder_decoder_kwargs_for_generation(self, inputs_tensor, model_kwargs, *args, **kwargs):
         if self.packed is not None:
@@ -150,10 +154,7 @@ def generate_as_base(model, inputs=None, generation_config: GenerationConfig | N
         )
     packed = kwargs.pop("encoder_outputs", None)
     if packed is not None:
-        config, latents = model.base.config, packed.last_hidden_state
-        # What Whisper measures the sound by, and takes rows out of: a window of it.
-        rows = torch.arange(len(latents), device=latents.device, dtype=torch.float32)
-        inputs = rows[:, None, None].expand(-1, config.num_mel_bins, 2 * config.max_source_positions)
+        inputs = sound_for_rows(packed.last_hidden_state, model.base.config)
         kwargs.pop("input_features", None)
         kwargs["force_unique_generate_call"] = True
     given = () if inputs is None else (inputs,)
@@ -167,3 +168,16 @@ def check_encoder_outputs(given: object) -> None:
             f"encoder_outputs must be latents, but got {type(given).__name__}. Pass what encode(), "
             "sample_latents(), interpolate_latents() or concatenate_latents([...]) returned."
         )
+
+
+# Whisper's loop reads only the length of its sound, drops rows that are done, and carries no other tensor along.
+# Where there are latents and no sound, a window stands for each of them: its number, everywhere.
+def sound_for_rows(latents: Tensor, config: PreTrainedConfig) -> Tensor:
+    """A window ``(B, mels, frames)`` for each of ``B`` latents, from which :func:`rows_of` reads which one it is."""
+    rows = torch.arange(len(latents), device=latents.device, dtype=torch.float32)
+    return rows[:, None, None].expand(-1, config.num_mel_bins, 2 * config.max_source_positions)
+
+
+def rows_of(sound: Tensor) -> Tensor:
+    """Which latents the windows of :func:`sound_for_rows` that are left stand for."""
+    return sound[:, 0, 0].long()

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 # What to do where a Trainer's own smoothing of labels would take the place of this loss.
 SMOOTHING = "Set label_smoothing_factor to 0 in TrainingArguments and use NvibConfig(label_smoothing=...) instead"
 
+# Where the Trainer has taken the labels out of the inputs.
+LABELS_WERE_TAKEN = (
+    f"The Trainer took the labels out of the inputs, so its loss would lack the KL terms. {SMOOTHING}; in place of a "
+    "compute_loss_func, override Trainer.compute_loss."
+)
+
 TERMS = ("gaussian", "dirichlet", "vectors")  # what ``lambda_*`` weigh, in the order of the model's ``kl_beta``
 
 
@@ -43,21 +49,14 @@ class LayerTerms(NamedTuple):
     prop_vectors: dict[str, Tensor]
     relaxed_prop_vectors: dict[str, Tensor]
 
-    def charged(self) -> Charged:
-        """Means over the layers; of ``None`` where there are none."""
-        means = []
-        for values in (self.kl_gaussian, self.kl_dirichlet, self.relaxed_prop_vectors):
-            means.append(torch.stack(list(values.values())).mean(0) if values else None)
-        return Charged(*means)
-
 
 def layer_terms(
     latents: NvibLatents | None,
     attentions: dict[str, DenoisingSelfAttention],
     records: dict[torch.nn.Module, LayerRecord],
     targets: Tensor | None = None,
-) -> LayerTerms:
-    """What the NVIB layers of a model cost in one pass.
+) -> tuple[LayerTerms, Charged]:
+    """What the NVIB layers of a model cost in one pass, by layer, and their means, which the loss charges for.
 
     Args:
         latents: of the layer between the halves, ``"cross"``; those of no text cost nothing.
@@ -79,13 +78,17 @@ def layer_terms(
         statistics = posterior.statistics()
         share = statistics["prop_vec"] if sources is None else statistics["num_vec"] / sources.clamp(min=1)
         terms.prop_vectors[name] = share
-        if (relaxed := module.nvib.relaxed_share(posterior)) is not None:
-            terms.relaxed_prop_vectors[name] = relaxed
+        if posterior.keep_logit is not None:
+            terms.relaxed_prop_vectors[name] = module.nvib.relaxed_share(posterior)
     if latents is not None and latents.kl_gaussian is not None and latents.kl_dirichlet is not None:
         for field in LayerTerms._fields:
             if (value := getattr(latents, field)) is not None:
                 getattr(terms, field)["cross"] = value
-    return terms
+    means = {}
+    for field in Charged._fields:
+        values = list(getattr(terms, field).values())
+        means[field] = torch.stack(values).mean(0) if values else None
+    return terms, Charged(**means)
 
 
 def regulariser(charged: Charged, beta: Tensor, config: NvibConfig) -> Tensor | None:
@@ -142,12 +145,3 @@ def nvib_loss(
     total = nll if regularisation is None else nll + (tokens * regularisation.to(nll.device)).sum()
     of_step = own if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=nll.device)
     return total / of_step, nll / own
-
-
-def check_labels_were_left(labels: Tensor | None, num_items_in_batch: int | Tensor | None) -> None:
-    """Raise ValueError where the Trainer has taken the labels to compute the loss itself."""
-    if labels is None and num_items_in_batch is not None:
-        raise ValueError(
-            f"The Trainer took the labels out of the inputs, so its loss would lack the KL terms. {SMOOTHING}; "
-            "in place of a compute_loss_func, override Trainer.compute_loss."
-        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from dataclasses import dataclass
+from contextlib import nullcontext
 from typing import Self
 
 import torch
@@ -21,12 +21,13 @@ from transformers.utils import can_return_tuple
 
 from .configuration_nvib import NvibConfig
 from .generation_nvib import NvibGenerationMixin
-from .latents.latents import NvibLatents, check_batch, check_latents
+from .latents.latents import NvibLatents, check_latents, refuse_batch
 from .latents.sampling import NvibLatentsMixin
 from .layers.cross_entropy import IGNORED
 from .layers.denoising_attention import pack
 from .layers.settings import check_prior
-from .loss import check_labels_were_left, layer_terms, nvib_loss, regulariser
+from .loss import LABELS_WERE_TAKEN, layer_terms, nvib_loss, regulariser
+from .outputs import NvibSeq2SeqLMOutput
 from .versions import CACHE, warn_if_untested
 from .wrapping.base import (
     JOINED,
@@ -36,29 +37,27 @@ from .wrapping.base import (
     argument_names,
     base_class,
     check_known,
-    check_positions,
     decoder_positions,
     drop_words,
     freeze_unused,
     gathering,
-    given_cache,
     join_encoder_decoder,
-    joined_vocabularies,
     load_base,
+    resize_token_embeddings,
     run_decoder,
     run_decoder_over_source,
     run_encoder,
-    shift_right,
-    source_padding,
+    shortened_mask,
 )
 from .wrapping.cross_attention import check_cache_was_found, convert_cross_attention
 from .wrapping.pretrained import NvibPreTrainedModel
-from .wrapping.self_attention import ForwardPass
+from .wrapping.self_attention import ForwardPass, current_pass
 from .wrapping.stacked_encoder import check_length_is_left, check_states_are_whole
 from .wrapping.wrap import (
     check_attentions,
     check_base,
     cross_attention_of,
+    is_stacked,
     make_layer,
     put_into_self_attention,
     split_settings,
@@ -75,33 +74,6 @@ FOLLOWS_THE_BASE = (
 )
 # Some encoders share a class with their decoder, and its arguments.
 OF_THE_DECODER = {"use_cache", CACHE, "encoder_hidden_states", "encoder_attention_mask"}
-
-
-@dataclass
-class NvibSeq2SeqLMOutput(Seq2SeqLMOutput):
-    """Output of :class:`NvibForConditionalGeneration`: that of a sequence-to-sequence model, and
-
-    Args:
-        cross_entropy: the reconstruction term of the loss, nats per target token, scalar.
-        kl_gaussian, kl_dirichlet: the two KL terms, ``(B,)``, unweighted; means over the NVIB layers.
-        num_vectors, prop_vectors, effective_vectors: of the latents, ``(B,)``: source vectors kept, their share of
-            the source length, and ``exp(entropy(pi))``.
-        layer_kl_gaussian, layer_kl_dirichlet, layer_prop_vectors: of each NVIB layer, ``(B,)``, by its name
-            (``"cross"``, ``"encoder.0"``, ...); ``None`` where self-attention has none.
-        latents: the :class:`~nvib_hf.NvibLatents` that were decoded; ``None`` at a step of generation, and from
-            ``nn.DataParallel``, which gathers tensors alone.
-    """
-
-    cross_entropy: Tensor | None = None
-    kl_gaussian: Tensor | None = None
-    kl_dirichlet: Tensor | None = None
-    num_vectors: Tensor | None = None
-    prop_vectors: Tensor | None = None
-    effective_vectors: Tensor | None = None
-    layer_kl_gaussian: dict[str, Tensor] | None = None
-    layer_kl_dirichlet: dict[str, Tensor] | None = None
-    layer_prop_vectors: dict[str, Tensor] | None = None
-    latents: NvibLatents | None = None
 
 
 class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGenerationMixin):
@@ -166,6 +138,7 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
             halves = {"encoder": base.get_encoder(), "decoder": base.get_decoder()}
             names = put_into_self_attention(base, halves, config)
         self._self_attention_names = {layer: f"base.{name}" for layer, name in names.items()}
+        self._has_stacked_encoder = is_stacked(config)
         self.register_buffer("kl_beta", torch.ones(3))  # of lambda_gaussian, lambda_dirichlet, lambda_vectors
         convert_cross_attention(cross_attention, width, self.scale, config.exact_attention)
         freeze_unused(base)
@@ -218,7 +191,8 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
             generator: for the draws.
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
-        self._check_names(inputs)
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        check_known(inputs, type(self).__name__, self._argument_names)
         return self._encode_alone(inputs, sample, generator)[0]
 
     def _encode_alone(
@@ -229,11 +203,15 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
         decode_only: bool = False,
     ) -> tuple[NvibLatents, BaseModelOutput]:
         """:meth:`_encode` outside of ``forward``."""
-        with ForwardPass(generator, shortens=decode_only and not self.training) as this_pass:
-            return gathering(self, "_encode")(this_pass, inputs, sample, decode_only)
+        with ForwardPass(generator, shortens=decode_only and not self.training):
+            return gathering(self, "_encode")(inputs, sample, generator, decode_only)
 
     def _encode(
-        self, this_pass: ForwardPass, inputs: dict, sample: bool | None = None, decode_only: bool = False
+        self,
+        inputs: dict,
+        sample: bool | None = None,
+        generator: torch.Generator | None = None,
+        decode_only: bool = False,
     ) -> tuple[NvibLatents, BaseModelOutput]:
         """Latents, and the encoder's own output; with ``decode_only`` what decoding reads of them, and can see."""
         states = inputs.get(STATES)
@@ -241,17 +219,17 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
             given = {k: v for k, v in inputs.items() if k in self._encoder_argument_names and v is not None}
             outputs, mask = run_encoder(self.base, given)
         else:
-            check_states_are_whole(self._stacked())
+            check_states_are_whole(self._has_stacked_encoder)
             outputs, mask = BaseModelOutput(last_hidden_state=states), inputs.get("attention_mask")
-        if this_pass.left is None:
-            padding = source_padding(self.base.get_encoder(), mask, outputs.last_hidden_state.shape[1])
-        else:
-            padding, share = this_pass.left
-            check_length_is_left(padding, outputs.last_hidden_state)
-        latents = NvibLatents.of(
-            self.nvib(outputs.last_hidden_state, padding, sample, this_pass.generator, decode_only)
-        )
-        if this_pass.left is not None and latents.prop_vectors is not None:
+        vectors, left = outputs.last_hidden_state, current_pass().left if self._has_stacked_encoder else None
+        if mask is not None and mask.shape[1] != vectors.shape[1]:
+            mask = shortened_mask(self.base.get_encoder(), mask, vectors.shape[1])
+        padding = None if mask is None else mask == 0
+        if left is not None:
+            padding, share = left
+            check_length_is_left(padding, vectors)
+        latents = NvibLatents.of(self.nvib(vectors, padding, sample, generator, decode_only))
+        if left is not None and latents.prop_vectors is not None:
             latents.prop_vectors = latents.prop_vectors * share  # of the source, not of what its layers left of it
         if decode_only and latents.logvar is None:  # of a sample, draws decide what there is to see
             latents = latents.compact()
@@ -310,10 +288,16 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
             ValueError: nothing for the decoder to read; latents of another model; labels longer than the decoder's
                 positions, or taken away by the Trainer's own label smoothing.
         """
+        if not kwargs.keys() <= self._argument_names:
+            given = [name for name, value in kwargs.items() if value is not None]
+            check_known(given, type(self).__name__, self._argument_names)
+        if labels is None and num_items_in_batch is not None:
+            raise ValueError(LABELS_WERE_TAKEN)
+        if cache is not None and past_key_values is not None:
+            raise ValueError("The cache was given twice, as cache and as past_key_values. Pass one of them.")
+        if generator is not None:
+            self._check_generator(generator)
         recorded = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-        self._check_names(kwargs)
-        self._check_generator(generator)
-        check_labels_were_left(labels, num_items_in_batch)
         decoder_inputs = self._decoder_inputs(
             labels,
             input_ids,
@@ -322,7 +306,7 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
                 "decoder_input_ids": decoder_input_ids,
                 "decoder_attention_mask": decoder_attention_mask,
                 "decoder_inputs_embeds": decoder_inputs_embeds,
-                CACHE: given_cache(cache, past_key_values),
+                CACHE: past_key_values if cache is None else cache,
                 "use_cache": use_cache,
                 **recorded,
                 **{name: value for name, value in kwargs.items() if name not in self._encoder_argument_names},
@@ -333,7 +317,8 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
             return self._decode(encoder_outputs, decoder_inputs)
 
         latents = states = None
-        with ForwardPass(generator, records={}) as this_pass:
+        # What self-attentions with NVIB share and leave; without any there is nothing to share.
+        with ForwardPass(generator, records={}) if self._self_attention_names else nullcontext() as this_pass:
             if encoder_outputs is None:
                 inputs = {
                     "input_ids": input_ids,
@@ -344,23 +329,25 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
                     "pixel_values": pixel_values,
                     STATES: encoder_last_hidden_state,
                 }
-                latents, states = self._encode(this_pass, {**inputs, **kwargs, **recorded})
+                latents, states = self._encode({**inputs, **kwargs, **recorded}, generator=generator)
             elif not is_packed:
                 latents = encoder_outputs
                 check_latents(latents, self.nvib)
             packed = encoder_outputs if latents is None else self._packed(latents, states)
             read = (decoder_inputs.get(name) for name in ("decoder_input_ids", "decoder_inputs_embeds", "input_ids"))
-            check_batch(packed[0], next(x for x in read if x is not None))
+            if len(packed[0]) != len(read := next(x for x in read if x is not None)):
+                refuse_batch(packed[0], read)
             outputs = self._decode(packed, decoder_inputs)
         targets = None if labels is None else labels != IGNORED
-        terms = layer_terms(latents, self._self_attentions(), this_pass.records, targets)
-        charged, loss, cross_entropy = terms.charged(), None, None
+        attentions, records = (self._self_attentions(), this_pass.records) if this_pass else ({}, {})
+        terms, charged = layer_terms(latents, attentions, records, targets)
+        loss = cross_entropy = None
         if labels is not None:
             regularisation = regulariser(charged, self.kl_beta, self.config)
             loss, cross_entropy = nvib_loss(
                 outputs.logits, labels, regularisation, num_items_in_batch, self.config.label_smoothing
             )
-        of_layers, states = set(terms.kl_gaussian) - {"cross"}, states or BaseModelOutput()
+        of_layers, states = set(terms.kl_gaussian) - {"cross"}, BaseModelOutput() if states is None else states
         return NvibSeq2SeqLMOutput(
             loss=loss,
             logits=outputs.logits,
@@ -397,11 +384,15 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
         if labels is None and tokens is None and embeds is None:
             if input_ids is None or not self._takes_source_tokens:
                 raise ValueError(NOTHING_TO_READ)
-            check_positions("decoder_input_ids", input_ids, self._decoder_positions)
-            return {**given, "input_ids": input_ids}
-        if given[CACHE] is None:
-            name, read = ("decoder_input_ids", tokens) if labels is None else ("labels", labels)
-            check_positions(name, read, self._decoder_positions)
+            given = {**given, "input_ids": input_ids}
+        read = labels if labels is not None else given.get("input_ids", tokens)
+        positions = self._decoder_positions
+        if given[CACHE] is None and read is not None and positions is not None and read.shape[-1] > positions:
+            raise ValueError(
+                f"{'decoder_input_ids' if labels is None else 'labels'} are {read.shape[-1]} tokens long, but the "
+                f"decoder has {positions} positions. Truncate them: tokenizer(..., max_length={positions}, "
+                "truncation=True)."
+            )
         if labels is None:
             return given
         if tokens is None and embeds is None:
@@ -417,16 +408,18 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
         latent = packed if isinstance(packed, LatentOutput) else LatentOutput(packed[0])
         run = run_decoder_over_source if "input_ids" in inputs else run_decoder
         outputs = run(self.base, latent, inputs)
-        check_cache_was_found(outputs.get(CACHE), self._cached_layers)
+        if (cache := outputs.get(CACHE)) is not None:
+            check_cache_was_found(cache, self._cached_layers)
         return outputs
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """The decoder's inputs for these labels, by the base's own rule."""
-        return shift_right(self.base, labels)
-
-    def _check_names(self, inputs: dict) -> None:
-        given = [name for name, value in inputs.items() if value is not None]
-        check_known(given, type(self).__name__, self._argument_names)
+        """The decoder's inputs for these labels: the base's own rule where it has one."""
+        if hasattr(self.base, "prepare_decoder_input_ids_from_labels"):
+            return self.base.prepare_decoder_input_ids_from_labels(labels)
+        start, pad = self.base.config.decoder_start_token_id, self.base.config.pad_token_id
+        shifted = labels.roll(1, dims=-1)
+        shifted[:, 0] = start
+        return shifted.masked_fill(shifted == IGNORED, pad)
 
     def _read(self, batch: dict[str, Tensor]) -> None:
         """Run what reads the inputs of a batch: the encoder, and the decoder too if it has NVIB layers of its own."""
@@ -453,17 +446,8 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
         self.base.set_output_embeddings(new_embeddings)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
-        """As of the base. Where an encoder and a decoder were joined: of both, if their vocabularies are as large.
-
-        Raises:
-            ValueError: the two have vocabularies of their own.
-        """
-        if isinstance(self.base, JOINED) and new_num_tokens is not None:
-            halves = joined_vocabularies(self.base)
-        else:
-            halves = [self.base]
-        for half in halves:
-            embeddings = half.resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        """As of the base; of both halves where an encoder and a decoder were joined that share a vocabulary."""
+        embeddings = resize_token_embeddings(self.base, new_num_tokens, *args, **kwargs)
         self.vocab_size = embeddings.num_embeddings
         self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
         return embeddings

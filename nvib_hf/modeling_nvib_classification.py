@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,41 +15,16 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import ModelOutput, can_return_tuple, logging
+from transformers.utils import can_return_tuple, logging
 
 from .configuration_nvib import NvibConfig
 from .loss import layer_terms, regulariser
+from .outputs import NvibClassifierOutput
 from .versions import warn_if_untested
 from .wrapping.base import load_base
 from .wrapping.pretrained import NvibPreTrainedModel
 from .wrapping.self_attention import ForwardPass
 from .wrapping.wrap import check_unwrapped, put_into_self_attention
-
-
-@dataclass
-class NvibClassifierOutput(ModelOutput):
-    """What a classifier with NVIB returns.
-
-    Args:
-        loss: with ``labels``: the head's own loss and the weighted KLs.
-        logits: of the head: ``(B, C)``, or ``(B, N, C)`` for tokens.
-        hidden_states, attentions: of the encoder, if asked for.
-        cross_entropy: the head's own loss.
-        kl_gaussian, kl_dirichlet: ``(B,)``, unweighted means over the NVIB layers.
-        layer_kl_gaussian, layer_kl_dirichlet, layer_prop_vectors: of each layer, ``(B,)``, by its name
-            (``"encoder.0"``, ...).
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    cross_entropy: Tensor | None = None
-    kl_gaussian: Tensor | None = None
-    kl_dirichlet: Tensor | None = None
-    layer_kl_gaussian: dict[str, Tensor] | None = None
-    layer_kl_dirichlet: dict[str, Tensor] | None = None
-    layer_prop_vectors: dict[str, Tensor] | None = None
 
 
 def classifier_class(
@@ -156,7 +130,8 @@ class NvibEncoderModel(NvibPreTrainedModel):
             labels: as the base takes them.
             generator: for the draws of training.
         """
-        self._check_generator(generator)
+        if generator is not None:
+            self._check_generator(generator)
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -169,8 +144,8 @@ class NvibEncoderModel(NvibPreTrainedModel):
         given = {name: value for name, value in inputs.items() if value is not None}
         with ForwardPass(generator, records={}) as this_pass:
             outputs = self.base(**given, **kwargs, return_dict=True)
-        terms = layer_terms(None, self._self_attentions(), this_pass.records)
-        charged, loss = terms.charged(), outputs.loss
+        terms, charged = layer_terms(None, self._self_attentions(), this_pass.records)
+        loss = outputs.loss
         regularisation = regulariser(charged, self.kl_beta, self.config)  # None where layer drop skipped all of them
         if loss is not None and regularisation is not None:
             loss = loss + regularisation.mean()

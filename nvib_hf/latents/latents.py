@@ -7,7 +7,7 @@ import operator
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, NoReturn, overload
 
 import torch
 from safetensors import SafetensorError
@@ -91,10 +91,10 @@ class NvibLatents:
 
     def items(self) -> list[tuple[str, Tensor]]:
         """The fields that are not ``None``, by name."""
-        return [(name, getattr(self, name)) for name in self.keys()]  # noqa: SIM118
+        return [(name, getattr(self, name)) for name in self.keys()]
 
     def __contains__(self, name: object) -> bool:
-        return name in self.keys()  # noqa: SIM118
+        return name in self.keys()
 
     @overload
     def __getitem__(self, index: str) -> Tensor: ...
@@ -228,6 +228,10 @@ torch.utils._pytree.register_pytree_node(
     NvibLatents,
     lambda latents: ([value for _, value in latents.items()], latents.keys()),
     lambda values, names: NvibLatents(**dict(zip(names, values, strict=True))),
+    flatten_with_keys_fn=lambda latents: (
+        [(torch.utils._pytree.MappingKey(name), value) for name, value in latents.items()],
+        latents.keys(),
+    ),
     serialized_type_name=f"{NvibLatents.__module__}.NvibLatents",
 )
 
@@ -320,13 +324,12 @@ def interpolate(first: NvibLatents, second: NvibLatents, weight: float | Tensor)
 # Latents
 
 
-def check_batch(packed: Tensor, decoder_inputs: Tensor) -> None:
-    """Raise ValueError unless there is a latent for every row: one would be broadcast to all without a word."""
-    if len(packed) != len(decoder_inputs):
-        raise ValueError(
-            f"There are {len(packed)} latents but {len(decoder_inputs)} decoder inputs. Pass one latent for each "
-            "row of labels or decoder_input_ids: latents[[0] * n] repeats the first n times."
-        )
+def refuse_batch(packed: Tensor, decoder_inputs: Tensor) -> NoReturn:
+    """Raise ValueError for another number of latents than of rows: one would be broadcast to all without a word."""
+    raise ValueError(
+        f"There are {len(packed)} latents but {len(decoder_inputs)} decoder inputs. Pass one latent for each "
+        "row of labels or decoder_input_ids: latents[[0] * n] repeats the first n times."
+    )
 
 
 def check_latents(latents: NvibLatents, layer: nn.Module) -> None:

@@ -7,6 +7,8 @@ the gradient is written in the logits' own precision.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,14 +34,11 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
         label_smoothing: :math:`\epsilon`, in [0, 1].
     """
     if torch.compiler.is_compiling():  # which makes no copies where it fuses, but would unroll a loop over rows
-        return _whole(logits, labels, label_smoothing)
+        return _sum_of_rows(at_least_float32(logits), labels, label_smoothing=label_smoothing)
     return _CrossEntropy.apply(logits, labels, label_smoothing)
 
 
-def _whole(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    return F.cross_entropy(
-        at_least_float32(logits), labels, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing
-    )
+_sum_of_rows = functools.partial(F.cross_entropy, ignore_index=IGNORED, reduction="sum")
 
 
 def _gradient(logits: Tensor, labels: Tensor, weight: Tensor, smoothing: float) -> Tensor:
@@ -68,9 +67,10 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-        rows = _rows(logits)
+        rows = max(1, AT_A_TIME.get(logits.device.type, AT_A_TIME_ELSEWHERE) // logits.shape[1])
         parts = zip(logits.split(rows), labels.split(rows), strict=True)
-        return torch.stack([_whole(x, y, smoothing) for x, y in parts]).sum()
+        sums = [_sum_of_rows(at_least_float32(x), y, label_smoothing=smoothing) for x, y in parts]
+        return torch.stack(sums).sum()
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
@@ -84,11 +84,8 @@ class _CrossEntropy(torch.autograd.Function):
         labels, weight = labels[:, None].masked_fill(~counted, 0), counted * gradient
         if torch.is_grad_enabled():  # for a second derivative
             return _gradient(logits, labels, weight, ctx.smoothing).to(logits.dtype), None, None
-        result, rows = torch.empty_like(logits), _rows(logits)
+        result = torch.empty_like(logits)
+        rows = max(1, AT_A_TIME.get(logits.device.type, AT_A_TIME_ELSEWHERE) // logits.shape[1])
         for into, *part in zip(*(x.split(rows) for x in (result, logits, labels, weight)), strict=True):
             into.copy_(_gradient(*part, ctx.smoothing))
         return result, None, None
-
-
-def _rows(logits: Tensor) -> int:
-    return max(1, AT_A_TIME.get(logits.device.type, AT_A_TIME_ELSEWHERE) // logits.shape[1])

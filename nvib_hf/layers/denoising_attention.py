@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+HALF_PRECISION = (torch.float16, torch.bfloat16)
 # The lowest bias a fused kernel is given for a masked vector: exp of it is 0, yet 0 times it is not NaN.
 MASKED_BIAS = -1e30
 
@@ -39,7 +40,7 @@ class AttendedLatent(NamedTuple):
 
 def at_least_float32(x: Tensor) -> Tensor:
     """``x`` itself in fp32 and fp64, its fp32 copy in half precision."""
-    return x.float() if is_half(x.dtype) else x
+    return x.float() if x.dtype in HALF_PRECISION else x
 
 
 def attended_points(z: Tensor, log_pi: Tensor, scale: float) -> AttendedLatent:
@@ -198,7 +199,7 @@ def _fused(query, key, value, bias, scale, attention_mask, dropout_p) -> Tensor:
     the bias, three channels do not. Otherwise the bias is a plain mask: nothing is copied at a decoding step.
     """
     width = query.shape[-1]
-    if is_half(query.dtype) or (torch.is_grad_enabled() and bias.requires_grad):
+    if query.dtype in HALF_PRECISION or (torch.is_grad_enabled() and bias.requires_grad):
         if key.shape[-1] == query.shape[-1]:
             key, value = append_bias(key, value, bias, scale)
         query = F.pad(query, (0, key.shape[-1] - query.shape[-1]), value=1.0)
@@ -211,17 +212,13 @@ def _fused(query, key, value, bias, scale, attention_mask, dropout_p) -> Tensor:
     return output[..., :width]
 
 
-def is_half(dtype: torch.dtype) -> bool:
-    return dtype in (torch.float16, torch.bfloat16)
-
-
 def append_bias(key: Tensor, value: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """``k' = [k, b / s, 0..]`` and ``v' = [v, 0..]``: the scores of ``q' = [q, 1..]`` and ``k'`` contain the bias.
 
-    In half precision the bias takes three channels (:func:`split_bias`). Widths are multiples of 8.
+    In half precision the bias takes three channels (:func:`three_summands`). Widths are multiples of 8.
     """
     bias = bias / scale
-    channels = split_bias(bias) if is_half(key.dtype) else bias[..., None]
+    channels = three_summands(bias) if key.dtype in HALF_PRECISION else bias[..., None]
     channels = channels.clamp(min=max(MASKED_BIAS, torch.finfo(key.dtype).min)).to(key.dtype)
     batch, heads, length, width = key.shape
     extra = -(-(width + channels.shape[-1]) // 8) * 8 - width
@@ -229,17 +226,17 @@ def append_bias(key: Tensor, value: Tensor, bias: Tensor, scale: float) -> tuple
     return torch.cat([key, channels], dim=-1), F.pad(value, (0, extra))
 
 
-def split_bias(bias: Tensor) -> Tensor:
+def three_summands(bias: Tensor, shift: bool = True) -> Tensor:
     """A bias as three summands, ``(..., Nl)`` to ``(..., Nl, 3)``, that a cast to half precision does not round.
 
-    The highest of a row is moved to 0 first (a softmax does not see it), which keeps fp16 in range. The sum of
-    the three is the moved bias, to 24 bits after a cast to bf16 and exactly without one.
+    The sum of the three is the bias, to 24 bits after a cast to bf16 and exactly without one.
+
+    Args:
+        shift: move the highest of each row to 0 first, which a softmax does not see and which keeps fp16 in range;
+            not possible where a row is not known as a whole.
     """
-    return three_summands(bias - bias.amax(-1, keepdim=True).detach())
-
-
-def three_summands(bias: Tensor) -> Tensor:
-    """:func:`split_bias` of a bias as it is: where a row is not known as a whole."""
+    if shift:
+        bias = bias - bias.amax(-1, keepdim=True).detach()
     finite = bias.masked_fill(bias == float("-inf"), 0)
     high = finite.to(torch.bfloat16).to(bias.dtype)
     middle = (finite - high).to(torch.bfloat16).to(bias.dtype)
@@ -308,7 +305,7 @@ BIAS_WIDTH = 8  # three channels, padded so that the packed rows stay aligned
 def pack(latent: AttendedLatent) -> Tensor:
     """One tensor ``(B, Nl, P + 8)``, or ``(B, Nl, 2 P + 8)`` with shrinkage, in the vectors' dtype."""
     dtype = latent.vectors.dtype
-    channels = split_bias(latent.bias)
+    channels = three_summands(latent.bias)
     bias = F.pad(channels, (0, BIAS_WIDTH - channels.shape[-1])).to(dtype)
     parts = [latent.vectors, bias] if latent.shrinkage is None else [latent.vectors, latent.shrinkage, bias]
     return torch.cat(parts, dim=-1)

@@ -13,8 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kl import component_weights, gaussian_divergence, kl_dirichlet
-
 # The range of log(alpha) in which the noise of a Gamma draw is exact. Below it exp(-log_alpha), the
 # derivative of log(u) / alpha, nears the end of fp32's range. Above it the relative deviation of a draw
 # is below exp(-15 / 2) = 6e-4 and fp32 begins to round it away. Only the noise is clamped, never the
@@ -161,23 +159,12 @@ class Posterior(NamedTuple):
 
     def repeated(self, kappa: int) -> Posterior:
         """Of each of ``kappa`` vectors per component, side by side, with ``alpha_i / kappa``."""
-        if kappa == 1:
-            return self
         repeated = Posterior(*(None if x is None else x.repeat_interleave(kappa, dim=1) for x in self))
         return repeated._replace(log_alpha=repeated.log_alpha - math.log(kappa))
 
     def log_mean_pi(self) -> Tensor:
         """Log of the expected weights ``alpha / sum(alpha)`` over the kept components, ``(B, Nl)``."""
         return self.log_alpha.masked_fill(~self.keep, float("-inf")).log_softmax(-1)
-
-    def draw_z(self, kappa: int, generator: torch.Generator | None = None) -> Tensor:
-        """``kappa`` vectors per component, side by side: ``(B, kappa * (Ns + 1), P)``."""
-        return gaussian_sample(self.mu, self.logvar, self.mask, generator, repeats=kappa)
-
-    def draw_log_pi(self, kappa: int, generator: torch.Generator | None = None) -> tuple[Tensor, Posterior]:
-        """Log weights ``(B, Nl)`` of ``Nl = kappa * (Ns + 1)`` vectors, and :meth:`repeated`."""
-        repeated = self.repeated(kappa)
-        return log_dirichlet_sample(repeated.log_alpha, repeated.keep, generator), repeated
 
     def draw_log_g(self, generator: torch.Generator | None = None) -> Tensor:
         """Log weights ``(B, Ns + 1)`` before they are normalised, which the softmax of an attention does as well.
@@ -192,33 +179,14 @@ class Posterior(NamedTuple):
         num_vec = self.keep[:, 1:].sum(-1).float()
         length = self.mask[:, 1:].sum(-1).clamp(min=1)
         log_alpha = self.log_alpha.detach().masked_fill(~self.mask, float("-inf"))
-        entropy = torch.special.entr(self.log_mean_pi().detach().exp()).sum(-1)
+        mean_pi = self.log_alpha.detach().masked_fill(~self.keep, float("-inf")).log_softmax(-1).exp()
+        entropy = torch.special.entr(mean_pi).sum(-1)
         return {
             "num_vec": num_vec,
             "prop_vec": num_vec / length,
             "effective_num_vec": entropy.exp(),
             "alpha0": log_alpha.logsumexp(-1).clamp(max=LOG_ALPHA_REPORTED_MAX).exp(),
         }
-
-    def kl_gaussian(self, prior_mu: Tensor, prior_var: Tensor, weights: str, keep: Tensor, kappa: int) -> Tensor:
-        """:func:`~nvib_hf.layers.kl.kl_gaussian` ``(B,)``, with ``keep`` ``(B, Ns + 1)``, what a draw kept, for this one's.
-
-        Computed once per component: its ``kappa`` vectors share one Gaussian and one pseudo-count.
-        """
-        log_alpha = self.log_alpha.masked_fill(~self.mask, -math.inf)
-        w = component_weights(weights, log_alpha, self.mask, keep)
-        return kappa * (w * gaussian_divergence(self.mu, self.logvar, prior_mu, prior_var)).sum(-1)
-
-    def kl_dirichlet(self, prior_log_alpha: Tensor, delta: float, kappa: int) -> Tensor:
-        """:func:`~nvib_hf.layers.kl.kl_dirichlet` ``(B,)`` of the pseudo-counts of ``kappa`` vectors per component."""
-        return kl_dirichlet(
-            log_alpha=self.log_alpha,
-            memory_key_padding_mask=~self.mask,
-            prior_log_alpha=prior_log_alpha,
-            delta=delta,
-            kappa=kappa,
-            batch_first=True,
-        )
 
 
 class NvibOutput(NamedTuple):
@@ -231,7 +199,8 @@ class NvibOutput(NamedTuple):
         drawn: those of the ``Nl`` vectors; of the means the posterior itself.
         kappa: vectors drawn per component, ``Nl = kappa * (Ns + 1)``; ``None`` of the means, one per component.
         kl_gaussian, kl_dirichlet: ``(B,)``, as the layer weighs them; ``None`` where they were not asked for.
-        relaxed_share: ``(B,)``, :func:`~nvib_hf.layers.dropping.relaxed_share`; ``None`` likewise, and where nothing decides.
+        relaxed_share: ``(B,)``, :func:`~nvib_hf.layers.dropping.relaxed_share`; ``None`` likewise, and where nothing
+            decides.
     """
 
     z: Tensor

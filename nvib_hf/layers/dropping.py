@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .distributions import Posterior, noise
+from .distributions import Posterior, log_dirichlet_sample, noise
 
 # What stands for log(0), finite so that a pseudo-count of 0 has a gradient; fp32 holds exp(-69) and its inverse.
 LOG_ZERO = -69.0
@@ -124,7 +124,7 @@ def draw_dropping(
     kappa: int,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Posterior]:
-    """Log weights ``(B, Nl)`` drawn in training by a layer that drops, and the parameters of the vectors they belong to.
+    """Log weights ``(B, Nl)`` drawn in training by a layer that drops, and the parameters of their vectors.
 
     Args:
         posterior: with the keep logits.
@@ -135,8 +135,10 @@ def draw_dropping(
     """
     spared = weighty & spared_examples(posterior.keep_logit, share, generator)
     if dropping == "threshold":
-        return posterior._replace(keep=posterior.keep | spared).draw_log_pi(kappa, generator)
+        drawn = posterior._replace(keep=posterior.keep | spared).repeated(kappa)
+        return log_dirichlet_sample(drawn.log_alpha, drawn.keep, generator), drawn
     log_gate = relaxed_log_gate(posterior.keep_logit, generator).masked_fill(spared, 0)
-    log_pi, repeated = posterior._replace(keep=weighty).draw_log_pi(kappa, generator)
+    drawn = posterior._replace(keep=weighty).repeated(kappa)
+    log_pi = log_dirichlet_sample(drawn.log_alpha, drawn.keep, generator)
     log_pi = (log_pi + log_gate.repeat_interleave(kappa, dim=1)).log_softmax(-1)
-    return log_pi.masked_fill(~repeated.keep, -math.inf), repeated
+    return log_pi.masked_fill(~drawn.keep, -math.inf), drawn

@@ -190,11 +190,18 @@ def kl_dirichlet(
         prior_log_alpha = math.log(prior_alpha)
 
     log_alpha, padding = _unpadded_log_alpha(alpha, log_alpha, memory_key_padding_mask, batch_first)
+    return dirichlet_divergence(log_alpha, ~padding, prior_log_alpha, delta, kappa)
+
+
+def dirichlet_divergence(
+    log_alpha: Tensor, mask: Tensor, prior_log_alpha: float | Tensor, delta: float, kappa: int
+) -> Tensor:
+    """:func:`kl_dirichlet` of log pseudo-counts ``(B, Nl)`` in at least fp32, where ``mask`` is True."""
     dtype, wide = log_alpha.dtype, torch.float32 if log_alpha.device.type == "mps" else torch.float64
 
-    k0 = (~padding).sum(-1).to(wide)  # (B,), as everything from here on
+    k0 = mask.sum(-1).to(wide)  # (B,), as everything from here on
     n = k0 / kappa
-    log_total = log_alpha.to(wide).logsumexp(-1)
+    log_total = log_alpha.clamp(min=LOG_ALPHA_FLOOR).masked_fill(~mask, -math.inf).to(wide).logsumexp(-1)
     prior_log_alpha = torch.as_tensor(prior_log_alpha, dtype=wide, device=log_alpha.device)
     log_prior_total = prior_log_total(prior_log_alpha, delta, n - 1)
     log_prior_total = log_prior_total.minimum(log_total.detach() + math.log(torch.finfo(dtype).max) - 8)

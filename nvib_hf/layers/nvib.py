@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .denoising_attention import AttendedLatent, at_least_float32, attended_means, attended_mixture, attended_points
-from .distributions import NvibOutput, Posterior
+from .distributions import NvibOutput, Posterior, gaussian_sample, log_dirichlet_sample
 from .dropping import (
     LOG_ZERO,
     draw_dropping,
@@ -22,6 +22,7 @@ from .dropping import (
     relu_log_alpha,
 )
 from .initialisation import PriorMixin, identity_parameters
+from .kl import component_weights, dirichlet_divergence, gaussian_divergence
 from .settings import KL_WEIGHTS, check_choice, check_prior, check_settings
 
 HALF = 2  # bytes: less than single precision
@@ -128,6 +129,7 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
         learned = dropping != "threshold"
         self.keep_weight = nn.Parameter(torch.empty(size_in)) if learned else None
         self.keep_bias = nn.Parameter(torch.empty(1)) if learned else None
+        self.drops = learned or alpha_threshold > 0  # whether anything decides what is kept
         self.make_prior(size_out)
         self.register_buffer("threshold_share", torch.tensor(float(threshold_share)))
         self.set_prior(prior_mu, prior_var, math.log(prior_alpha))
@@ -199,14 +201,16 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
         """
         sample = self.training if sample is None else sample
         posterior = self.posterior(hidden_states, padding_mask, kept_only=decode_only and not sample)
-        z, log_pi, drawn = self.draw(posterior, sample, generator)
+        if sample:
+            z, log_pi, drawn = self.sample_posterior(posterior, generator)
+        else:
+            z, log_pi, drawn = posterior.mu, posterior.log_mean_pi(), posterior
         output = NvibOutput(z, log_pi, posterior, drawn, self.kappa if sample else None)
         if decode_only or not with_kl:
             return output
         gaussian, dirichlet = self.kl(posterior, drawn, self.kappa if sample else 1)
-        return output._replace(
-            kl_gaussian=gaussian, kl_dirichlet=dirichlet, relaxed_share=self.relaxed_share(posterior)
-        )
+        share = None if posterior.keep_logit is None else self.relaxed_share(posterior)
+        return output._replace(kl_gaussian=gaussian, kl_dirichlet=dirichlet, relaxed_share=share)
 
     def posterior(
         self,
@@ -221,16 +225,24 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
             kept_only: of what evaluation keeps alone, as many as the row that keeps the most.
             log_alpha_below: log pseudo-counts ``(B, Ns)`` of the layer below, which are added to this one's.
         """
-        check_source(hidden_states, padding_mask, self.size_in)
+        batch, length, width = hidden_states.shape
+        if width != self.size_in:
+            raise ValueError(f"The input is {width} wide, but this layer was made with size_in={self.size_in}.")
+        if padding_mask is not None and padding_mask.shape != (batch, length):
+            raise ValueError(
+                f"The padding mask has shape {tuple(padding_mask.shape)}, but the input needs {(batch, length)}: "
+                "one entry per source vector, batch first."
+            )
         mask = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool)
         if padding_mask is not None:
             mask = ~padding_mask.bool()
             # Whatever stands in a padded position must not survive as 0 * inf, in a gradient either.
             hidden_states = hidden_states.masked_fill(~mask[..., None], 0)
-        log_alpha = self._log_alpha(hidden_states)
+        x = at_least_float32(hidden_states)
+        log_alpha = self._log_alpha(x)
         if log_alpha_below is not None:
             log_alpha = log_alpha + log_alpha_below
-        keep_logit = self._keep_logit(hidden_states, log_alpha)
+        keep_logit = self._keep_logit(x, log_alpha) if self.drops else None
         weighty = log_alpha > self._log_zero
         keep = mask & (weighty if keep_logit is None else weighty & kept(keep_logit, self.threshold_share))
         if kept_only and (order := kept_first(keep)) is not None:
@@ -251,31 +263,21 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
             keep_logit=None if keep_logit is None else F.pad(keep_logit, (1, 0), value=math.inf),
         )
 
-    def _log_alpha(self, hidden_states: Tensor) -> Tensor:
-        """Log pseudo-counts ``(B, Ns)``: not part of the fused projection, whose dtype may be half.
+    def _log_alpha(self, x: Tensor) -> Tensor:
+        """Log pseudo-counts ``(B, Ns)`` of vectors in fp32, as s/2 * ||x||^2 must cancel against attention's bias.
 
-        In fp32, as s/2 * ||x||^2 must cancel against the attention's bias.
+        They are not part of the fused projection, whose dtype may be half.
         """
-        x = at_least_float32(hidden_states)
         weight, bias = self.alpha_weight.to(x.dtype), self.alpha_bias.to(x.dtype)
         if self.alpha_quadratic is not None:
             return (x * torch.addcmul(weight, self.alpha_quadratic.to(x.dtype), x)).sum(-1) + bias
         return relu_log_alpha((x * weight).sum(-1) + bias)
 
-    def _keep_logit(self, hidden_states: Tensor, log_alpha: Tensor) -> Tensor | None:
-        """Above 0 for what is kept, ``(B, Ns)``, in fp32; ``None`` where nothing decides."""
-        if self.keep_weight is not None:
-            x = at_least_float32(hidden_states)
-            return learned_keep_logit(x, self.keep_weight.to(x.dtype), self.keep_bias.to(x.dtype))
-        return log_alpha - math.log(self.alpha_threshold) if self.alpha_threshold > 0 else None
-
-    def draw(
-        self, posterior: Posterior, sample: bool, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor, Posterior]:
-        """What a decoder attends to, and the parameters of it: a sample, or the means and the expected weights."""
-        if sample:
-            return self.sample_posterior(posterior, generator)
-        return posterior.mu, posterior.log_mean_pi(), posterior
+    def _keep_logit(self, x: Tensor, log_alpha: Tensor) -> Tensor:
+        """Above 0 for what is kept, ``(B, Ns)``, in fp32."""
+        if self.keep_weight is None:
+            return log_alpha - math.log(self.alpha_threshold)
+        return learned_keep_logit(x, self.keep_weight.to(x.dtype), self.keep_bias.to(x.dtype))
 
     def sample_posterior(
         self, posterior: Posterior, generator: torch.Generator | None = None
@@ -286,26 +288,35 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
         vectors of a component stand side by side.
         """
         if posterior.keep_logit is None or not self.training:
-            log_pi, drawn = posterior.draw_log_pi(self.kappa, generator)
+            drawn = posterior if self.kappa == 1 else posterior.repeated(self.kappa)
+            log_pi = log_dirichlet_sample(drawn.log_alpha, drawn.keep, generator)
         else:
             weighty = posterior.mask & (posterior.log_alpha > self._log_zero)
             log_pi, drawn = draw_dropping(
                 posterior, self.dropping, self.threshold_share, weighty, self.kappa, generator
             )
-        return posterior.draw_z(self.kappa, generator), log_pi, drawn
+        z = gaussian_sample(posterior.mu, posterior.logvar, posterior.mask, generator, repeats=self.kappa)
+        return z, log_pi, drawn
 
     def kl(self, posterior: Posterior, drawn: Posterior, kappa: int) -> tuple[Tensor, Tensor]:
-        """Both divergences ``(B,)`` of a posterior, ``drawn`` being that of its ``kappa`` vectors per component."""
+        """Both divergences ``(B,)`` of a posterior, ``drawn`` being that of its ``kappa`` vectors per component.
+
+        KL_G is computed once per component: its vectors share one Gaussian and one pseudo-count.
+        """
         keep = drawn.keep[:, ::kappa]  # in training the threshold may have spared some
+        log_alpha = posterior.log_alpha.masked_fill(~posterior.mask, -math.inf)
+        weights = component_weights(self.kl_weights, log_alpha, posterior.mask, keep)
+        divergence = gaussian_divergence(posterior.mu, posterior.logvar, self.prior_mu, self.prior_logvar.exp())
         return (
-            posterior.kl_gaussian(self.prior_mu, self.prior_logvar.exp(), self.kl_weights, keep, kappa),
-            drawn.kl_dirichlet(self.prior_log_alpha, self.delta, kappa),
+            kappa * (weights * divergence).sum(-1),
+            dirichlet_divergence(drawn.log_alpha, drawn.mask, self.prior_log_alpha, self.delta, kappa),
         )
 
     def relaxed_share(self, posterior: Posterior) -> Tensor | None:
-        """:func:`~nvib_hf.layers.dropping.relaxed_share` ``(B,)`` of the source vectors; ``None`` where nothing decides.
+        """:func:`~nvib_hf.layers.dropping.relaxed_share` ``(B,)`` of source vectors; ``None`` where nothing decides.
 
-        While dropping is off it is 1 for a learned decision: nothing else would hold its logits up.
+        While dropping is off it is 1 for a learned decision: otherwise the penalty would push the logits down before
+        dropping starts.
         """
         if posterior.keep_logit is None:
             return None
@@ -353,19 +364,8 @@ class SelfAttentionNvibLayer(NvibLayer):
             of_posterior = attended_means if evaluation == "means" else attended_mixture
             return of_posterior(posterior.mu, posterior.logvar, log_alpha, self.scale), posterior
         if posterior.keep_logit is None:
-            z, log_g = posterior.draw_z(1, generator), posterior.draw_log_g(generator)
+            z = gaussian_sample(posterior.mu, posterior.logvar, posterior.mask, generator)
+            log_g = posterior.draw_log_g(generator)
             return attended_points(z, log_g, self.scale), posterior
         z, log_pi, drawn = self.sample_posterior(posterior, generator)
         return attended_points(z, log_pi, self.scale), drawn
-
-
-def check_source(hidden_states: Tensor, padding_mask: Tensor | None, width: int) -> None:
-    """Raise ValueError unless vectors are ``(B, Ns, width)`` and their mask, if any, is ``(B, Ns)``."""
-    batch, length, given = hidden_states.shape
-    if given != width:
-        raise ValueError(f"The input is {given} wide, but this layer was made with size_in={width}.")
-    if padding_mask is not None and padding_mask.shape != (batch, length):
-        raise ValueError(
-            f"The padding mask has shape {tuple(padding_mask.shape)}, but the input needs {(batch, length)}: "
-            "one entry per source vector, batch first."
-        )

@@ -29,7 +29,6 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
-from ..layers.cross_entropy import IGNORED
 from ..layers.distributions import noise
 from ..versions import CACHE, installed_and_tested
 
@@ -42,6 +41,22 @@ STATES = "encoder_last_hidden_state"
 # Their decoder is a causal model of its own, which is called directly: the projection between the two must see the
 # encoder's states, not the latent.
 JOINED = (EncoderDecoderModel, SpeechEncoderDecoderModel, VisionEncoderDecoderModel)
+NOTHING_TO_READ = (
+    "The decoder has nothing to read. Pass labels, decoder_input_ids or decoder_inputs_embeds; to write text call "
+    "generate()."
+)
+
+
+@dataclass
+class LatentOutput(BaseModelOutput):
+    """A packed latent in the place of an encoder's output.
+
+    Some decoders read more of it than the states: Moonshine its mask, mixtures of experts the encoder's router.
+    Masks stand in the latent, so both are ``None``.
+    """
+
+    attention_mask: Tensor | None = None
+    router_logits: Tensor | None = None
 
 
 def check_decoder_call(base: PreTrainedModel, cached: bool) -> None:
@@ -88,7 +103,8 @@ def gathering(model: nn.Module, name: str) -> Callable:
 def run_encoder(base: PreTrainedModel, inputs: dict) -> tuple[BaseModelOutput, Tensor | None]:
     """The encoder's output, projected to the decoder's width, and its mask or that of its inputs, or ``None``.
 
-    ``inputs`` are the encoder's, by name. :func:`source_padding` makes of the mask where the output is padding.
+    ``inputs`` are the encoder's, by name. The mask may be as long as the input where the encoder shortens that:
+    :func:`shortened_mask`.
     """
     encoder = base.get_encoder()
     if base.training and "input_features" in inputs and hasattr(base.base_model, "_mask_input_features"):
@@ -107,15 +123,11 @@ def run_encoder(base: PreTrainedModel, inputs: dict) -> tuple[BaseModelOutput, T
     return outputs, inputs.get("attention_mask") if downsampled is None else downsampled
 
 
-def source_padding(encoder: nn.Module, attention_mask: Tensor | None, length: int) -> Tensor | None:
-    """Where the encoder's output is padding, ``(B, Ns)``: downsampled where the encoder shortens its input."""
-    if attention_mask is None:
+def shortened_mask(encoder: nn.Module, attention_mask: Tensor, length: int) -> Tensor | None:
+    """The mask of an encoder's output ``(B, length)`` for that of its longer input; ``None`` if it has no rule."""
+    if not hasattr(encoder, "_get_feature_vector_attention_mask"):
         return None
-    if attention_mask.shape[1] != length:
-        if not hasattr(encoder, "_get_feature_vector_attention_mask"):
-            return None
-        attention_mask = encoder._get_feature_vector_attention_mask(length, attention_mask)
-    return attention_mask == 0
+    return encoder._get_feature_vector_attention_mask(length, attention_mask)
 
 
 def run_decoder(base: PreTrainedModel, latent: LatentOutput, inputs: dict):
@@ -151,16 +163,6 @@ def run_decoder_over_source(base: PreTrainedModel, latent: LatentOutput, inputs:
         refusal.remove()
 
 
-def shift_right(base: PreTrainedModel, labels: Tensor) -> Tensor:
-    """The decoder's inputs for these labels: the base's own rule where it has one."""
-    if hasattr(base, "prepare_decoder_input_ids_from_labels"):
-        return base.prepare_decoder_input_ids_from_labels(labels)
-    start, pad = base.config.decoder_start_token_id, base.config.pad_token_id
-    shifted = labels.roll(1, dims=-1)
-    shifted[:, 0] = start
-    return shifted.masked_fill(shifted == IGNORED, pad)
-
-
 def drop_words(
     decoder_input_ids: Tensor, share: float, token_id: int | None, generator: torch.Generator | None = None
 ) -> Tensor:
@@ -177,6 +179,12 @@ def drop_words(
     return decoder_input_ids.masked_fill(dropped, token_id)
 
 
+def check_decoder_reads(decoder: nn.Module, args: tuple, inputs: dict) -> None:
+    """Raise ValueError for a call of the decoder without tokens: a forward pre-hook, with keywords."""
+    if not args and all(inputs.get(name) is None for name in ("input_ids", "inputs_embeds")):
+        raise ValueError(NOTHING_TO_READ)
+
+
 def decoder_positions(base: PreTrainedModel) -> int | None:
     """How many tokens the decoder has positions for; ``None`` where they are relative or made as needed."""
     names = ("embed_positions", "position_embeddings", "wpe")
@@ -191,17 +199,27 @@ def decoder_positions(base: PreTrainedModel) -> int | None:
     return None
 
 
-def joined_vocabularies(base: PreTrainedModel) -> list[PreTrainedModel]:
-    """The halves of a joined model that share a vocabulary: the decoder, and an encoder of text as large."""
-    if base.encoder.main_input_name != "input_ids":
-        return [base.decoder]
-    sizes = [half.get_input_embeddings().num_embeddings for half in (base.encoder, base.decoder)]
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"The encoder has a vocabulary of {sizes[0]} tokens and the decoder one of {sizes[1]}. Resize the one "
-            "you mean: model.base.encoder.resize_token_embeddings(n) or model.base.decoder.resize_token_embeddings(n)."
-        )
-    return [base.encoder, base.decoder]
+def resize_token_embeddings(base: PreTrainedModel, new_num_tokens: int | None, *args, **kwargs) -> nn.Module:
+    """The base's resized embeddings. Where an encoder and a decoder were joined: of both, if they share a vocabulary.
+
+    Raises:
+        ValueError: the two have vocabularies of their own.
+    """
+    halves = [base]
+    if isinstance(base, JOINED) and new_num_tokens is not None:
+        halves = [base.decoder]
+        if base.encoder.main_input_name == "input_ids":
+            halves = [base.encoder, base.decoder]
+            sizes = [half.get_input_embeddings().num_embeddings for half in halves]
+            if sizes[0] != sizes[1]:
+                raise ValueError(
+                    f"The encoder has a vocabulary of {sizes[0]} tokens and the decoder one of {sizes[1]}. Resize the "
+                    "one you mean: model.base.encoder.resize_token_embeddings(n) or "
+                    "model.base.decoder.resize_token_embeddings(n)."
+                )
+    for half in halves:
+        embeddings = half.resize_token_embeddings(new_num_tokens, *args, **kwargs)
+    return embeddings
 
 
 def base_class(config: PreTrainedConfig, architecture: str | None = None) -> type[PreTrainedModel]:
@@ -305,57 +323,16 @@ def _set_special_tokens(model: PreTrainedModel) -> None:
                 setattr(config, name, token)
 
 
-NOTHING_TO_READ = (
-    "The decoder has nothing to read. Pass labels, decoder_input_ids or decoder_inputs_embeds; to write text call "
-    "generate()."
-)
-
-
 # Inputs
 
 
 def check_known(arguments: Iterable[str], taker: str, known: Iterable[str] = ()) -> None:
-    """Raise TypeError for arguments that are not ``known``, with the nearest name; else a mask misspelt is none."""
+    """Raise TypeError for arguments that are not ``known``, with the nearest name.
+
+    Otherwise a misspelt mask would be ignored silently.
+    """
     for name in arguments:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"Did you mean {close[0]!r}?" if close else "Leave it out."
             raise TypeError(f"{taker} takes no argument {name!r}. {hint}")
-
-
-def check_decoder_reads(decoder: nn.Module, args: tuple, inputs: dict) -> None:
-    """Raise ValueError for a call of the decoder without tokens: a forward pre-hook, with keywords."""
-    if not args and all(inputs.get(name) is None for name in ("input_ids", "inputs_embeds")):
-        raise ValueError(NOTHING_TO_READ)
-
-
-@dataclass
-class LatentOutput(BaseModelOutput):
-    """A packed latent in the place of an encoder's output.
-
-    Some decoders read more of it than the states: Moonshine its mask, mixtures of experts the encoder's router.
-    Masks stand in the latent, so both are ``None``.
-    """
-
-    attention_mask: Tensor | None = None
-    router_logits: Tensor | None = None
-
-
-def check_positions(name: str, tokens: Tensor | None, positions: int | None) -> None:
-    """Raise ValueError for more tokens than the decoder has positions."""
-    if tokens is not None and positions is not None and tokens.shape[-1] > positions:
-        raise ValueError(
-            f"{name} are {tokens.shape[-1]} tokens long, but the decoder has {positions} positions. Truncate "
-            f"them: tokenizer(..., max_length={positions}, truncation=True)."
-        )
-
-
-def given_cache(cache: object, past_key_values: object) -> object:
-    """The cache under whichever of its two names it was given.
-
-    Raises:
-        ValueError: under both.
-    """
-    if cache is not None and past_key_values is not None:
-        raise ValueError("The cache was given twice, as cache and as past_key_values. Pass one of them.")
-    return past_key_values if cache is None else cache

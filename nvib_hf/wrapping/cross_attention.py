@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import EncoderDecoderCache
 
-from ..layers.denoising_attention import append_bias, denoising_attention, is_half, unpack
+from ..layers.denoising_attention import HALF_PRECISION, append_bias, denoising_attention, unpack
 from ..versions import CACHE, installed_and_tested
 from .specs import AttentionSpec
 
@@ -24,10 +24,6 @@ class ConvertedAttention(nn.Module):
 
     nvib_spec: AttentionSpec
     nvib_arguments: tuple[str, ...]
-
-    def _given(self, args: tuple, kwargs: dict) -> dict:
-        """The arguments of a call, by name."""
-        return dict(zip(self.nvib_arguments, args, strict=False)) | kwargs
 
     def _key_value(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values ``(B, H, N, E)`` of vectors ``(B, N, P)``."""
@@ -58,18 +54,18 @@ class ConvertedAttention(nn.Module):
         if spec.output is not None:
             output = getattr(self, spec.output)(output)
         if spec.output_dropout is not None:
-            output = F.dropout(output, self._probability(spec.output_dropout))
+            dropout = getattr(self, spec.output_dropout)
+            output = dropout(output) if isinstance(dropout, nn.Module) else F.dropout(output, dropout, self.training)
         return output
 
-    def _needs_weights(self, inputs: dict) -> bool:
-        config = getattr(self, "config", None)
-        return inputs.get("output_attentions") or getattr(config, "_attn_implementation", "") == "eager"
-
-    def _probability(self, name: str) -> float:
-        if not self.training:
-            return 0.0
-        dropout = getattr(self, name)
-        return dropout.p if isinstance(dropout, nn.Dropout) else dropout
+    def _weights_arguments(self, inputs: dict) -> dict:
+        """Arguments of :func:`denoising_attention`: the dropout of the weights, and whether they are returned."""
+        config, dropout = getattr(self, "config", None), getattr(self, self.nvib_spec.dropout)
+        dropout = dropout.p if isinstance(dropout, nn.Dropout) else dropout
+        return {
+            "dropout_p": dropout if self.training else 0.0,
+            "need_weights": inputs.get("output_attentions") or getattr(config, "_attn_implementation", "") == "eager",
+        }
 
 
 def projection_matrix(projection: nn.Module, like: Tensor) -> Tensor:
@@ -114,7 +110,7 @@ class DenoisingCrossAttention(ConvertedAttention):
     nvib_exact: bool
 
     def forward(self, *args, **kwargs):
-        spec, inputs = self.nvib_spec, self._given(args, kwargs)
+        spec, inputs = self.nvib_spec, dict(zip(self.nvib_arguments, args, strict=False)) | kwargs
         hidden_states, packed = inputs[spec.hidden_states], inputs.get(spec.memory)
         if packed is None:
             raise ValueError(f"{type(self).__name__} got no {spec.memory}: the latent is missing.")
@@ -130,8 +126,7 @@ class DenoisingCrossAttention(ConvertedAttention):
             scale=self.nvib_scale,
             exact=self.nvib_exact,
             softcap=getattr(self, spec.softcap) if spec.softcap else None,
-            dropout_p=self._probability(spec.dropout),
-            need_weights=self._needs_weights(inputs),
+            **self._weights_arguments(inputs),
         )
         if rows != sources:
             output = unfold_rows(output, rows)
@@ -160,7 +155,7 @@ class DenoisingCrossAttention(ConvertedAttention):
             beside |= {"shrinkage": latent.shrinkage.to(dtype), **self._matrices(vectors)}
         if has_cache:
             plain = latent.shrinkage is None and self.nvib_spec.softcap is None
-            if plain and is_half(dtype):  # once, not at every step, for which fp32 has a mask
+            if plain and dtype in HALF_PRECISION:  # once, not at every step, for which fp32 has a mask
                 key, value = append_bias(key, value, beside["bias"], self.nvib_scale)
             key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
             cache.is_updated[self.layer_idx] = True
@@ -174,7 +169,7 @@ def fold_rows(x: Tensor, sources: int) -> Tensor:
     So its keys and values are stored once, however many beams there are.
     """
     if len(x) % sources:
-        raise ValueError(f"There are {sources} latents but {len(x)} decoder inputs. Pass one latent for each spec.")
+        raise ValueError(f"There are {sources} latents but {len(x)} decoder inputs. Pass one latent for each row.")
     return x.unflatten(0, (sources, -1)).transpose(1, 2).flatten(2, 3)
 
 

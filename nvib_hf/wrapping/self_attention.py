@@ -19,7 +19,13 @@ from torch.nn import functional as F
 from transformers import EncoderDecoderCache
 
 from ..configuration_nvib import NvibConfig
-from ..layers.denoising_attention import AttendedLatent, additive_mask, denoising_attention, is_half, three_summands
+from ..layers.denoising_attention import (
+    HALF_PRECISION,
+    AttendedLatent,
+    additive_mask,
+    denoising_attention,
+    three_summands,
+)
 from ..layers.distributions import Posterior
 from ..layers.nvib import SelfAttentionNvibLayer
 from .cross_attention import ConvertedAttention, converted_class, own_class, set_class
@@ -42,9 +48,9 @@ class LayerRecord(NamedTuple):
 class HandedOn(NamedTuple):
     """What an encoder layer that drops vectors or adds up pseudo-counts tells the layers above it.
 
-    ``by`` is the attention that says so; ``gone`` ``(B, N')`` is True where no vector is left; ``places`` ``(B, N')``
-    are positions in the encoder's input, ``None`` while all of it is there; ``order`` ``(B, N')`` are positions in this
-    layer's own input; ``length`` is that of the encoder's input, ``sources`` ``(B,)`` counts its vectors.
+    ``by`` is the attention that says so. ``gone`` ``(B, N')`` is True where no vector is left. ``places`` ``(B, N')``
+    are positions in the encoder's input, ``None`` while all of it is there; ``order`` ``(B, N')`` are positions in
+    this layer's own input. ``length`` is that of the encoder's input, ``sources`` ``(B,)`` counts its vectors.
     """
 
     by: nn.Module
@@ -91,7 +97,7 @@ class ForwardPass:
 
 
 class _Traced:
-    """The current pass while ``torch.compile`` traces, which cannot set a ContextVar, but traces one pass at a time."""
+    """The current pass while ``torch.compile`` traces: it cannot set a ContextVar, but traces one pass at a time."""
 
     current: ForwardPass | None = None
 
@@ -120,7 +126,7 @@ class DenoisingSelfAttention(ConvertedAttention):
     nvib_config: NvibConfig
 
     def forward(self, *args, **kwargs):
-        spec, inputs = self.nvib_spec, self._given(args, kwargs)
+        spec, inputs = self.nvib_spec, dict(zip(self.nvib_arguments, args, strict=False)) | kwargs
         hidden_states, mask = self.states_and_mask(args, kwargs)
         check_mask(mask, type(self).__name__)
         cache = inputs.get(spec.cache) if spec.cache else None
@@ -148,8 +154,7 @@ class DenoisingSelfAttention(ConvertedAttention):
             scale=self.nvib.scale,
             exact=self.nvib_config.exact_attention,
             attention_mask=self._scores_mask(mask, inputs.get("is_causal"), bias, query, num_keys),
-            dropout_p=self._probability(spec.dropout),
-            need_weights=self._needs_weights(inputs),
+            **self._weights_arguments(inputs),
         )
         inputs |= {"output": self._joined(output), "weights": weights, "position_bias": position_bias}
         return tuple(inputs.get(name) for name in spec.returns)
@@ -181,7 +186,7 @@ class DenoisingSelfAttention(ConvertedAttention):
 
     def states_and_mask(self, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor | None]:
         """Of a call's arguments."""
-        inputs = self._given(args, kwargs)
+        inputs = dict(zip(self.nvib_arguments, args, strict=False)) | kwargs
         return inputs[self.nvib_spec.hidden_states], inputs.get(self.nvib_spec.mask)
 
     def _query(self, hidden_states: Tensor) -> Tensor:
@@ -275,7 +280,7 @@ def carried(key: Tensor, bias: Tensor, shrinkage: Tensor | None) -> Tensor:
     ``(B, N, P)`` a slice for each head.
     """
     heads = key.shape[1]
-    channels = three_summands(bias) if is_half(key.dtype) else bias[..., None]
+    channels = three_summands(bias, shift=False) if key.dtype in HALF_PRECISION else bias[..., None]
     channels = channels.clamp(min=torch.finfo(key.dtype).min).to(key.dtype)
     parts = [key, channels[:, None].expand(-1, heads, -1, -1)]
     if shrinkage is not None:
@@ -287,9 +292,9 @@ def carried(key: Tensor, bias: Tensor, shrinkage: Tensor | None) -> Tensor:
 
 def separated(wide: Tensor, width: int, size: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys of ``width``, bias and shrinkage (of ``size`` ``P``, ``None`` for none) of what :func:`carried` made."""
-    beyond = width + (3 if is_half(wide.dtype) else 1)
+    beyond = width + (3 if wide.dtype in HALF_PRECISION else 1)
     bias = wide[:, 0, :, width:beyond]
-    bias = (bias.float() if is_half(bias.dtype) else bias).sum(-1)
+    bias = (bias.float() if bias.dtype in HALF_PRECISION else bias).sum(-1)
     shrinkage = None if size is None else wide[..., beyond:].transpose(1, 2).flatten(2)[..., :size]
     return wide[..., :width], bias, shrinkage
 

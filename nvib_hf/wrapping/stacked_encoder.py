@@ -116,7 +116,7 @@ class Shortening:
 
 
 def begin_encoder(encoder: nn.Module, args: tuple) -> None:
-    """Forward pre-hook of a stacked encoder: its layers hand on within a pass of its own, inside the model's if any."""
+    """Forward pre-hook of a stacked encoder, whose layers hand on within a pass of its own, inside the model's."""
     outer = current_pass() or ForwardPass()
     ForwardPass(outer.generator, outer.shortens, outer.records, encoder).__enter__()
 
@@ -166,9 +166,9 @@ def encoder_layer(encoder: nn.Module, name: str) -> str:
     raise ValueError(f"{type(encoder).__name__} keeps {name} in no list of layers, so nothing can be dropped in it.")
 
 
-def check_states_are_whole(stacked: list) -> None:
+def check_states_are_whole(has_stacked_encoder: bool) -> None:
     """Raise ValueError for an encoder's output in place of its inputs where its layers hand on what they dropped."""
-    if stacked:
+    if has_stacked_encoder:
         raise ValueError(
             "encoder_last_hidden_state does not say what this encoder's layers dropped. Pass the inputs, or latents "
             "as encoder_outputs."
