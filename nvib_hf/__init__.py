@@ -47,9 +47,12 @@ __all__ = [
     "ThresholdCallback",
     "add_to_model_card",
     "concatenate_latents",
+    "decode_latents",
+    "encode_texts",
     "evaluate",
     "evaluation_section",
     "latent_distance",
+    "reconstruct",
     "register_attention",
     "register_cross_attention",
     "register_self_attention",
@@ -69,6 +72,7 @@ if TYPE_CHECKING or find_spec("transformers") is not None:
     from .configuration_nvib import NvibConfig
     from .evaluation.evaluate import evaluate
     from .evaluation.report import add_to_model_card, evaluation_section
+    from .evaluation.texts import decode_latents, encode_texts, reconstruct
     from .latents.latents import NvibLatents, concatenate_latents
     from .latents.transport import latent_distance
     from .modeling_nvib import NvibForConditionalGeneration
