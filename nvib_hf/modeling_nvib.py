@@ -314,7 +314,8 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
         )
         is_packed = encoder_outputs is not None and not isinstance(encoder_outputs, NvibLatents)
         if is_packed and labels is None:  # a step of decoding
-            return self._decode(encoder_outputs, decoder_inputs)
+            with ForwardPass(generator) if self._self_attention_names else nullcontext():
+                return self._decode(encoder_outputs, decoder_inputs)
 
         latents = states = None
         # What self-attentions with NVIB share and leave; without any there is nothing to share.
