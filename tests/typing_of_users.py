@@ -7,6 +7,7 @@ from typing import assert_type
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 import nvib_hf
 from nvib_hf import (
@@ -20,18 +21,21 @@ from nvib_hf import (
     NvibLatents,
     NvibMemory,
     concatenate_latents,
+    decode_latents,
     denoising_attention,
     empirical_prior,
+    encode_texts,
     evaluate,
     kl_dirichlet,
     kl_gaussian,
     latent_distance,
     naive_denoising_attention,
+    reconstruct,
     register_attention,
 )
 
 
-def models(tokens: Tensor, file: Path) -> None:
+def models(tokens: Tensor, tokenizer: PreTrainedTokenizerBase) -> None:
     model = NvibForConditionalGeneration.from_base_pretrained("a-name", lambda_gaussian=0.01)
     assert_type(model, NvibForConditionalGeneration)
     assert_type(model.freeze_base(), NvibForConditionalGeneration)
@@ -48,7 +52,10 @@ def models(tokens: Tensor, file: Path) -> None:
     assert_type(model.vary_latents(latents, temperature=0.5), NvibLatents)
     assert_type(model.blend_latents(latents, num_samples=2), NvibLatents)
     model.generate(encoder_outputs=latents, max_new_tokens=8)
-    evaluate(model, None, ["a text"])
+    assert_type(encode_texts(model, tokenizer, ["a text"]), NvibLatents)
+    assert_type(decode_latents(model, tokenizer, latents), list[str])
+    assert_type(reconstruct(model, tokenizer, ["a text"]), list[str])
+    evaluate(model, tokenizer, ["a text"])
 
 
 def latents_as_a_batch(latents: NvibLatents, file: Path) -> None:
