@@ -18,7 +18,7 @@ from .layers import (
 
 __version__ = "0.1.0"
 
-# What needs torch alone comes first, then what needs Transformers. Type checkers read this list too, so it is a plain one.
+# First what needs torch alone, then what needs Transformers. A plain list, as type checkers read it too.
 __all__ = [
     "DenoisingMultiheadAttention",
     "EmpiricalPrior",
