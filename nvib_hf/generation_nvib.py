@@ -95,6 +95,9 @@ def has_prompts(generation_config: GenerationConfig) -> bool:
 class LatentView:
     """Mixed in before a base's own class by :func:`view_of_base`: what it encodes and runs is the NVIB model."""
 
+    packed: LatentOutput | None
+    model_of_latents: Any
+
     def __call__(self, *args, encoder_outputs=None, input_features=None, **kwargs):
         if encoder_outputs is None and self.packed is not None:  # asked for a language, outside of plain generation
             encoder_outputs, input_features = self._of_rows(input_features), None
@@ -170,8 +173,8 @@ def check_encoder_outputs(given: object) -> None:
         )
 
 
-# Whisper's loop looks at its sound for the length of it alone, drops the rows that are done, and knows no other tensor to
-# carry along. Where there are latents and no sound, a window stands for each of them: its number, everywhere.
+# Whisper's loop reads only the length of its sound, drops rows that are done, and carries no other tensor along.
+# Where there are latents and no sound, a window stands for each of them: its number, everywhere.
 def sound_for_rows(latents: Tensor, config: PreTrainedConfig) -> Tensor:
     """A window ``(B, mels, frames)`` for each of ``B`` latents, from which :func:`rows_of` reads which one it is."""
     rows = torch.arange(len(latents), device=latents.device, dtype=torch.float32)

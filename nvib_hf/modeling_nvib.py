@@ -25,6 +25,7 @@ from .latents.latents import NvibLatents, check_latents, refuse_batch
 from .latents.sampling import NvibLatentsMixin
 from .layers.cross_entropy import IGNORED
 from .layers.denoising_attention import pack
+from .layers.nvib import NvibLayer
 from .layers.settings import check_prior
 from .loss import LABELS_WERE_TAKEN, layer_terms, nvib_loss, regulariser
 from .outputs import NvibSeq2SeqLMOutput
@@ -102,6 +103,7 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
     Source: Henderson & Fehr (ICLR 2023); Fehr & Henderson (COLM 2024).
     """
 
+    nvib: NvibLayer
     accepts_loss_kwargs = True  # the Trainer passes num_items_in_batch and leaves the scaling to the loss
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -349,7 +351,7 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
             loss, cross_entropy = nvib_loss(
                 outputs.logits, labels, regularisation, num_items_in_batch, self.config.label_smoothing
             )
-        of_layers, states = set(terms.kl_gaussian) - {"cross"}, states or BaseModelOutput()
+        of_layers, states = set(terms.kl_gaussian) - {"cross"}, BaseModelOutput() if states is None else states
         return NvibSeq2SeqLMOutput(
             loss=loss,
             logits=outputs.logits,
@@ -387,14 +389,13 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
             if input_ids is None or not self._takes_source_tokens:
                 raise ValueError(NOTHING_TO_READ)
             given = {**given, "input_ids": input_ids}
-        read, positions = (
-            (input_ids if tokens is None else tokens) if labels is None else labels,
-            self._decoder_positions,
-        )
+        read = labels if labels is not None else given.get("input_ids", tokens)
+        positions = self._decoder_positions
         if given[CACHE] is None and read is not None and positions is not None and read.shape[-1] > positions:
             raise ValueError(
-                f"{'decoder_input_ids' if labels is None else 'labels'} are {read.shape[-1]} tokens long, but the decoder "
-                f"has {positions} positions. Truncate them: tokenizer(..., max_length={positions}, truncation=True)."
+                f"{'decoder_input_ids' if labels is None else 'labels'} are {read.shape[-1]} tokens long, but the "
+                f"decoder has {positions} positions. Truncate them: tokenizer(..., max_length={positions}, "
+                "truncation=True)."
             )
         if labels is None:
             return given

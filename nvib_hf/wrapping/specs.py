@@ -1,7 +1,7 @@
 """The table of architectures: where attention sits in a model and what its parts are called.
 
-One spec for each kind of attention module, cross- and self-attention alike. Wrapping checks every name of a spec against
-the installed Transformers: an argument that was renamed would raise no error, but the model would decode differently.
+One spec for each kind of attention module, cross- and self-attention alike. Wrapping checks every name of a spec
+against the installed Transformers: a renamed argument would raise no error, but the model would decode differently.
 """
 
 from __future__ import annotations
@@ -282,7 +282,9 @@ def attention_scale(module: nn.Module, spec: AttentionSpec) -> float:
 
 def attended_width(module: nn.Module, spec: AttentionSpec) -> int:
     """Width ``P`` of the vectors that an attention makes keys and values of."""
-    projection = getattr(module, spec.key or spec.key_value or spec.query_key_value)
+    name = spec.key or spec.key_value or spec.query_key_value
+    assert name is not None, f"{spec} names no projection to keys"
+    projection = getattr(module, name)
     return projection.nx if isinstance(projection, Conv1D) else projection.in_features
 
 
@@ -372,6 +374,7 @@ def check_names(module: nn.Module, spec: AttentionSpec) -> None:
         (field, what), name = missing[0], type(module).__name__
         raise ValueError(
             f"{name} is not what the table of {spec.kind}-attention says: {what} (field {field!r} of its spec), so it "
-            f"would compute something else. {installed_and_tested()}. Install a tested version, or describe the module "
-            f"anew: nvib_hf.register_{spec.kind}_attention({spec.kind.title()}Attention(..., {field}=...), {name!r})."
+            f"would compute something else. {installed_and_tested()}. Install a tested version, or describe the "
+            f"module anew: nvib_hf.register_{spec.kind}_attention({spec.kind.title()}Attention(..., {field}=...), "
+            f"{name!r})."
         )

@@ -27,7 +27,8 @@ from .stacked_encoder import StackedSelfAttention, stack
 class CrossAttentionOf(NamedTuple):
     """What NVIB needs to know of a base's cross-attention.
 
-    Its modules with their specs; the width ``P`` of the vectors they read; their scale ``s``; their places in the cache.
+    Its modules with their specs; the width ``P`` of the vectors they read; their scale ``s``; their places in the
+    cache.
     """
 
     modules: list[tuple[nn.Module, AttentionSpec]]
@@ -85,7 +86,7 @@ def put_into_self_attention(base: PreTrainedModel, halves: dict[str, nn.Module],
         ValueError: an attention that the table does not know, or the number of a layer that there is not. Nothing has
             been changed then.
     """
-    found = {}
+    found: dict[str, tuple[nn.Module, AttentionSpec]] = {}
     for kind, half in halves.items():
         if kind in config.attentions:
             found |= chosen(half, kind, config)
