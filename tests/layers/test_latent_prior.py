@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from nvib_hf.codebook import k_means, nearest
-from nvib_hf.learned_prior import LatentPrior
-from nvib_hf.learned_prior_training import fit_latent_prior, held_out_loss, padded
+from nvib_hf.layers.codebook import k_means, nearest
+from nvib_hf.layers.latent_prior import LatentPrior
+from nvib_hf.training.latent_prior_training import fit_latent_prior, held_out_loss, padded
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .learned_prior import LatentPrior
+from ..layers.latent_prior import LatentPrior
 
 POOL = 50  # batches whose sequences are sorted by length together
 

@@ -26,7 +26,7 @@ class LatentPrior(nn.Module):
     explains, :math:`m_i`, is taken away first, so that the codes are free for what is said. A causal transformer reads
     the code nearest to each vector before and how many vectors are still to come, and says how probable each code is.
 
-    :meth:`fit_codebook` first, then training (:func:`~nvib_hf.learned_prior_training.fit_latent_prior`).
+    :meth:`fit_codebook` first, then training (:func:`~nvib_hf.training.latent_prior_training.fit_latent_prior`).
 
     Args:
         width: P, of the vectors.
