@@ -13,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .layers.latent_prior import checked_sizes
 from .layers.settings import EVALUATIONS, KINDS, KL_WEIGHTS, check_choice, check_prior, check_settings, check_taus
 from .versions import CACHE
 from .wrapping.hub import auto_map_entry, save_code
@@ -126,6 +127,8 @@ class NvibConfig(PreTrainedConfig):
         kl_weights: how KL_G weighs the components. ``"drawn"``: each as one, since training draws ``kappa`` vectors
             of every component; what a threshold drops costs nothing. ``"pseudo_counts"``: by their pseudo-counts, as
             published, which lets vectors of small pseudo-count carry information that is not paid for.
+        latent_prior: sizes of a learned prior, of :data:`~nvib_hf.layers.latent_prior.SIZES` those that differ, ``{}``
+            for none. :meth:`~nvib_hf.NvibForConditionalGeneration.fit_latent_prior` trains it, and sets this.
         exact_attention: keep the query-norm term of the mixture's score, as exact Bayes has it. The published
             score leaves it out.
 
@@ -188,6 +191,7 @@ class NvibConfig(PreTrainedConfig):
     evaluation: str = "means"
     kl_weights: str = "drawn"
     exact_attention: bool = False
+    latent_prior: dict[str, int] | None = None
     is_encoder_decoder: bool = True
     config_version: int = CONFIG_VERSION
 
@@ -234,6 +238,8 @@ class NvibConfig(PreTrainedConfig):
         )
         self.kappa = int(self.kappa)
         self.attentions = attentions_by_kind(self.attentions)
+        if self.latent_prior is not None:
+            self.latent_prior = checked_sizes(self.latent_prior)
         for kind in KINDS:
             check_taus(**self.taus(kind))
         check_choice("evaluation", self.evaluation, EVALUATIONS)

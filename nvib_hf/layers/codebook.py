@@ -31,7 +31,6 @@ def spread_starts(vectors: Tensor, num_codes: int, generator: torch.Generator | 
     :math:`d^2`, which many vectors near the centre of a cluster outweigh), half as many again as are asked for; of
     these, one after another, the farthest from all that are kept.
     """
-    chance = {"generator": generator, "device": vectors.device}
     half_norms = 0.5 * vectors.square().sum(-1)
     distances, drawn, wanted = torch.ones_like(half_norms), [], min(int(SURPLUS * num_codes), len(vectors))
     while wanted:
@@ -45,7 +44,7 @@ def spread_starts(vectors: Tensor, num_codes: int, generator: torch.Generator | 
         to_chosen = (half_norms + half_distances(vectors, chosen)[0]).clamp(min=0)
         distances = to_chosen if len(drawn) == 1 else torch.minimum(distances, to_chosen)
     starts = torch.cat(drawn)
-    kept = [int(torch.randint(len(starts), (1,), **chance))]
+    kept = [int(torch.randint(len(starts), (1,), generator=generator, device=vectors.device))]
     distances = torch.full_like(starts[:, 0], float("inf"))
     while len(kept) < num_codes:
         distances = torch.minimum(distances, (starts - starts[kept[-1]]).square().sum(-1))
@@ -62,7 +61,10 @@ def k_means(vectors: Tensor, num_codes: int, iterations: int = 1, generator: tor
         ValueError: fewer vectors than centres.
     """
     if len(vectors) < num_codes:
-        raise ValueError(f"num_codes is {num_codes}, but there are only {len(vectors)} vectors to cluster.")
+        raise ValueError(
+            f"num_codes is {num_codes}, but there are only {len(vectors)} vectors to cluster. Pass more, or take "
+            "fewer codes."
+        )
     centres = spread_starts(vectors, num_codes, generator)
     for _ in range(iterations):
         centres = moved_to_means(centres, vectors, nearest(vectors, centres))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,31 @@ from torch.nn import functional as F
 
 from .causal_transformer import CausalTransformer
 from .codebook import k_means, moved_to_means, nearest, sums_by_code
+from .nvib import _at_least_single
 
 ROUNDS = 3  # of fitting places and centres in turn
+SIZES = {"num_codes": 2048, "d_model": 192, "num_layers": 4, "num_heads": 4, "max_length": 64}
+
+
+def checked_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
+    """The sizes of a prior by name, those of :data:`SIZES` where none is given.
+
+    Raises:
+        TypeError: sizes that are no mapping, or a name that is no size. ValueError: a value that none can have.
+    """
+    if not isinstance(sizes, Mapping):
+        raise TypeError(f"latent_prior must be a dict of sizes, such as {SIZES}, but got {sizes!r}.")
+    if unknown := sorted(sizes.keys() - SIZES.keys()):
+        raise TypeError(f"latent_prior has no size {unknown[0]!r}, but {', '.join(SIZES)}.")
+    sizes = SIZES | dict(sizes)
+    for name, value in sizes.items():
+        if isinstance(value, bool) or value != int(value) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, but got {value}.")
+    if sizes["d_model"] % sizes["num_heads"]:
+        raise ValueError(
+            f"d_model must be a multiple of num_heads, but got {sizes['d_model']} and {sizes['num_heads']}."
+        )
+    return {name: int(value) for name, value in sizes.items()}
 
 
 class LatentPrior(nn.Module):
@@ -35,6 +59,14 @@ class LatentPrior(nn.Module):
         max_length: the largest number of vectors.
     """
 
+    places: Tensor
+    centres: Tensor
+    logvar: Tensor
+    draws_logvar: Tensor
+    log_lengths: Tensor
+    log_weight: Tensor
+    is_fitted: Tensor
+
     def __init__(
         self,
         width: int,
@@ -46,12 +78,10 @@ class LatentPrior(nn.Module):
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        sizes = {"width": width, "num_codes": num_codes, "d_model": d_model, "num_layers": num_layers}
-        for name, value in {**sizes, "num_heads": num_heads, "max_length": max_length}.items():
-            if value < 1 or value != int(value):
-                raise ValueError(f"{name} must be a whole number of at least 1, but got {value}.")
-        if d_model % num_heads:
-            raise ValueError(f"d_model must be a multiple of num_heads, but got {d_model} and {num_heads}.")
+        sizes = {"num_codes": num_codes, "d_model": d_model, "num_layers": num_layers, "num_heads": num_heads}
+        checked_sizes({**sizes, "max_length": max_length})
+        if width < 1:
+            raise ValueError(f"width must be a whole number of at least 1, but got {width}.")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), but got {dropout}.")
         self.width, self.num_codes, self.max_length, self.dropout = width, num_codes, max_length, dropout
@@ -60,6 +90,8 @@ class LatentPrior(nn.Module):
         self.register_buffer("logvar", torch.zeros(num_codes, width))  # log s^2
         self.register_buffer("draws_logvar", torch.zeros(num_codes, width))  # log t^2
         self.register_buffer("log_lengths", torch.full((max_length,), -math.log(max_length)))  # log p(n), n from 1
+        self.register_buffer("log_weight", torch.zeros(()))  # of each vector in a latent, that of its prior being 0
+        self.register_buffer("is_fitted", torch.zeros((), dtype=torch.bool))
         self.code_embedding = nn.Embedding(num_codes + 1, d_model)  # the last one starts a sequence
         self.centre_embedding = nn.Linear(width, d_model, bias=False)
         self.place_embedding = nn.Embedding(max_length, d_model)
@@ -69,6 +101,10 @@ class LatentPrior(nn.Module):
         for embedding in (self.code_embedding, self.place_embedding, self.remaining_embedding):
             nn.init.normal_(embedding.weight, std=0.02)
         nn.init.normal_(self.centre_embedding.weight, std=0.02 / width**0.5)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Never narrower than fp32, whatever the model is cast to."""
+        return super()._apply(lambda value: _at_least_single(value, fn(value)), recurse)
 
     # ------------------------------------------------------------------------------------------- codes
     @torch.no_grad()
@@ -96,6 +132,7 @@ class LatentPrior(nn.Module):
         self.logvar.copy_(self._variances((residuals - self.centres[codes]).square(), codes).log())
         seen = torch.bincount(lengths - 1, minlength=self.max_length).to(self.log_lengths) + 0.01
         self.log_lengths.copy_((seen / seen.sum()).log())
+        self.is_fitted.fill_(True)
 
     @torch.no_grad()
     def fit_draws(self, z: Tensor, logvar: Tensor, mask: Tensor | None = None) -> None:
@@ -250,7 +287,9 @@ class LatentPrior(nn.Module):
         mask = torch.arange(z.shape[1], device=z.device) < lengths[:, None]
         return z.masked_fill(~mask[..., None], 0), mask
 
-    def _sampled_lengths(self, num_samples: int, num_vectors, generator: torch.Generator | None) -> Tensor:
+    def _sampled_lengths(
+        self, num_samples: int, num_vectors: int | Sequence[int] | Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
         device = self.centres.device
         if num_vectors is None:
             return 1 + torch.multinomial(self.log_lengths.exp(), num_samples, replacement=True, generator=generator)
@@ -264,7 +303,7 @@ class LatentPrior(nn.Module):
     def _sample(
         self, lengths: Tensor, temperature: float, top_p: float, noise: float, generator: torch.Generator | None
     ) -> Tensor:
-        chance, cache, drawn = {"generator": generator, "device": lengths.device}, self.transformer.empty_cache(), []
+        cache, drawn = self.transformer.empty_cache(), []
         before = torch.full_like(lengths, self.num_codes)
         for i in range(int(lengths.max())):
             place = torch.tensor([i], device=lengths.device)
@@ -272,7 +311,9 @@ class LatentPrior(nn.Module):
             chances = sharpened(self._log_chances(state), temperature, top_p)
             code = torch.multinomial(chances, 1, generator=generator)[:, 0]
             spread = noise * (0.5 * self.logvar[code]).exp()
-            residual = self.centres[code] + spread * torch.randn(spread.shape, **chance)
+            residual = self.centres[code] + spread * torch.randn(
+                spread.shape, generator=generator, device=spread.device
+            )
             drawn.append(self.places[i] + residual)
             before = self._codes(residual)  # as log_prob reads it: not always the code it was drawn from
         return torch.stack(drawn, dim=1)

@@ -48,8 +48,8 @@ def fit_latent_prior(
     Raises:
         ValueError: no latents, or such as do not fit the prior; counts below 1.
     """
-    for name, value in (("training", training), ("held_out", held_out)):
-        if not len(value):
+    for name, rows in (("training", training), ("held_out", held_out)):
+        if not len(rows):
             raise ValueError(f"{name} is empty: pass the latents of at least one text.")
     counts = {"max_steps": max_steps, "batch_size": batch_size, "evaluate_every": evaluate_every, "patience": patience}
     for name, value in counts.items():
@@ -89,7 +89,9 @@ class _Run:
             self.optimizer, lambda step: min((step + 1) / warm_up, 1) * (1 - step / max_steps)
         )
         self.generator = torch.Generator().manual_seed(seed)
-        self.step, self.waiting, self.history, self.best = 0, [], [], prior.state_dict()
+        self.step, self.best = 0, prior.state_dict()
+        self.waiting: list[list[int]] = []
+        self.history: list[dict[str, float]] = []
         self.since_look = (0.0, 0)  # nats and sequences
 
     def train_step(self) -> None:
@@ -179,6 +181,6 @@ def shuffled_batches(lengths: Sequence[int], batch_size: int, generator: torch.G
 
 
 def _bar(total: int, done: int, progress: bool):
-    from tqdm.auto import tqdm  # comes with Transformers; the prior itself needs torch alone
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]  # comes with Transformers; the prior itself needs torch alone
 
     return tqdm(total=total, initial=done, disable=not progress, desc="latent prior")

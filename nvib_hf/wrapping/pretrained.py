@@ -18,6 +18,7 @@ from transformers import initialization as init
 
 from ..configuration_nvib import TAUS, NvibConfig
 from ..layers.initialisation import EmpiricalPrior, PriorStatistics, prior_buffers
+from ..layers.latent_prior import LatentPrior
 from ..layers.nvib import NvibLayer, SinglePrecisionMixin
 from .base import check_known, damage_explained
 from .cross_attention import restore_cross_attention
@@ -43,7 +44,12 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
     _supports_sdpa = True
     # s / 2 * ||x||^2 in the pseudo-counts must cancel to the last bit against the attention's bias. When loading;
     # afterwards see SinglePrecisionMixin.
-    _keep_in_fp32_modules_strict = [r"nvib\.(alpha|keep|prior)_\w+", "nvib.threshold_share", "kl_beta"]
+    _keep_in_fp32_modules_strict = [
+        r"nvib\.(alpha|keep|prior)_\w+",
+        "nvib.threshold_share",
+        "kl_beta",
+        r"latent_prior\.\w+",
+    ]
 
     base: PreTrainedModel
     config: NvibConfig
@@ -97,6 +103,8 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
                 self._initialize_nvib(layer, self.config.taus(name.partition(".")[0]))
         self.base.initialize_weights()
         super().initialize_weights()
+        if (prior := getattr(self, "latent_prior", None)) is not None:
+            prior.requires_grad_(False)  # it is trained by a call of its own
 
     @torch.no_grad()
     def _initialize_nvib(self, layer: NvibLayer, taus: dict[str, float]) -> None:
@@ -115,6 +123,9 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if module is self:
             init.ones_(self.kl_beta)
+        elif isinstance(module, LatentPrior):
+            init.zeros_(module.is_fitted)
+            init.zeros_(module.code_bias)
         else:
             super()._init_weights(module)
 
