@@ -1,4 +1,4 @@
-"""A small causal transformer, read whole in training and step by step in sampling."""
+"""A small causal transformer, read whole in training and step by step in sampling, and what it samples from."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class CausalTransformer(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(CausalLayer(d_model, num_heads, dropout) for _ in range(num_layers))
         self.norm = nn.LayerNorm(d_model)
-        for layer in self.layers:  # so that the sum over the layers starts as wide as what comes in
-            for projection in (layer.attention_out, layer.feed_forward[2]):
-                nn.init.normal_(projection.weight, std=0.02 / (2 * num_layers) ** 0.5)
+        for name, weight in self.named_parameters():  # so that the sum over layers starts as wide as what comes in
+            if name.endswith(("attention_out.weight", "feed_forward.2.weight")):
+                nn.init.normal_(weight, std=0.02 / (2 * num_layers) ** 0.5)
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         """States ``(B, n, d_model)`` of ``x``, each of what stands before it and itself.
@@ -36,7 +36,8 @@ class CausalTransformer(nn.Module):
         """
         for i, layer in enumerate(self.layers):
             x = layer(x, cache, i)
-        return self.norm(x)
+        states: Tensor = self.norm(x)
+        return states
 
     def empty_cache(self) -> Cache:
         return [None] * len(self.layers)
@@ -53,9 +54,10 @@ class CausalLayer(nn.Module):
         self.feed_forward = nn.Sequential(
             nn.Linear(d_model, 4 * d_model), nn.GELU(approximate="tanh"), nn.Linear(4 * d_model, d_model)
         )
-        for projection in (self.attention_in, self.attention_out, self.feed_forward[0], self.feed_forward[2]):
-            nn.init.normal_(projection.weight, std=0.02)
-            nn.init.zeros_(projection.bias)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor, cache: Cache | None, index: int) -> Tensor:
         x = x + F.dropout(self.attend(self.attention_norm(x), cache, index), self.dropout, self.training)
@@ -67,12 +69,25 @@ class CausalLayer(nn.Module):
         )
         past = 0
         if cache is not None:
-            if cache[index] is not None:
-                past = cache[index][0].shape[2]
-                key, value = (torch.cat(pair, dim=2) for pair in zip(cache[index], (key, value), strict=True))
+            if (read := cache[index]) is not None:
+                past = read[0].shape[2]
+                key, value = (torch.cat(pair, dim=2) for pair in zip(read, (key, value), strict=True))
             cache[index] = (key, value)
         n = query.shape[2]
         seen = torch.ones(n, past + n, dtype=torch.bool, device=x.device).tril(past)
         dropout = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, dropout_p=dropout)
-        return self.attention_out(attended.transpose(1, 2).flatten(2))
+        out: Tensor = self.attention_out(attended.transpose(1, 2).flatten(2))
+        return out
+
+
+def sharpened(log_chances: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Probabilities ``(B, K)`` at a temperature, without those beyond the most probable ``top_p``; not normalised."""
+    if temperature == 0:
+        return F.one_hot(log_chances.argmax(-1), log_chances.shape[-1]).to(log_chances)
+    chances = (log_chances / temperature).softmax(-1)
+    if top_p < 1:
+        ordered, order = chances.sort(descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= top_p  # never the first
+        chances = chances.masked_fill(beyond.gather(-1, order.argsort(-1)), 0)
+    return chances

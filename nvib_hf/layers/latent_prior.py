@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .causal_transformer import CausalTransformer
+from .causal_transformer import CausalTransformer, sharpened
 from .codebook import k_means, moved_to_means, nearest, sums_by_code
 from .nvib import _at_least_single
 
@@ -104,7 +104,8 @@ class LatentPrior(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Never narrower than fp32, whatever the model is cast to."""
-        return super()._apply(lambda value: _at_least_single(value, fn(value)), recurse)
+        super()._apply(lambda value: _at_least_single(value, fn(value)), recurse)
+        return self
 
     # ------------------------------------------------------------------------------------------- codes
     @torch.no_grad()
@@ -181,7 +182,9 @@ class LatentPrior(nn.Module):
     def _states(self, codes: Tensor, lengths: Tensor) -> Tensor:
         """The states ``(B, n, d_model)`` before each of the vectors with these codes ``(B, n)``."""
         before = F.pad(codes[:, :-1], (1, 0), value=self.num_codes)
-        return self.transformer(self._embed(before, torch.arange(codes.shape[1], device=codes.device), lengths))
+        place = torch.arange(codes.shape[1], device=codes.device)
+        states: Tensor = self.transformer(self._embed(before, place, lengths))
+        return states
 
     def _log_chances(self, states: Tensor) -> Tensor:
         """Log-probabilities of the next code, ``(..., K)``."""
@@ -341,15 +344,3 @@ class LatentPrior(nn.Module):
         if (lengths < 1).any():
             raise ValueError("mask has a row without any vector. Leave such rows out: a text has at least one.")
         return z.to(self.centres), mask.to(self.centres.device), lengths.to(self.centres.device)
-
-
-def sharpened(log_chances: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Probabilities ``(B, K)`` at a temperature, without those beyond the most probable ``top_p``; not normalised."""
-    if temperature == 0:
-        return F.one_hot(log_chances.argmax(-1), log_chances.shape[-1]).to(log_chances)
-    chances = (log_chances / temperature).softmax(-1)
-    if top_p < 1:
-        ordered, order = chances.sort(descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= top_p  # never the first
-        chances = chances.masked_fill(beyond.gather(-1, order.argsort(-1)), 0)
-    return chances

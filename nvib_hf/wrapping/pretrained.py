@@ -48,7 +48,7 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
         r"nvib\.(alpha|keep|prior)_\w+",
         "nvib.threshold_share",
         "kl_beta",
-        r"latent_prior\.\w+",
+        r"latent_prior\.(?!is_fitted)\w+",
     ]
 
     base: PreTrainedModel
