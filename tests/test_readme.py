@@ -170,7 +170,7 @@ def test_results_go_into_the_model_card(folder):
     model = tiny_nvib()
     model.save_pretrained("my-nvib")
     names = {"model": model, "tokenizer": tiny_tokenizer(), "held_out_texts": TEXTS, "training_texts": TEXTS[:2]}
-    few = "num_samples=4, num_pairs=2, reverse_steps=3, max_length=8"
+    few = "num_samples=4, num_pairs=2, max_length=8"
     assert EVALUATE.count("training_texts=training_texts)") == 1
     run(EVALUATE.replace("training_texts)", f"training_texts, {few})"), names)
     assert names["results"]["samples"]
