@@ -66,8 +66,13 @@ class NvibLatents:
     kappa: Tensor | None = None
 
     @classmethod
-    def of(cls, output: NvibOutput) -> NvibLatents:
-        """What the NVIB layer made, and what is told of it unless it was asked for what decoding reads alone."""
+    def of(cls, output: NvibOutput | NvibLatents) -> NvibLatents:
+        """What the NVIB layer made, and what is told of it unless it was asked for what decoding reads alone.
+
+        Another bottleneck in the layer's place returns latents itself: they stay as they are.
+        """
+        if isinstance(output, NvibLatents):
+            return output
         posterior, drawn, kappa = output.posterior, output.drawn, output.kappa
         latents = cls(
             z=output.z,
