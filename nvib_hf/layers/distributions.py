@@ -179,7 +179,7 @@ class Posterior(NamedTuple):
         num_vec = self.keep[:, 1:].sum(-1).float()
         length = self.mask[:, 1:].sum(-1).clamp(min=1)
         log_alpha = self.log_alpha.detach().masked_fill(~self.mask, float("-inf"))
-        mean_pi = self.log_alpha.detach().masked_fill(~self.keep, float("-inf")).softmax(-1)
+        mean_pi = self.log_alpha.detach().masked_fill(~self.keep, float("-inf")).log_softmax(-1).exp()
         entropy = torch.special.entr(mean_pi).sum(-1)
         return {
             "num_vec": num_vec,
@@ -199,7 +199,8 @@ class NvibOutput(NamedTuple):
         drawn: those of the ``Nl`` vectors; of the means the posterior itself.
         kappa: vectors drawn per component, ``Nl = kappa * (Ns + 1)``; ``None`` of the means, one per component.
         kl_gaussian, kl_dirichlet: ``(B,)``, as the layer weighs them; ``None`` where they were not asked for.
-        relaxed_share: ``(B,)``, :func:`~nvib_hf.layers.dropping.relaxed_share`; ``None`` likewise, and where nothing decides.
+        relaxed_share: ``(B,)``, :func:`~nvib_hf.layers.dropping.relaxed_share`; ``None`` likewise, and where nothing
+            decides.
     """
 
     z: Tensor
