@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
@@ -37,19 +37,21 @@ from .wrapping.base import (
     argument_names,
     base_class,
     check_known,
+    check_mask_of_states,
     decoder_positions,
     drop_words,
     freeze_unused,
     gathering,
     join_encoder_decoder,
     load_base,
-    resize_token_embeddings,
+    other_names_of_the_source,
     run_decoder,
     run_decoder_over_source,
     run_encoder,
     shortened_mask,
 )
 from .wrapping.cross_attention import check_cache_was_found, convert_cross_attention
+from .wrapping.halves import BaseHalvesMixin
 from .wrapping.pretrained import NvibPreTrainedModel
 from .wrapping.self_attention import ForwardPass, current_pass
 from .wrapping.stacked_encoder import check_length_is_left, check_states_are_whole
@@ -76,7 +78,7 @@ FOLLOWS_THE_BASE = (
 OF_THE_DECODER = {"use_cache", CACHE, "encoder_hidden_states", "encoder_attention_mask"}
 
 
-class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGenerationMixin):
+class NvibForConditionalGeneration(NvibLatentsMixin, BaseHalvesMixin, NvibPreTrainedModel, NvibGenerationMixin):
     r"""An encoder-decoder model whose decoder reads a distribution instead of the encoder's vectors.
 
     The NVIB layer turns the encoder's output into a posterior over mixtures; training samples from it, evaluation
@@ -144,7 +146,9 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
         freeze_unused(base)
         # Read once: a forward pass that inspects signatures cannot be compiled.
         self._encoder_argument_names = (argument_names(base.get_encoder().forward) - OF_THE_DECODER) | RECORDED
-        self._argument_names = self._encoder_argument_names | argument_names(base.forward) | {STATES}
+        self._renamed = other_names_of_the_source(base, self._encoder_argument_names)
+        self._source_names = self._encoder_argument_names | set(self._renamed)
+        self._argument_names = self._source_names | argument_names(base.forward) | {STATES}
         self._takes_source_tokens = not isinstance(base, JOINED) and "input_ids" in argument_names(base.forward)
         self._decoder_positions = decoder_positions(base)
         self.generation_config = copy.deepcopy(base.generation_config)
@@ -179,7 +183,7 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
         generator: torch.Generator | None = None,
         **inputs,
     ) -> NvibLatents:
-        """Inputs to latents.
+        """Inputs to latents: with a graph in ``train()``, in ``eval()`` without, unless an input requires gradients.
 
         Args:
             input_ids, attention_mask, inputs: what the base's encoder takes. Or, in place of them, what an earlier
@@ -193,7 +197,10 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
         inputs = {name: value for name, value in inputs.items() if value is not None}
         check_known(inputs, type(self).__name__, self._argument_names)
-        return self._encode_alone(inputs, sample, generator)[0]
+        # Outside of training nobody asks for gradients, and the latents of a corpus would keep its graph.
+        with_graph = self.training or any(isinstance(x, Tensor) and x.requires_grad for x in inputs.values())
+        with nullcontext() if with_graph else torch.no_grad():
+            return self._encode_alone(inputs, sample, generator)[0]
 
     def _encode_alone(
         self,
@@ -216,11 +223,14 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
         """Latents, and the encoder's own output; with ``decode_only`` what decoding reads of them, and can see."""
         states = inputs.get(STATES)
         if states is None:
-            given = {k: v for k, v in inputs.items() if k in self._encoder_argument_names and v is not None}
+            read = {self._renamed.get(name, name): value for name, value in inputs.items() if value is not None}
+            given = {name: value for name, value in read.items() if name in self._encoder_argument_names}
             outputs, mask = run_encoder(self.base, given)
         else:
             check_states_are_whole(self._has_stacked_encoder)
             outputs, mask = BaseModelOutput(last_hidden_state=states), inputs.get("attention_mask")
+            if mask is not None:
+                check_mask_of_states(self.base, mask, states)
         vectors, left = outputs.last_hidden_state, current_pass().left if self._has_stacked_encoder else None
         if mask is not None and mask.shape[1] != vectors.shape[1]:
             mask = shortened_mask(self.base.get_encoder(), mask, vectors.shape[1])
@@ -288,8 +298,18 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
             ValueError: nothing for the decoder to read; latents of another model; labels longer than the decoder's
                 positions, or taken away by the Trainer's own label smoothing.
         """
-        if not kwargs.keys() <= self._argument_names:
-            given = [name for name, value in kwargs.items() if value is not None]
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "input_features": input_features,
+            "input_values": input_values,
+            "pixel_values": pixel_values,
+            STATES: encoder_last_hidden_state,
+            **kwargs,
+        }
+        given = {name: value for name, value in inputs.items() if value is not None}
+        if not given.keys() <= self._argument_names:
             check_known(given, type(self).__name__, self._argument_names)
         if labels is None and num_items_in_batch is not None:
             raise ValueError(LABELS_WERE_TAKEN)
@@ -309,7 +329,7 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
                 CACHE: past_key_values if cache is None else cache,
                 "use_cache": use_cache,
                 **recorded,
-                **{name: value for name, value in kwargs.items() if name not in self._encoder_argument_names},
+                **{name: value for name, value in kwargs.items() if name not in self._source_names},
             },
         )
         is_packed = encoder_outputs is not None and not isinstance(encoder_outputs, NvibLatents)
@@ -320,16 +340,7 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
         # What self-attentions with NVIB share and leave; without any there is nothing to share.
         with ForwardPass(generator, records={}) if self._self_attention_names else nullcontext() as this_pass:
             if encoder_outputs is None:
-                inputs = {
-                    "input_ids": input_ids,
-                    "attention_mask": attention_mask,
-                    "inputs_embeds": inputs_embeds,
-                    "input_features": input_features,
-                    "input_values": input_values,
-                    "pixel_values": pixel_values,
-                    STATES: encoder_last_hidden_state,
-                }
-                latents, states = self._encode({**inputs, **kwargs, **recorded}, generator=generator)
+                latents, states = self._encode({**given, **recorded}, generator=generator)
             elif not is_packed:
                 latents = encoder_outputs
                 check_latents(latents, self.nvib)
@@ -431,23 +442,3 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
         if labels is not None and "decoder_attention_mask" not in batch:  # shifted, as the decoder's inputs will be
             batch["decoder_attention_mask"] = F.pad(labels[:, :-1] != IGNORED, (1, 0), value=True).long()
         self(**batch)
-
-    # --------------------------------------------------------------------------------------------- halves of the base
-    def get_encoder(self, modality: str | None = None) -> nn.Module:
-        return self.base.get_encoder() if modality is None else self.base.get_encoder(modality=modality)
-
-    def get_decoder(self) -> nn.Module:
-        return self.base.get_decoder()
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        return self.base.get_output_embeddings()
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.base.set_output_embeddings(new_embeddings)
-
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
-        """As of the base; of both halves where an encoder and a decoder were joined that share a vocabulary."""
-        embeddings = resize_token_embeddings(self.base, new_num_tokens, *args, **kwargs)
-        self.vocab_size = embeddings.num_embeddings
-        self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
-        return embeddings

@@ -154,7 +154,7 @@ class NvibLatents:
 
         The output of a decoder is the same. Order is kept. Reads a length from the device.
         """
-        order = kept_first(self.log_pi > float("-inf"))
+        order = kept_first(self.log_pi > float("-inf")) if self.batch_size else None
         if order is None:
             return self
 
@@ -324,11 +324,11 @@ def interpolate(first: NvibLatents, second: NvibLatents, weight: float | Tensor)
 # Latents
 
 
-def refuse_batch(packed: Tensor, decoder_inputs: Tensor) -> NoReturn:
+def refuse_batch(packed: Tensor, others: Tensor, what: str = "decoder inputs") -> NoReturn:
     """Raise ValueError for another number of latents than of rows: one would be broadcast to all without a word."""
     raise ValueError(
-        f"There are {len(packed)} latents but {len(decoder_inputs)} decoder inputs. Pass one latent for each "
-        "row of labels or decoder_input_ids: latents[[0] * n] repeats the first n times."
+        f"There are {len(packed)} latents but {len(others)} {what}. Pass one latent for each row of labels or "
+        "decoder_input_ids, and no other inputs: latents[[0] * n] repeats the first n times."
     )
 
 

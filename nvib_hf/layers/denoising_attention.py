@@ -181,9 +181,9 @@ def _scores(
 
 def _per_head(x: Tensor, weight: Tensor) -> Tensor:
     """``x[:, h] @ weight[h]`` for every head: ``(B, H, Nt, I)`` and ``(H, I, O)`` to ``(B, H, Nt, O)``."""
-    batch, heads, length, _ = x.shape
-    by_head = x.transpose(0, 1).reshape(heads, batch * length, -1)
-    return torch.bmm(by_head, weight).view(heads, batch, length, -1).transpose(0, 1)
+    batch, heads, length, width = x.shape
+    by_head = x.transpose(0, 1).reshape(heads, batch * length, width)
+    return torch.bmm(by_head, weight).view(heads, batch, length, weight.shape[-1]).transpose(0, 1)
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -177,8 +177,8 @@ class DenoisingCrossAttention(ConvertedAttention):
         key, bias, shrinkage = separated(key, getattr(self, self.nvib_spec.head_dim), size)
         read = {"key": key, "value": value, "bias": bias}
         if shrinkage is not None:
-            matrices = getattr(layer, "nvib_matrices", None) or self._matrices(packed[..., : self.nvib_width].to(dtype))
-            read |= {"shrinkage": shrinkage, **matrices}
+            vectors = packed[..., : self.nvib_width].to(dtype)
+            read |= {"shrinkage": shrinkage, **(getattr(layer, "nvib_matrices", None) or self._matrices(vectors))}
         return read
 
     def _of_latent(self, packed: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
