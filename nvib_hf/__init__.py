@@ -1,6 +1,7 @@
 """Nonparametric Variational Information Bottleneck for PyTorch and Hugging Face Transformers."""
 
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, NoReturn
 
 from . import layers
 from .layers import (
@@ -17,8 +18,17 @@ from .layers import (
 
 __version__ = "0.1.0"
 
-_TORCH = layers.__all__
-_TRANSFORMERS = [
+# What needs torch alone comes first, then what needs Transformers. Type checkers read this list too, so it is a plain one.
+__all__ = [
+    "DenoisingMultiheadAttention",
+    "EmpiricalPrior",
+    "Nvib",
+    "NvibMemory",
+    "denoising_attention",
+    "empirical_prior",
+    "kl_dirichlet",
+    "kl_gaussian",
+    "naive_denoising_attention",
     "AttentionSpec",
     "CollapseCallback",
     "CollapseWarning",
@@ -46,7 +56,7 @@ _TRANSFORMERS = [
     "search_taus",
 ]
 
-if find_spec("transformers") is not None:
+if TYPE_CHECKING or find_spec("transformers") is not None:
     from transformers import (
         AutoConfig,
         AutoModelForAudioClassification,
@@ -82,12 +92,12 @@ if find_spec("transformers") is not None:
     AutoModelForImageClassification.register(NvibConfig, NvibForSequenceClassification)
     AutoModelForAudioClassification.register(NvibConfig, NvibForSequenceClassification)
     AutoModelForTokenClassification.register(NvibConfig, NvibForTokenClassification)
-    __all__ = [*_TORCH, *_TRANSFORMERS]
 else:
-    __all__ = _TORCH
+    _NEED_TRANSFORMERS = set(__all__) - set(layers.__all__)
+    __all__ = layers.__all__
 
-    def __getattr__(name: str):
-        if name in _TRANSFORMERS:
+    def __getattr__(name: str) -> NoReturn:
+        if name in _NEED_TRANSFORMERS:
             raise ImportError(
                 f"nvib_hf.{name} needs the package transformers, which is not installed. Install it with "
                 "`pip install 'transformers>=5.23,<5.25' accelerate`."
