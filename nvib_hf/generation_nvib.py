@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from .latents.latents import NvibLatents, check_latents, refuse_batch
+from .latents.checks import check_latents, refuse_batch
+from .latents.latents import NvibLatents
 from .wrapping.base import STATES, LatentOutput
 
 # What is read instead of each other: of a base's own kind or refused.
@@ -27,9 +28,13 @@ class NvibGenerationMixin(GenerationMixin):
         Latents are left as they are. From inputs, the posterior is decoded in ``eval()`` and a sample of it in
         ``train()``; likewise from ``encoder_last_hidden_state``, which ``encode`` takes too, with the
         ``attention_mask`` that belongs to it. Whisper generates by its own ``generate()``, with its arguments
-        (``language``, ``task``, ``return_timestamps``), unless ``decoder_input_ids`` say what to begin with.
+        (``language``, ``task``, ``return_timestamps``), unless ``decoder_input_ids`` say what to begin with; Pop2Piano
+        by its own from sound (``composer``).
         """
         self._check_inputs(kwargs)
+        as_base = self._has_a_generate_for(inputs, kwargs)
+        if not as_base:
+            kwargs = {self._renamed.get(name, name): value for name, value in kwargs.items()}
         if kwargs.get(STATES) is not None:
             states = {name: kwargs.pop(name, None) for name in (STATES, "attention_mask")}
             with torch.no_grad():
@@ -39,7 +44,7 @@ class NvibGenerationMixin(GenerationMixin):
             kwargs["encoder_outputs"] = self._packed_encoder_outputs(kwargs["encoder_outputs"])
         if kwargs.get("encoder_outputs") is not None:
             self._check_rows(kwargs["encoder_outputs"].last_hidden_state, {"inputs": inputs, **kwargs})
-        if self._has_a_generate_for(inputs, kwargs):
+        if as_base:
             return generate_as_base(self, inputs, generation_config, **kwargs)
         return super().generate(inputs, generation_config, **kwargs)
 
@@ -65,7 +70,8 @@ class NvibGenerationMixin(GenerationMixin):
     def _has_a_generate_for(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> bool:
         """Whether the base generates by its own method: Whisper, told by tokens what to write; Pop2Piano, of sound."""
         if hasattr(self.base, "get_mel_conditioner_outputs"):
-            return inputs is not None or kwargs.get("input_features") is not None
+            from_latents = any(kwargs.get(name) is not None for name in ("encoder_outputs", STATES))
+            return not from_latents and (inputs is not None or kwargs.get("input_features") is not None)
         return kwargs.get("decoder_input_ids") is None and has_prompts(self.generation_config)
 
     def _packed_encoder_outputs(self, latents: NvibLatents | BaseModelOutput) -> BaseModelOutput:
@@ -75,6 +81,11 @@ class NvibGenerationMixin(GenerationMixin):
             return latents
         check_latents(latents, self.nvib)
         return self._packed(latents.compact())
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in ``GenerationMixin``, without what generation hands on that is for no model, as a tokenizer is."""
+        prepared = super().prepare_inputs_for_generation(*args, **kwargs)
+        return {name: value for name, value in prepared.items() if name in self._forward_names}
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         """What the base's encoder takes is known, too."""

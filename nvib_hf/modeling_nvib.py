@@ -21,7 +21,8 @@ from transformers.utils import can_return_tuple
 
 from .configuration_nvib import NvibConfig
 from .generation_nvib import NvibGenerationMixin
-from .latents.latents import NvibLatents, check_latents, refuse_batch
+from .latents.checks import check_latents, refuse_batch
+from .latents.latents import NvibLatents
 from .latents.sampling import NvibLatentsMixin
 from .layers.cross_entropy import IGNORED
 from .layers.denoising_attention import pack
@@ -129,7 +130,6 @@ class NvibForConditionalGeneration(NvibLatentsMixin, BaseHalvesMixin, NvibPreTra
                 module._is_hf_initialized = True  # post_init would draw the weights of modules it does not know anew
         # The live configuration, so that a change of attention implementation or vocabulary is seen on both sides.
         config.base_config, config.base_architecture = base.config, architecture.__name__
-        self.main_input_name = base.main_input_name
 
         config.attentions = check_attentions(config.attentions)
         cross_attention, width, self.scale, self._cached_layers = cross_attention_of(base)
@@ -147,8 +147,10 @@ class NvibForConditionalGeneration(NvibLatentsMixin, BaseHalvesMixin, NvibPreTra
         # Read once: a forward pass that inspects signatures cannot be compiled.
         self._encoder_argument_names = (argument_names(base.get_encoder().forward) - OF_THE_DECODER) | RECORDED
         self._renamed = other_names_of_the_source(base, self._encoder_argument_names)
+        self.main_input_name = self._renamed.get("inputs", base.main_input_name)
         self._source_names = self._encoder_argument_names | set(self._renamed)
         self._argument_names = self._source_names | argument_names(base.forward) | {STATES}
+        self._forward_names = self._argument_names | argument_names(self.forward)
         self._takes_source_tokens = not isinstance(base, JOINED) and "input_ids" in argument_names(base.forward)
         self._decoder_positions = decoder_positions(base)
         self.generation_config = copy.deepcopy(base.generation_config)
@@ -238,7 +240,7 @@ class NvibForConditionalGeneration(NvibLatentsMixin, BaseHalvesMixin, NvibPreTra
         if left is not None:
             padding, share = left
             check_length_is_left(padding, vectors)
-        latents = NvibLatents.of(self.nvib(vectors, padding, sample, generator, decode_only))
+        latents = NvibLatents.of(self.nvib(vectors, padding, sample, generator, decode_only), self.scale)
         if left is not None and latents.prop_vectors is not None:
             latents.prop_vectors = latents.prop_vectors * share  # of the source, not of what its layers left of it
         if decode_only and latents.logvar is None:  # of a sample, draws decide what there is to see

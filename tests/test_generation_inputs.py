@@ -163,6 +163,7 @@ def options_of(family: str) -> dict[str, dict]:
             "assistant_model": smaller,
             "tokenizer": tokenizer,
             "assistant_tokenizer": spelling_tokenizer(VOCAB_SIZE - 5),
+            "decoder_input_ids": torch.tensor([[START, 10, 11, 12]]),  # what both spell
             "max_new_tokens": 6,
         },
         "logits_processor": {"logits_processor": LogitsProcessorList([MinLengthLogitsProcessor(9, EOS, "cpu")])},
@@ -174,7 +175,6 @@ def options_of(family: str) -> dict[str, dict]:
         "synced_gpus": {"synced_gpus": False},
         "custom_generate": {"custom_generate": own_loop, "extra": 1, "use_cache": False},
         "prompt_lookup": {"prompt_lookup_num_tokens": 2},
-        "the cache's old name": {"past_key_values": None},
         "the cache": {CACHE: None},
         "returned": {"return_dict_in_generate": True, "output_scores": True, "output_logits": True},
     }

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+from ..files import write_whole
+
 logger = logging.get_logger(__name__)
 
 
@@ -68,4 +70,4 @@ def auto_map_entry(cls: type) -> str:
 def save_code(cls: type, folder: str | os.PathLike) -> None:
     """Write the file of a class and all that it imports relatively into a folder, flat."""
     for name, source in flattened(Path(sys.modules[owner_of_code(cls).__module__].__file__)).items():
-        Path(folder, name).write_text(source, encoding="utf-8")
+        write_whole(Path(folder, name), source)
