@@ -33,8 +33,9 @@ class NvibGenerationMixin(GenerationMixin):
         """
         self._check_inputs(kwargs)
         as_base = self._has_a_generate_for(inputs, kwargs)
-        if not as_base:
-            kwargs = {self._renamed.get(name, name): value for name, value in kwargs.items()}
+        for name, own in () if as_base else self._renamed.items():
+            if (value := kwargs.pop(name, None)) is not None:
+                kwargs[own] = value
         if kwargs.get(STATES) is not None:
             states = {name: kwargs.pop(name, None) for name in (STATES, "attention_mask")}
             with torch.no_grad():

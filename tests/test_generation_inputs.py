@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_models import EOS, FAMILIES, PAD, START, VOCAB_SIZE, tiny_base, tiny_inputs, tiny_labels
 from tiny_nvib import tiny_nvib
+from tiny_training import WITH_PEFT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GenerationMixin,
@@ -157,7 +158,7 @@ def options_of(family: str) -> dict[str, dict]:
     tokenizer = spelling_tokenizer()
     smaller = tiny_base(family, seed=1, vocab_size=VOCAB_SIZE - 5)
     return {
-        "stop_strings": {"stop_strings": [*string.ascii_lowercase], "tokenizer": tokenizer, "max_new_tokens": 9},
+        "stop_strings": {"stop_strings": [*string.ascii_letters, *string.digits], "tokenizer": tokenizer, "max_new_tokens": 9},
         "assistant_model": {"assistant_model": tiny_base(family, seed=1)},
         "assistant_tokenizer": {
             "assistant_model": smaller,
@@ -268,6 +269,7 @@ def test_an_input_that_requires_gradients_has_them():
 
 
 # ---------------------------------------------------------------------------------------------------------- adapters
+@WITH_PEFT
 @pytest.mark.parametrize("family", ["bart", "t5"])
 @torch.no_grad()
 def test_an_adapter_for_each_row_and_beams(family):
