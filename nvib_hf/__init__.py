@@ -18,7 +18,7 @@ from .layers import (
 
 __version__ = "0.1.0"
 
-# What needs torch alone comes first, then what needs Transformers. A plain list, which type checkers read too.
+# First what needs torch alone, then what needs Transformers. A plain list, as type checkers read it too.
 __all__ = [
     "DenoisingMultiheadAttention",
     "EmpiricalPrior",
@@ -47,11 +47,14 @@ __all__ = [
     "ThresholdCallback",
     "add_to_model_card",
     "concatenate_latents",
+    "decode_latents",
+    "encode_texts",
     "evaluate",
     "evaluation_section",
     "latent_distance",
     "latent_distances",
     "nearest",
+    "reconstruct",
     "register_attention",
     "register_cross_attention",
     "register_self_attention",
@@ -71,6 +74,7 @@ if TYPE_CHECKING or find_spec("transformers") is not None:
     from .configuration_nvib import NvibConfig
     from .evaluation.evaluate import evaluate
     from .evaluation.report import add_to_model_card, evaluation_section
+    from .evaluation.texts import decode_latents, encode_texts, reconstruct
     from .latents.latents import NvibLatents, concatenate_latents
     from .latents.neighbours import latent_distances, nearest
     from .latents.transport import latent_distance

@@ -26,6 +26,7 @@ from .latents.latents import NvibLatents
 from .latents.sampling import NvibLatentsMixin
 from .layers.cross_entropy import IGNORED
 from .layers.denoising_attention import pack
+from .layers.nvib import NvibLayer
 from .layers.settings import check_prior
 from .loss import LABELS_WERE_TAKEN, layer_terms, nvib_loss, regulariser
 from .outputs import NvibSeq2SeqLMOutput
@@ -105,6 +106,7 @@ class NvibForConditionalGeneration(NvibLatentsMixin, BaseHalvesMixin, NvibPreTra
     Source: Henderson & Fehr (ICLR 2023); Fehr & Henderson (COLM 2024).
     """
 
+    nvib: NvibLayer
     accepts_loss_kwargs = True  # the Trainer passes num_items_in_batch and leaves the scaling to the loss
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -336,7 +338,8 @@ class NvibForConditionalGeneration(NvibLatentsMixin, BaseHalvesMixin, NvibPreTra
         )
         is_packed = encoder_outputs is not None and not isinstance(encoder_outputs, NvibLatents)
         if is_packed and labels is None:  # a step of decoding
-            return self._decode(encoder_outputs, decoder_inputs)
+            with ForwardPass(generator) if self._self_attention_names else nullcontext():
+                return self._decode(encoder_outputs, decoder_inputs)
 
         latents = states = None
         # What self-attentions with NVIB share and leave; without any there is nothing to share.

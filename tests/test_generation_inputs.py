@@ -158,7 +158,11 @@ def options_of(family: str) -> dict[str, dict]:
     tokenizer = spelling_tokenizer()
     smaller = tiny_base(family, seed=1, vocab_size=VOCAB_SIZE - 5)
     return {
-        "stop_strings": {"stop_strings": [*string.ascii_letters, *string.digits], "tokenizer": tokenizer, "max_new_tokens": 9},
+        "stop_strings": {
+            "stop_strings": [*string.ascii_letters, *string.digits],
+            "tokenizer": tokenizer,
+            "max_new_tokens": 9,
+        },
         "assistant_model": {"assistant_model": tiny_base(family, seed=1)},
         "assistant_tokenizer": {
             "assistant_model": smaller,
