@@ -96,3 +96,14 @@ def check_taus(tau_alpha: float, tau_sigma: float, tau_mu: float) -> None:
         raise ValueError(f"tau_mu must be in [0, 1], but got {tau_mu}.")
     if not abs(tau_alpha) < float("inf"):
         raise ValueError(f"tau_alpha must be finite, but got {tau_alpha}.")
+
+
+def check_boolean(name: str, mask: Tensor | None, or_additive: bool = False) -> None:
+    """Raise TypeError for a mask of whole numbers, which of 0 and 1 could mean either."""
+    if mask is None or mask.dtype == torch.bool or (or_additive and mask.is_floating_point()):
+        return
+    kinds = "boolean (True = masked) or floating (added to the scores)" if or_additive else "boolean (True = padding)"
+    raise TypeError(
+        f"{name} must be {kinds}, but got {mask.dtype}. Pass mask.bool() if its ones are masked, or mask == 0 if they "
+        "are to be seen, as in an attention_mask of a tokenizer."
+    )

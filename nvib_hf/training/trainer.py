@@ -13,6 +13,7 @@ from transformers import Seq2SeqTrainer, TrainerState
 from transformers.modelcard import TrainingSummary
 
 from ..evaluation.report import evaluation_of, with_evaluation
+from ..files import write_whole
 from ..loss import SMOOTHING
 from ..wrapping.model_card import base_ids, markdown_table, model_card
 from .collapse import CollapseCallback
@@ -126,7 +127,8 @@ class NvibTrainerMixin(_Trainer):
             path = Path(self.args.output_dir) / "README.md"
             earlier = path.read_text(encoding="utf-8") if path.exists() else ""
             card.content = with_evaluation(card.content, evaluation_of(earlier))
-            card.save(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, str(card))
         return None
 
 

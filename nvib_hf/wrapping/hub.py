@@ -15,6 +15,8 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+from ..files import write_whole
+
 logger = logging.get_logger(__name__)
 
 
@@ -71,4 +73,4 @@ def save_code(cls: type, folder: str | os.PathLike) -> None:
     file = sys.modules[owner_of_code(cls).__module__].__file__
     assert file is not None, f"{cls.__name__} is in no file"
     for name, source in flattened(Path(file)).items():
-        Path(folder, name).write_text(source, encoding="utf-8")
+        write_whole(Path(folder, name), source)
