@@ -150,7 +150,8 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
 
         ``model.name_or_path`` is from then on where it was saved or pushed to: what an adapter takes for its base.
         """
-        self.config.auto_map = {**(self.config.auto_map or {}), self._auto_name: auto_map_entry(type(self))}
+        known = getattr(self.config, "auto_map", None) or {}
+        self.config.auto_map = {**known, self._auto_name: auto_map_entry(type(self))}
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         folder = Path(save_directory)
         if self._holds_an_adapter():
