@@ -33,7 +33,7 @@ TAUS = {"tau_alpha": 10.0, "tau_sigma": 0.0, "tau_mu": 1.0}  # which compute the
 
 
 def _of_base(name: str) -> property:
-    """A setting that is the base configuration's, read and written there; what comes before that waits for it."""
+    """A setting of the base configuration, read and written there. Values set before it exists are applied later."""
 
     def read(config: NvibConfig):
         return getattr(vars(config).get("base_config"), name, None)
@@ -302,7 +302,7 @@ class NvibConfig(PreTrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: object = "AutoConfig") -> None:
-        """Nothing to do: a saved configuration brings its code without."""
+        """Does nothing: a saved configuration brings its code anyway."""
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """As in the base class; the code of this class is written beside it (see ``wrapping/hub.py``)."""

@@ -229,7 +229,7 @@ class ConstraintCallback(ThresholdCallback):
     ``threshold_share`` of the training examples, and in all of evaluation.
 
     Without ``target_prop_vectors``, :math:`\beta_V = \beta`. With it, :math:`\beta_V` follows an error of its own by
-    the same law (:func:`~nvib_hf.training.callbacks.share_error`), and :math:`\beta` goes on compressing the vectors that
+    the same law (:func:`share_error`), and :math:`\beta` goes on compressing the vectors that
     are kept. The share is that of the vectors really kept, which has no gradient where a threshold decides; what
     trains the pseudo-counts towards it is ``lambda_vectors`` with the relaxed share
     (:func:`~nvib_hf.layers.dropping.relaxed_share`), so set it above 0.
