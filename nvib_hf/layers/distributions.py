@@ -179,7 +179,7 @@ class Posterior(NamedTuple):
         num_vec = self.keep[:, 1:].sum(-1).float()
         length = self.mask[:, 1:].sum(-1).clamp(min=1)
         log_alpha = self.log_alpha.detach().masked_fill(~self.mask, float("-inf"))
-        mean_pi = self.log_alpha.detach().masked_fill(~self.keep, float("-inf")).softmax(-1)
+        mean_pi = self.log_alpha.detach().masked_fill(~self.keep, float("-inf")).log_softmax(-1).exp()
         entropy = torch.special.entr(mean_pi).sum(-1)
         return {
             "num_vec": num_vec,

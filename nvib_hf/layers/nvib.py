@@ -320,12 +320,14 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
             dirichlet_divergence(drawn.log_alpha, drawn.mask, self.prior_log_alpha, self.delta, kappa),
         )
 
-    def relaxed_share(self, posterior: Posterior) -> Tensor:
-        """:func:`~nvib_hf.layers.dropping.relaxed_share` ``(B,)`` of the source vectors, where anything decides.
+    def relaxed_share(self, posterior: Posterior) -> Tensor | None:
+        """:func:`~nvib_hf.layers.dropping.relaxed_share` ``(B,)`` of source vectors; ``None`` where nothing decides.
 
         While dropping is off it is 1 for a learned decision: otherwise the penalty would push the logits down before
         dropping starts.
         """
+        if posterior.keep_logit is None:
+            return None
         share = relaxed_share(posterior.keep_logit[:, 1:], posterior.mask[:, 1:])
         return share if self.keep_weight is None else torch.where(self.threshold_share > 0, share, 1.0)
 
