@@ -7,6 +7,7 @@ import difflib
 import os
 from collections.abc import Iterable
 from dataclasses import fields
+from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -25,7 +26,7 @@ from .layers.settings import (
     checked_tau,
 )
 from .versions import CACHE, UPDATE
-from .wrapping.hub import auto_map_entry, save_code
+from .wrapping.hub import auto_map_entry, name_until_finished, save_code
 
 CONFIG_VERSION = 1
 
@@ -82,8 +83,9 @@ class NvibConfig(PreTrainedConfig):
     Args:
         base_config: configuration of the encoder-decoder model that is wrapped (an object or a dict). Copied: the
             model it came from is not touched.
-        base_architecture: class of the base model in Transformers, ``"BartForConditionalGeneration"``; by default
-            the first of ``base_config.architectures``, or what ``AutoModelForSeq2SeqLM`` makes of it.
+        base_architecture: class of the base model in Transformers, ``"BartForConditionalGeneration"``, or of your own
+            in a module that is imported, ``"my_models:MyBart"``; by default what Transformers' Auto classes make of
+            ``base_config``.
         attentions: which attentions have NVIB, each with a layer of its own. ``None``: the cross-attention of an
             encoder-decoder, all of an encoder alone. Or those of ``("cross", "encoder", "decoder")`` as a list, which
             means all layers, or as ``{"cross": "all", "encoder": [3, 4, 5]}``, counted from 0.
@@ -309,6 +311,10 @@ class NvibConfig(PreTrainedConfig):
         self.auto_map = {**(getattr(self, "auto_map", None) or {}), "AutoConfig": auto_map_entry(type(self))}
         super().save_pretrained(save_directory, *args, **kwargs)
         save_code(type(self), save_directory)
+
+    def to_json_file(self, json_file_path: str | os.PathLike, *args, **kwargs) -> None:
+        """As in the base class; under another name while the model that it belongs to is being saved."""
+        super().to_json_file(name_until_finished(Path(json_file_path)), *args, **kwargs)
 
     def to_dict(self) -> dict:
         """As in the base class. Folders from which the model or parts of it were loaded are not named."""

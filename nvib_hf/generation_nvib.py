@@ -14,6 +14,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from .latents.latents import NvibLatents, check_latents, refuse_batch
 from .wrapping.base import STATES, LatentOutput
 
+TOKEN_IDS = ("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
+
 
 class NvibGenerationMixin(GenerationMixin):
     """Encodes once, drops the vectors that decoding cannot see, and decodes with any strategy."""
@@ -39,6 +41,16 @@ class NvibGenerationMixin(GenerationMixin):
         elif kwargs.get("encoder_outputs") is not None:
             self._check_batch(kwargs["encoder_outputs"].last_hidden_state, kwargs["decoder_input_ids"])
         return super().generate(inputs, generation_config, **kwargs)
+
+    def adjust_generation_fn(self, *args, **kwargs) -> None:
+        """As loading does. Where no file says which tokens to use, the base's configuration does, which is nested."""
+        of_base = self.generation_config.to_dict()
+        super().adjust_generation_fn(*args, **kwargs)
+        loaded = self.generation_config
+        if all(getattr(loaded, name) is None for name in TOKEN_IDS):
+            for name, value in of_base.items():
+                if getattr(loaded, name, None) is None:
+                    setattr(loaded, name, value)
 
     def _packed_encoder_outputs(self, latents: NvibLatents | BaseModelOutput) -> BaseModelOutput:
         """What decoding reads of the latents. What is packed already is handed on: nothing changes it in place."""
