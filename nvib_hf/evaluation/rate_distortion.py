@@ -303,7 +303,8 @@ def mutual_information(
         for first in range(0, len(order) - size + 1, size):
             group = [texts[i] for i in order[first : first + size]]
             labels = labels_of(model, tokenizer, group, max_length)
-            latents = encode_texts(model, tokenizer, group, max_length, sample=True, generator=generator)
+            options = {"max_length": max_length, "batch_size": size, "sample": True, "generator": generator}
+            latents = encode_texts(model, tokenizer, group, **options)
             own = torch.arange(size)
             critic = torch.stack(  # (N, N): at 0 the text's own latent, then those of the others
                 [

@@ -159,7 +159,8 @@ class Posterior(NamedTuple):
 
     def repeated(self, kappa: int) -> Posterior:
         """Of each of ``kappa`` vectors per component, side by side, with ``alpha_i / kappa``."""
-        repeated = Posterior(*(None if x is None else x.repeat_interleave(kappa, dim=1) for x in self))
+        repeats = {name: x.repeat_interleave(kappa, dim=1) for name, x in self._asdict().items() if x is not None}
+        repeated = Posterior(**repeats)
         return repeated._replace(log_alpha=repeated.log_alpha - math.log(kappa))
 
     def log_mean_pi(self) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -28,18 +29,19 @@ from .settings import check_dropping, check_prior, checked
 HALF = 2  # bytes: less than single precision
 
 
-class SinglePrecisionMixin:
+class SinglePrecisionMixin(nn.Module):
     """Before ``nn.Module``: what is a module's own, not its children's, is never narrower than fp32.
 
     ``half()``, ``bfloat16()`` and ``to(dtype)`` leave them in fp32, ``double()`` and ``float()`` cast them as they
     cast all others, and moves between devices move them.
     """
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if recurse:
             for module in self.children():
                 module._apply(fn)
-        return super()._apply(lambda value: _at_least_single(value, fn(value)), recurse=False)
+        super()._apply(lambda value: _at_least_single(value, fn(value)), recurse=False)
+        return self
 
 
 def _at_least_single(value: Tensor, applied: Tensor) -> Tensor:
@@ -93,6 +95,8 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
 
     Source: Henderson & Fehr (ICLR 2023), section 3.1; the quadratic term: Fehr & Henderson (COLM 2024).
     """
+
+    threshold_share: Tensor
 
     def __init__(
         self,
@@ -283,7 +287,7 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
 
     def _keep_logit(self, x: Tensor, log_alpha: Tensor) -> Tensor:
         """Above 0 for what is kept, ``(B, Ns)``, in fp32."""
-        if self.keep_weight is None:
+        if self.keep_weight is None or self.keep_bias is None:
             return log_alpha - math.log(self.alpha_threshold)
         return learned_keep_logit(x, self.keep_weight.to(x.dtype), self.keep_bias.to(x.dtype))
 
@@ -350,7 +354,7 @@ class SelfAttentionNvibLayer(NvibLayer):
     Source: Behjati, Fehr & Henderson (Findings of EMNLP 2023), section 3; Fehr & Henderson (COLM 2024).
     """
 
-    def forward(
+    def forward(  # type: ignore[override]  # an attention passes no padding, and reads what nn.Module says nothing of
         self,
         hidden_states: Tensor,
         evaluation: str = "means",
