@@ -31,6 +31,7 @@ from .layers.settings import check_prior
 from .loss import LABELS_WERE_TAKEN, layer_terms, nvib_loss, regulariser
 from .outputs import NvibSeq2SeqLMOutput
 from .versions import CACHE, warn_if_untested
+from .wrapping.architecture import architecture_name
 from .wrapping.base import (
     JOINED,
     NOTHING_TO_READ,
@@ -131,9 +132,9 @@ class NvibForConditionalGeneration(NvibLatentsMixin, BaseHalvesMixin, NvibPreTra
             for module in base.modules():
                 module._is_hf_initialized = True  # post_init would draw the weights of modules it does not know anew
         # The live configuration, so that a change of attention implementation or vocabulary is seen on both sides.
-        config.base_config, config.base_architecture = base.config, architecture.__name__
+        config.base_config, config.base_architecture = base.config, architecture_name(architecture)
 
-        config.attentions = check_attentions(config.attentions)
+        config.attentions = check_attentions(config)
         cross_attention, width, self.scale, self._cached_layers = cross_attention_of(base)
         check_prior(config.prior_mu, config.prior_var, config.prior_alpha, width)
         self.base = base  # first, so that the model's dtype is the base's
@@ -156,7 +157,7 @@ class NvibForConditionalGeneration(NvibLatentsMixin, BaseHalvesMixin, NvibPreTra
         self._takes_source_tokens = not isinstance(base, JOINED) and "input_ids" in argument_names(base.forward)
         self._decoder_positions = decoder_positions(base)
         self.generation_config = copy.deepcopy(base.generation_config)
-        self.model_tags = ["nvib"]  # of the model card; pushing adds to the list
+        self.model_tags = [*(base.model_tags or []), "nvib"]  # of the model card; pushing adds to the list
         self.card_metadata: dict = {}  # the model card's license, language, datasets, ...
         self.post_init()
 

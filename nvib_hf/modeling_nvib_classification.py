@@ -21,6 +21,7 @@ from .configuration_nvib import NvibConfig
 from .loss import layer_terms, regulariser
 from .outputs import NvibClassifierOutput
 from .versions import warn_if_untested
+from .wrapping.architecture import architecture_class, architecture_name
 from .wrapping.base import load_base
 from .wrapping.pretrained import NvibPreTrainedModel
 from .wrapping.self_attention import ForwardPass
@@ -33,14 +34,16 @@ def classifier_class(
     """The class of the classifier that a configuration belongs to.
 
     Args:
-        autos: where to look, in order; first for a class of the name ``architecture``, or one that the configuration
-            names.
+        autos: where to look, in order; first for one that the configuration names.
+        architecture: the name of the class, where it is known.
 
     Raises:
         ValueError: there is none.
     """
+    if architecture is not None:
+        return architecture_class(architecture)
     found = [auto._model_mapping[type(config)] for auto in autos if type(config) in auto._model_mapping]
-    named = {architecture, *(config.architectures or ())} - {None}
+    named = config.architectures or ()
     for model_class in found:
         if model_class.__name__ in named:
             return model_class
@@ -96,7 +99,7 @@ class NvibEncoderModel(NvibPreTrainedModel):
                 module._is_hf_initialized = True  # post_init would draw the weights of modules it does not know anew
         config.attentions, config.is_encoder_decoder = attentions, False
         # The live configuration, so that a change of attention implementation is seen on both sides.
-        config.base_config, config.base_architecture = base.config, type(base).__name__
+        config.base_config, config.base_architecture = base.config, architecture_name(type(base))
         self.main_input_name = base.main_input_name
         self._auto_name = auto_class(base, self._autos)
         self.base = base

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -31,6 +30,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from ..layers.distributions import noise
 from ..versions import CACHE, installed_and_tested
+from .architecture import architecture_class
 
 if TYPE_CHECKING:
     pass
@@ -248,10 +248,10 @@ def base_class(config: PreTrainedConfig, architecture: str | None = None) -> typ
     """The class of the encoder-decoder model a configuration belongs to.
 
     Raises:
-        ValueError: there is none with a head that generates.
+        ValueError: there is none with a head that generates, or none of the name ``architecture``.
     """
-    if architecture is not None and hasattr(transformers, architecture):
-        return getattr(transformers, architecture)
+    if architecture is not None:
+        return architecture_class(architecture)
     joined = {model.config_class: model for model in JOINED}
     if type(config) in joined:
         return joined[type(config)]
