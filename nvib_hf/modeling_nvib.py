@@ -84,8 +84,9 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
 
     .. math:: CE + \beta_G \lambda_G \, \overline{KL_G} + \beta_D \lambda_D \, \overline{KL_D}
 
-    with the means over a batch weighted by target tokens, as in the cross-entropy; :math:`\beta` is the annealing
-    (:class:`~nvib_hf.KLAnnealingCallback`), 1 without any.
+    with the means over a batch weighted by target tokens, as in the cross-entropy; :math:`\beta` are the multipliers of
+    training that a callback moves (:class:`~nvib_hf.KLAnnealingCallback`, :class:`~nvib_hf.ConstraintCallback`), 1
+    without any, and 1 in evaluation, so that its losses can be compared over a training.
 
     Args:
         config: the configuration.
@@ -342,7 +343,7 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
         terms, charged = layer_terms(latents, attentions, records, targets)
         loss = cross_entropy = None
         if labels is not None:
-            regularisation = regulariser(charged, self.kl_beta, self.config)
+            regularisation = regulariser(charged, self.kl_beta if self.training else None, self.config)
             loss, cross_entropy = nvib_loss(
                 outputs.logits, labels, regularisation, num_items_in_batch, self.config.label_smoothing
             )
