@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_text import tiny_collator
 from tiny_training import TRAINERS, WITH_COMPILE, tiny_model, trainer_of
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 
 from nvib_hf import CollapseCallback, ConstraintCallback, NvibTrainer, ThresholdCallback
 
@@ -43,7 +43,7 @@ def simulate(
     to. Dropping is a cliff: what was dropped comes back ten times as slowly as it went.
     """
     model = model or tiny_model(**DROPPING)
-    state = SimpleNamespace(global_step=0, stateful_callbacks={}, log_history=[{}])
+    state = TrainerState(max_steps=10**6, log_history=[{}])
     args = SimpleNamespace(device="cpu")
     callback.on_train_begin(args, state, None, model=model)
     noises = torch.randn(steps, 2, generator=torch.Generator().manual_seed(0)) * noise * torch.tensor([1.0, 0.05])
@@ -232,7 +232,7 @@ def test_a_step_that_mixed_precision_skips_is_not_measured():
 def test_threshold_callback_leaves_the_weights():
     model = tiny_model(alpha_threshold=0.1)
     callback = ThresholdCallback(cross_entropy=0.2, threshold_share=0.5)
-    state = SimpleNamespace(global_step=0, stateful_callbacks={})
+    state = TrainerState(max_steps=10**6)
     args = SimpleNamespace(device="cpu")
     callback.on_train_begin(args, state, None, model=model)
     assert model.nvib.threshold_share == 0
