@@ -40,7 +40,7 @@ WEIGHTS = ("lambda_gaussian", "lambda_dirichlet", "lambda_vectors", "free_bits_g
 
 
 def _of_base(name: str) -> property:
-    """A setting that is the base configuration's, read and written there; what comes before that waits for it."""
+    """A setting of the base configuration, read and written there. Values set before it exists are applied later."""
 
     def read(config: NvibConfig):
         return getattr(vars(config).get("base_config"), name, None)
@@ -307,11 +307,11 @@ class NvibConfig(PreTrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: object = "AutoConfig") -> None:
-        """Nothing to do: a saved configuration brings its code without."""
+        """Does nothing: a saved configuration brings its code anyway."""
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """As in the base class; the code of this class is written beside it (see ``wrapping/hub.py``)."""
-        self.auto_map = {**(self.auto_map or {}), "AutoConfig": auto_map_entry(type(self))}
+        self.auto_map = {**(getattr(self, "auto_map", None) or {}), "AutoConfig": auto_map_entry(type(self))}
         super().save_pretrained(save_directory, *args, **kwargs)
         save_code(type(self), save_directory)
 

@@ -170,8 +170,8 @@ def check_encoder_outputs(given: object) -> None:
         )
 
 
-# Whisper's loop looks at its sound for the length of it alone, drops the rows that are done, and knows no other tensor to
-# carry along. Where there are latents and no sound, a window stands for each of them: its number, everywhere.
+# Whisper's loop reads only the length of its sound, drops rows that are done, and carries no other tensor along.
+# Where there are latents and no sound, a window stands for each of them: its number, everywhere.
 def sound_for_rows(latents: Tensor, config: PreTrainedConfig) -> Tensor:
     """A window ``(B, mels, frames)`` for each of ``B`` latents, from which :func:`rows_of` reads which one it is."""
     rows = torch.arange(len(latents), device=latents.device, dtype=torch.float32)

@@ -56,7 +56,7 @@ def layer_terms(
     records: dict[torch.nn.Module, LayerRecord],
     targets: Tensor | None = None,
 ) -> tuple[LayerTerms, Charged]:
-    """What the NVIB layers of a model cost in one pass, by layer, and what the loss charges for: means over the layers.
+    """What the NVIB layers of a model cost in one pass, by layer, and their means, which the loss charges for.
 
     Args:
         latents: of the layer between the halves, ``"cross"``; those of no text cost nothing.

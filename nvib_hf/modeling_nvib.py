@@ -192,8 +192,8 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
             generator: for the draws.
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
-        if not inputs.keys() <= self._argument_names:
-            check_known(inputs, type(self).__name__, self._argument_names)
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        check_known(inputs, type(self).__name__, self._argument_names)
         return self._encode_alone(inputs, sample, generator)[0]
 
     def _encode_alone(
@@ -290,7 +290,8 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
                 positions, or taken away by the Trainer's own label smoothing.
         """
         if not kwargs.keys() <= self._argument_names:
-            check_known(kwargs, type(self).__name__, self._argument_names)
+            given = [name for name, value in kwargs.items() if value is not None]
+            check_known(given, type(self).__name__, self._argument_names)
         if labels is None and num_items_in_batch is not None:
             raise ValueError(LABELS_WERE_TAKEN)
         if cache is not None and past_key_values is not None:
@@ -347,7 +348,7 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
             loss, cross_entropy = nvib_loss(
                 outputs.logits, labels, regularisation, num_items_in_batch, self.config.label_smoothing
             )
-        of_layers, states = set(terms.kl_gaussian) - {"cross"}, states or BaseModelOutput()
+        of_layers, states = set(terms.kl_gaussian) - {"cross"}, BaseModelOutput() if states is None else states
         return NvibSeq2SeqLMOutput(
             loss=loss,
             logits=outputs.logits,
@@ -385,14 +386,13 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
             if input_ids is None or not self._takes_source_tokens:
                 raise ValueError(NOTHING_TO_READ)
             given = {**given, "input_ids": input_ids}
-        read, positions = (
-            (input_ids if tokens is None else tokens) if labels is None else labels,
-            self._decoder_positions,
-        )
+        read = labels if labels is not None else given.get("input_ids", tokens)
+        positions = self._decoder_positions
         if given[CACHE] is None and read is not None and positions is not None and read.shape[-1] > positions:
             raise ValueError(
-                f"{'decoder_input_ids' if labels is None else 'labels'} are {read.shape[-1]} tokens long, but the decoder "
-                f"has {positions} positions. Truncate them: tokenizer(..., max_length={positions}, truncation=True)."
+                f"{'decoder_input_ids' if labels is None else 'labels'} are {read.shape[-1]} tokens long, but the "
+                f"decoder has {positions} positions. Truncate them: tokenizer(..., max_length={positions}, "
+                "truncation=True)."
             )
         if labels is None:
             return given

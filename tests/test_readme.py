@@ -9,13 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_self_attention import REFUSED
-from tiny_models import TITLES, tiny_base, tiny_inputs, tiny_labels
+from tiny_models import REFUSED, TITLES, tiny_base, tiny_inputs, tiny_labels
 from tiny_nvib import tensors, tiny_nvib
 from tiny_text import tiny_examples, tiny_tokenizer
 from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase, Seq2SeqTrainingArguments
 
-from nvib_hf import CrossAttention, NvibForConditionalGeneration, architectures
+from nvib_hf import AttentionSpec, NvibForConditionalGeneration
+from nvib_hf.wrapping import specs
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "examples").glob("*.md"))]
@@ -76,7 +76,7 @@ def test_the_table_of_architectures_has_the_rows_and_columns_of_its_tests():
     header, _, *rows = (
         [cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"^\|.*", page, re.M)
     )
-    tests = ast.walk(ast.parse((ROOT / "tests" / "test_architectures.py").read_text(encoding="utf-8")))
+    tests = ast.walk(ast.parse((ROOT / "tests" / "wrapping" / "test_architectures.py").read_text(encoding="utf-8")))
     marks = [node for node in tests if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("capability")]
     of_self_attention = {f"{kind}'s self-attention" for kind in REFUSED}
     assert set(header[1:]) == {mark.args[0].value for mark in marks} | of_self_attention
@@ -213,11 +213,11 @@ def test_an_adapter_is_saved_and_loaded(folder):
     assert any("lora" in name for name in tensors(names["adapter"]))
 
 
-def test_another_architecture_is_a_row(monkeypatch):
-    monkeypatch.setattr(architectures, "_REGISTRY", dict(architectures._REGISTRY))
+def test_another_architecture_is_a_spec(monkeypatch):
+    monkeypatch.setattr(specs, "_REGISTRY", dict(specs._REGISTRY))
     run(code_of("ARCHITECTURES.md"))
-    row = architectures._REGISTRY["MyCrossAttention"]
-    assert isinstance(row, CrossAttention) and (row.query, row.output) == ("query", "dense")
+    spec = specs._REGISTRY["cross", "MyCrossAttention"]
+    assert isinstance(spec, AttentionSpec) and (spec.query, spec.output) == ("query", "dense")
 
 
 # ------------------------------------------------------------------------------------ NVIB in self-attention

@@ -18,10 +18,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from nvib_hf import NvibForConditionalGeneration, NvibLatents
-from nvib_hf.layers.distributions import gaussian_sample
+from nvib_hf.layers.distributions import Posterior, gaussian_sample
 from nvib_hf.layers.kl import kl_gaussian
 from nvib_hf.layers.nvib import NvibLayer
-from nvib_hf.layers.distributions import Posterior
 
 
 class VariableBottleneck(NvibLayer):

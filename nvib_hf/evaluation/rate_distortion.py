@@ -53,13 +53,13 @@ def rate_distortion(
       over target tokens;
     * ``elbo``: minus the sampled cross-entropy and the terms of ``rate``, nats per token; a bound if ``kappa`` is 1;
     * ``iw_log_likelihood``: nats per token, with ``importance_samples`` draws
-      (:func:`~nvib_hf.evaluation.rate_distortion.log_importance_weights`), and ``iw_elbo``, what a single draw gives on average.
+      (:func:`log_importance_weights`), and ``iw_elbo``, what a single draw gives on average.
       The draws' weights have each component's own pseudo-count, where ``KL_D`` is that of symmetric ones:
       ``iw_elbo`` and ``elbo`` are different bounds;
     * ``prop_vectors``, ``num_vectors``, ``effective_vectors``: means over texts;
     * ``active_units``: share of the ``P`` channels whose mean varies, over the kept vectors of all texts, by more
       than 0.01 of the prior's variance;
-    * ``mutual_information``: a lower bound in nats per text (:func:`~nvib_hf.evaluation.rate_distortion.mutual_information`).
+    * ``mutual_information``: a lower bound in nats per text (:func:`mutual_information`).
 
     What a bottleneck does not report is left out; of a model without ``encode`` only ``cross_entropy`` is there.
     The latents of another bottleneck, without ``log_alpha``, have as ``kl_gaussian`` the mean over the channels of

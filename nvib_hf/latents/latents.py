@@ -91,10 +91,10 @@ class NvibLatents:
 
     def items(self) -> list[tuple[str, Tensor]]:
         """The fields that are not ``None``, by name."""
-        return [(name, getattr(self, name)) for name in self.keys()]  # noqa: SIM118
+        return [(name, getattr(self, name)) for name in self.keys()]
 
     def __contains__(self, name: object) -> bool:
-        return name in self.keys()  # noqa: SIM118
+        return name in self.keys()
 
     @overload
     def __getitem__(self, index: str) -> Tensor: ...
@@ -228,6 +228,10 @@ torch.utils._pytree.register_pytree_node(
     NvibLatents,
     lambda latents: ([value for _, value in latents.items()], latents.keys()),
     lambda values, names: NvibLatents(**dict(zip(names, values, strict=True))),
+    flatten_with_keys_fn=lambda latents: (
+        [(torch.utils._pytree.MappingKey(name), value) for name, value in latents.items()],
+        latents.keys(),
+    ),
     serialized_type_name=f"{NvibLatents.__module__}.NvibLatents",
 )
 

@@ -199,7 +199,8 @@ class NvibOutput(NamedTuple):
         drawn: those of the ``Nl`` vectors; of the means the posterior itself.
         kappa: vectors drawn per component, ``Nl = kappa * (Ns + 1)``; ``None`` of the means, one per component.
         kl_gaussian, kl_dirichlet: ``(B,)``, as the layer weighs them; ``None`` where they were not asked for.
-        relaxed_share: ``(B,)``, :func:`~nvib_hf.layers.dropping.relaxed_share`; ``None`` likewise, and where nothing decides.
+        relaxed_share: ``(B,)``, :func:`~nvib_hf.layers.dropping.relaxed_share`; ``None`` likewise, and where nothing
+            decides.
     """
 
     z: Tensor

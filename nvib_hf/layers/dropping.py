@@ -124,7 +124,7 @@ def draw_dropping(
     kappa: int,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Posterior]:
-    """Log weights ``(B, Nl)`` drawn in training by a layer that drops, and the parameters of the vectors they belong to.
+    """Log weights ``(B, Nl)`` drawn in training by a layer that drops, and the parameters of their vectors.
 
     Args:
         posterior: with the keep logits.

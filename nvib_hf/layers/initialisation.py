@@ -33,8 +33,8 @@ def prior_buffers(
 class PriorMixin:
     """The prior of a module, in buffers: ``prior_mu``, ``prior_logvar`` ``(P,)``, ``prior_log_alpha`` ``(1,)``.
 
-    ``prior_log_alpha_std`` ``(1,)`` is what an :func:`~nvib_hf.layers.initialisation.empirical_prior` says of the deviation
-    of log pseudo-counts. The module's ``delta`` is the share of the source length that the prior expects to keep.
+    ``prior_log_alpha_std`` ``(1,)`` is the deviation of log pseudo-counts, from an :func:`empirical_prior`. The
+    module's ``delta`` is the share of the source length that the prior expects to keep.
     """
 
     delta: float

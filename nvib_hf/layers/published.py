@@ -217,7 +217,7 @@ class Nvib(NvibLayer):
         return kl_gaussian(**{"weights": self.kl_weights, **latent}, **prior, kappa=self._repeats(kappa))
 
     def kl_dirichlet(self, kappa: int | None = None, **latent: object) -> Tensor:
-        """:func:`~nvib_hf.layers.kl.kl_dirichlet` ``(B,)`` with the layer's prior; ``kappa`` as in :meth:`kl_gaussian`."""
+        """:func:`~nvib_hf.kl_dirichlet` ``(B,)`` with the layer's prior; ``kappa`` as in :meth:`kl_gaussian`."""
         prior = {"prior_log_alpha": self.prior_log_alpha, "delta": self.delta}
         return kl_dirichlet(**latent, **prior, kappa=self._repeats(kappa))
 

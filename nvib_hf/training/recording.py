@@ -110,7 +110,7 @@ class Recorder:
         self._sums = {}
 
     def read(self, device: torch.device | str) -> dict[str, float]:
-        """The means over all processes, each of which has to read, and none of them from here on.
+        """Means over all processes since the last call: call it on every one of them. It starts them anew.
 
         Args:
             device: where the sums of a process that recorded nothing lie.

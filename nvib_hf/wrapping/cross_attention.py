@@ -169,7 +169,7 @@ def fold_rows(x: Tensor, sources: int) -> Tensor:
     So its keys and values are stored once, however many beams there are.
     """
     if len(x) % sources:
-        raise ValueError(f"There are {sources} latents but {len(x)} decoder inputs. Pass one latent for each spec.")
+        raise ValueError(f"There are {sources} latents but {len(x)} decoder inputs. Pass one latent for each row.")
     return x.unflatten(0, (sources, -1)).transpose(1, 2).flatten(2, 3)
 
 

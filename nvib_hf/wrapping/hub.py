@@ -1,9 +1,9 @@
 """The code that a saved model carries, in one flat folder.
 
 With ``trust_remote_code=True`` Transformers loads a model whose code lies beside its weights. Its loader knows files,
-not folders: for ``from .layers.kl import x`` it looks for a file ``layers.kl.py``. This package has folders, so they are
-flattened when a model is saved: ``layers/kl.py`` becomes ``layers_kl.py``, and the imports in every file follow. Code
-that was loaded from such a folder is flat already, and is saved from there as it is.
+not folders: for ``from .layers.kl import x`` it looks for a file ``layers.kl.py``. This package has folders. So they
+are flattened when a model is saved: ``layers/kl.py`` becomes ``layers_kl.py``, and the imports in every file follow.
+Code that was loaded from such a folder is flat already, and is saved from there as it is.
 """
 
 from __future__ import annotations

@@ -31,9 +31,9 @@ from .wrap import split_settings, wrap
 class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
     """A model of Transformers around a ``base``, with NVIB layers in it.
 
-    Subclasses set ``base``, ``config`` and ``_self_attention_names`` (the modules' names in the model by those of their
-    layers), load a base by its name in ``_load_base``, run what reads the inputs of a batch in ``_read``, and name the
-    Auto class that loads them in ``_auto_name``; with ``_has_card`` a model card is saved, too.
+    Subclasses set ``base``, ``config`` and ``_self_attention_names`` (the modules' names in the model by those of
+    their layers). ``_load_base`` loads a base by its name, ``_read`` runs what reads the inputs of a batch,
+    ``_auto_name`` is the Auto class that loads them; with ``_has_card`` a model card is saved, too.
     """
 
     config_class = NvibConfig
@@ -141,7 +141,7 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
     # -------------------------------------------------------------------------------------------------- saving
     @classmethod
     def register_for_auto_class(cls, auto_class: object = "AutoModel") -> None:
-        """Nothing to do: a saved model brings its code without, which Transformers would save from one folder alone."""
+        """Does nothing: a saved model brings its code anyway, from all folders of the package."""
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, is_main_process: bool = True, *args, **kwargs
@@ -150,7 +150,10 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
 
         ``model.name_or_path`` is from then on where it was saved or pushed to: what an adapter takes for its base.
         """
-        self.config.auto_map = {**(self.config.auto_map or {}), self._auto_name: auto_map_entry(type(self))}
+        self.config.auto_map = {
+            **(getattr(self.config, "auto_map", None) or {}),
+            self._auto_name: auto_map_entry(type(self)),
+        }
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         folder = Path(save_directory)
         if self._holds_an_adapter():

@@ -48,9 +48,9 @@ class LayerRecord(NamedTuple):
 class HandedOn(NamedTuple):
     """What an encoder layer that drops vectors or adds up pseudo-counts tells the layers above it.
 
-    ``by`` is the attention that says so; ``gone`` ``(B, N')`` is True where no vector is left; ``places`` ``(B, N')``
-    are positions in the encoder's input, ``None`` while all of it is there; ``order`` ``(B, N')`` are positions in this
-    layer's own input; ``length`` is that of the encoder's input, ``sources`` ``(B,)`` counts its vectors.
+    ``by`` is the attention that says so. ``gone`` ``(B, N')`` is True where no vector is left. ``places`` ``(B, N')``
+    are positions in the encoder's input, ``None`` while all of it is there; ``order`` ``(B, N')`` are positions in
+    this layer's own input. ``length`` is that of the encoder's input, ``sources`` ``(B,)`` counts its vectors.
     """
 
     by: nn.Module
@@ -97,7 +97,7 @@ class ForwardPass:
 
 
 class _Traced:
-    """The current pass while ``torch.compile`` traces, which cannot set a ContextVar, but traces one pass at a time."""
+    """The current pass while ``torch.compile`` traces: it cannot set a ContextVar, but traces one pass at a time."""
 
     current: ForwardPass | None = None
 

@@ -1,7 +1,7 @@
 """The table of architectures: where attention sits in a model and what its parts are called.
 
-One spec for each kind of attention module, cross- and self-attention alike. Wrapping checks every name of a spec against
-the installed Transformers: an argument that was renamed would raise no error, but the model would decode differently.
+One spec for each kind of attention module, cross- and self-attention alike. Wrapping checks every name of a spec
+against the installed Transformers: a renamed argument would raise no error, but the model would decode differently.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ class AttentionSpec:
         return "self" if self.memory is None else "cross"
 
 
-def CrossAttention(place: str, **names) -> AttentionSpec:  # noqa: N802 (the name that users know)
+def CrossAttention(place: str, **names) -> AttentionSpec:
     """The :class:`AttentionSpec` of a cross-attention."""
     return AttentionSpec(place, **names)
 
 
-def SelfAttention(place: str, **names) -> AttentionSpec:  # noqa: N802
+def SelfAttention(place: str, **names) -> AttentionSpec:
     """The :class:`AttentionSpec` of a self-attention."""
     return AttentionSpec(place, memory=None, **names)
 
@@ -372,6 +372,7 @@ def check_names(module: nn.Module, spec: AttentionSpec) -> None:
         (field, what), name = missing[0], type(module).__name__
         raise ValueError(
             f"{name} is not what the table of {spec.kind}-attention says: {what} (field {field!r} of its spec), so it "
-            f"would compute something else. {installed_and_tested()}. Install a tested version, or describe the module "
-            f"anew: nvib_hf.register_{spec.kind}_attention({spec.kind.title()}Attention(..., {field}=...), {name!r})."
+            f"would compute something else. {installed_and_tested()}. Install a tested version, or describe the "
+            f"module anew: nvib_hf.register_{spec.kind}_attention({spec.kind.title()}Attention(..., {field}=...), "
+            f"{name!r})."
         )

@@ -116,7 +116,7 @@ class Shortening:
 
 
 def begin_encoder(encoder: nn.Module, args: tuple) -> None:
-    """Forward pre-hook of a stacked encoder: its layers hand on within a pass of its own, inside the model's if any."""
+    """Forward pre-hook of a stacked encoder, whose layers hand on within a pass of its own, inside the model's."""
     outer = current_pass() or ForwardPass()
     ForwardPass(outer.generator, outer.shortens, outer.records, encoder).__enter__()
 

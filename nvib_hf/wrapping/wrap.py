@@ -27,7 +27,8 @@ from .stacked_encoder import StackedSelfAttention, stack
 class CrossAttentionOf(NamedTuple):
     """What NVIB needs to know of a base's cross-attention.
 
-    Its modules with their specs; the width ``P`` of the vectors they read; their scale ``s``; their places in the cache.
+    Its modules with their specs; the width ``P`` of the vectors they read; their scale ``s``; their places in the
+    cache.
     """
 
     modules: list[tuple[nn.Module, AttentionSpec]]

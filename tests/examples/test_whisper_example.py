@@ -15,7 +15,7 @@ from transformers import AutoProcessor, GenerationMixin
 
 from nvib_hf import NvibForConditionalGeneration
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 # The example's own modules, which need the packages of the extra `examples`.
 soundfile, speech, whisper, whisper_base = map(pytest.importorskip, ("soundfile", "speech", "whisper", "whisper_base"))

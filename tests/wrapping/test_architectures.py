@@ -1,20 +1,21 @@
 """Every architecture, through one body of tests: wrap, compute, save, load, generate, train.
 
-``pytest tests/test_architectures.py --architecture-table FILE`` writes what passed as a table.
+``pytest tests/wrapping/test_architectures.py --architecture-table FILE`` writes what passed as a table.
 """
 
 import copy
 
 import pytest
 import torch
-from tiny_models import EOS, FAMILIES, PAD, START, VOCAB_SIZE, tiny_base, tiny_inputs, tiny_labels
+from tiny_models import EOS, FAMILIES, PAD, decoder_inputs, row_of, tiny_base, tiny_inputs, tiny_labels
+from tiny_nvib import generate
 from torch import nn
 from torch.nn import functional as F
-from transformers import GenerationMixin
 
-from nvib_hf import NvibForConditionalGeneration, NvibLatents, architectures, naive_denoising_attention
+from nvib_hf import NvibForConditionalGeneration, NvibLatents, naive_denoising_attention
 from nvib_hf.layers.denoising_attention import attended_mixture, attended_points, pack
-from nvib_hf.wrapping.base import base_class, run_encoder, source_padding
+from nvib_hf.wrapping import specs
+from nvib_hf.wrapping.base import base_class, run_encoder, shortened_mask
 from nvib_hf.wrapping.cross_attention import DenoisingCrossAttention
 from nvib_hf.wrapping.specs import find_cross_attention
 
@@ -43,30 +44,6 @@ def skip_for_the_base(family: str, fault: str) -> None:
     pytest.skip(f"a fault of the base model: {fault}")
 
 
-def decoder_inputs(batch: int = 3, length: int = 6) -> torch.Tensor:
-    tokens = torch.randint(START + 1, VOCAB_SIZE, (batch, length), generator=torch.Generator().manual_seed(7))
-    tokens[:, 0] = START
-    return tokens
-
-
-def row_of(inputs: dict, row: int) -> dict:
-    """One example by itself, without its padding."""
-    mask = inputs.get("attention_mask")
-    single = {name: value[row : row + 1] for name, value in inputs.items()}
-    if mask is None:
-        return single
-    length = int(mask[row].sum())
-    return {name: value[:, :length] for name, value in single.items()}
-
-
-def generate(model: nn.Module, inputs: dict, **settings) -> torch.Tensor:
-    """Plain generation: Whisper's own ``generate`` is about timestamps and chunks."""
-    settings = {"max_new_tokens": 7, "do_sample": False, "num_beams": 1} | settings
-    if isinstance(model, NvibForConditionalGeneration):
-        return model.generate(**inputs, **settings)
-    return GenerationMixin.generate(model, **inputs, **settings)
-
-
 # ------------------------------------------------------------------------------------ the tiny models
 @over_families
 @torch.no_grad()
@@ -75,7 +52,7 @@ def test_cross_attention_matters(family):
     base, inputs, tokens = tiny_base(family), tiny_inputs(family), decoder_inputs()
     logits = base(**inputs, decoder_input_ids=tokens).logits
     other = base(**tiny_inputs(family, seed=1), decoder_input_ids=tokens).logits
-    for module in find_cross_attention(base):
+    for module, _ in find_cross_attention(base):
         module.register_forward_hook(lambda module, args, output: (torch.zeros_like(output[0]), *output[1:]))
     without = base(**inputs, decoder_input_ids=tokens).logits
     assert (logits - without).abs().max() > 1
@@ -148,7 +125,7 @@ def test_a_padded_batch_is_its_rows_one_by_one(family):
 # ------------------------------------------------------------------------------------ 2. the definition
 def projections(module: DenoisingCrossAttention) -> dict:
     """Matrices ``(H, E, P)`` and biases ``(H, E)`` of keys and values as functions: what they do to a basis."""
-    row, width = module.nvib_row, module.nvib_width
+    row, width = module.nvib_spec, module.nvib_width
     head_dim = getattr(module, row.head_dim)
     basis = torch.cat([torch.zeros(1, width), torch.eye(width)])[None].double()
     if row.key_value:
@@ -183,7 +160,7 @@ def test_each_layer_is_denoising_attention_by_definition(family, form):
         memory = attended_mixture(mu, logvar, log_pi, model.scale)
 
     for module in modules:
-        row = module.nvib_row
+        row = module.nvib_spec
         query_projection = getattr(module, row.query)
         hidden_states = torch.randn(batch, length, width if row.key_value else query_projection.in_features).double()
         given, packed = hidden_states, pack(memory)
@@ -220,7 +197,7 @@ def test_dropout_works_in_training_alone(family):
     for module in model.modules():
         if not isinstance(module, DenoisingCrossAttention):
             continue
-        row, width = module.nvib_row, module.nvib_width
+        row, width = module.nvib_spec, module.nvib_width
         hidden_states = torch.randn(2, 3, width if row.key_value else getattr(module, row.query).in_features)
         mu, logvar = torch.randn(2, 2, 5, width)
         packed = pack(attended_mixture(mu, logvar, torch.zeros(2, 5), model.scale))
@@ -327,7 +304,7 @@ def test_generation_with_a_static_cache(family):
         assert torch.equal(generate(model, inputs, **static), generate(model, inputs))
         for module in model.modules():
             if isinstance(module, DenoisingCrossAttention):
-                row = module.nvib_row
+                row = module.nvib_spec
                 getattr(module, row.value or row.key_value).weight.mul_(0.5)
 
 
@@ -437,7 +414,9 @@ def deciding(family: str, **settings) -> NvibForConditionalGeneration:
     layer.keep_weight.normal_(generator=torch.Generator().manual_seed(11))
     states, mask = run_encoder(model.base, tiny_inputs(family))
     states = states.last_hidden_state
-    posterior = layer.posterior(states, source_padding(model.base.get_encoder(), mask, states.shape[1]))
+    if mask is not None and mask.shape[1] != states.shape[1]:
+        mask = shortened_mask(model.base.get_encoder(), mask, states.shape[1])
+    posterior = layer.posterior(states, None if mask is None else mask == 0)
     logits = posterior.keep_logit[:, 1:][posterior.mask[:, 1:]].sort().values
     middle = logits[len(logits) // 4 : -(len(logits) // 4)]
     widest = middle.diff().argmax()
@@ -582,6 +561,6 @@ def test_the_class_of_the_base_follows_from_its_configuration(family):
 
 def test_the_families_are_all_in_the_table_of_cross_attention():
     """A row that no family uses would be untested."""
-    used = {type(module).__name__ for family in FAMILIES for module in find_cross_attention(tiny_base(family))}
-    rows = {name.rsplit(".", 1)[-1] for name in architectures._REGISTRY}
+    used = {type(module).__name__ for family in FAMILIES for module, _ in find_cross_attention(tiny_base(family))}
+    rows = {name.rsplit(".", 1)[-1] for kind, name in specs._REGISTRY if kind == "cross"}
     assert rows <= used

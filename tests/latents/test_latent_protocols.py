@@ -8,6 +8,7 @@ from collections import OrderedDict
 import accelerate.utils
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_latents import assert_same, mixture, sample
 from tiny_models import tiny_inputs, tiny_labels
 from tiny_nvib import tiny_nvib
@@ -16,7 +17,6 @@ from torch.nn.parallel import scatter_gather
 from torch.nn.parallel.distributed import _find_tensors
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
-from transformers import trainer_pt_utils
 
 from nvib_hf import NvibLatents, concatenate_latents
 from nvib_hf.training.recording import Recorder
@@ -45,7 +45,8 @@ def test_length_and_iteration_are_over_the_batch(make, batch):
 
 
 def test_none_of_them_is_false_and_one_is_true():
-    assert not NvibLatents() and len(NvibLatents()) == 0 and list(NvibLatents()) == []
+    with pytest.raises(TypeError, match="'z', 'log_pi', and 'attention_mask'"):
+        NvibLatents()
     assert not mixture()[:0] and list(mixture()[:0]) == []
     assert mixture(batch=1)
 
@@ -69,10 +70,11 @@ def test_a_mapping_of_the_fields_that_are_given(make):
         assert list(mapping) == names
         assert all(mapping[name] is getattr(latents, name) for name in names)
     assert list(latents.keys()) == names and len(latents.keys()) == len(latents.items()) == len(names)
-    assert all(a is b for a, b in zip(latents.values(), latents.to_tuple(), strict=True))
     assert [name for name, _ in latents.items()] == names
+    assert all(value is latents[name] is getattr(latents, name) for name, value in latents.items())
     assert "z" in latents and ("logvar" in latents) == (make is mixture) and "kappa" not in latents
-    assert latents.get("kappa") is None and latents.get("z") is latents.z
+    with pytest.raises(KeyError, match="these latents have no 'kappa', but z, log_pi, attention_mask"):
+        latents["kappa"]
 
 
 @BOTH
@@ -84,15 +86,14 @@ def test_a_mapping_of_the_fields_that_are_given(make):
         lambda x: pickle.loads(pickle.dumps(x)),
         dataclasses.replace,
         lambda x: NvibLatents(**x),
-        lambda x: NvibLatents(dict(x)),
-        lambda x: NvibLatents((name, value) for name, value in x.items()),
+        lambda x: NvibLatents(**dict(x)),
+        lambda x: NvibLatents(**{name: value for name, value in x.items()}),
         lambda x: pytree.tree_map(torch.clone, x),
         lambda x: pytree.tree_unflatten(*reversed(pytree.tree_flatten(x))),
         lambda x: pytree.tree_map_with_path(lambda path, value: value.clone(), x),
         lambda x: accelerate.utils.recursively_apply(torch.clone, x),
         lambda x: accelerate.utils.send_to_device(x, "cpu"),
-        lambda x: accelerate.utils.concatenate([x[:3], x[3:]]),
-        lambda x: trainer_pt_utils.nested_concat(trainer_pt_utils.nested_detach(x[:1]), x[1:]),
+        lambda x: concatenate_latents([x[:3], x[3:]]),
         lambda x: _apply_to_tensors(torch.clone, x),  # FSDP
     ],
 )
@@ -112,7 +113,6 @@ def test_a_replaced_field():
 def test_what_looks_for_tensors_and_sizes_in_them():
     latents = mixture()
     assert len(list(_find_tensors(latents))) == len(latents.keys())  # DistributedDataParallel
-    assert accelerate.utils.find_batch_size(latents) == trainer_pt_utils.find_batch_size(latents) == 4
     with_keys, _ = pytree.tree_flatten_with_path(latents)
     assert [path[0].key for path, _ in with_keys] == list(latents.keys())
 
@@ -149,9 +149,10 @@ def test_data_parallel_scatters_and_gathers(monkeypatch):
     assert recorded["num_vectors"] == pytest.approx(gathered.num_vectors.mean().item())
     assert recorded["kl_gaussian"] == pytest.approx(((tokens * gathered.kl_gaussian).sum() / tokens.sum()).item())
 
-    latents = model.encode(**tiny_inputs("bart"))[:2]
-    for row, part in enumerate(scatter_gather.scatter({"encoder_outputs": latents}, [0, 1])):
-        assert_same(part["encoder_outputs"], latents[row])
+    # Latents are not split: one row of labels beside two latents is refused, not decoded from a wrong one.
+    part, _ = scatter_gather.scatter({"encoder_outputs": model.encode(**tiny_inputs("bart"))[:2], **inputs}, [0, 1])
+    with pytest.raises(ValueError, match="There are 2 latents but 1 decoder inputs"):
+        replica(encoder_outputs=part["encoder_outputs"], labels=part["labels"])
 
 
 # Files
@@ -165,7 +166,7 @@ def test_saved_and_loaded(make, tmp_path):
         latents.save(path)
         assert_same(NvibLatents.load(path), latents)
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
-    assert {x.device.type for x in NvibLatents.load(file, device="meta").values()} == {"meta"}
+    assert {x.device.type for _, x in NvibLatents.load(file, device="meta").items()} == {"meta"}
 
 
 def test_views_of_one_tensor_are_saved_with_their_own_values(tmp_path):
@@ -210,7 +211,7 @@ def test_a_file_of_something_else_is_refused(tmp_path):
         NvibLatents.load(tmp_path / "model")
     with pytest.raises(ValueError, match=rf"holds no latents: 'base\..*', of \d+, is no field of theirs. {remedy}"):
         NvibLatents.load(tmp_path / "model" / "model.safetensors")
-    NvibLatents(z=torch.zeros(1, 2, 3)).save(tmp_path / "z")
+    save_file({"z": torch.zeros(1, 2, 3)}, tmp_path / "z")
     with pytest.raises(ValueError, match=rf"z holds no latents: it lacks 'attention_mask', 'log_pi'. {remedy}"):
         NvibLatents.load(tmp_path / "z")
     with pytest.raises(FileNotFoundError):

@@ -7,7 +7,7 @@ import torch
 from tiny_models import tiny_base, tiny_inputs, tiny_labels
 
 from nvib_hf import NvibForConditionalGeneration
-from nvib_hf.wrapping.specs import find_self_attention, self_attention_row
+from nvib_hf.wrapping.specs import find_self_attention
 
 FAMILIES = ["bart", "t5", "whisper", "bert2gpt2"]
 ALL = ["cross", "encoder", "decoder"]
@@ -27,10 +27,10 @@ def vectors_of_the_base(family, model):
     """What every self-attention of the unmodified base is given over the batches, without padding, by layer."""
     base, given = tiny_base(family), {}
     for kind, half in (("encoder", base.get_encoder()), ("decoder", base.get_decoder())):
-        for number, (_, module) in enumerate(find_self_attention(half, kind)):
+        for number, (module, spec) in enumerate(find_self_attention(half, kind)):
 
-            def see(module, args, kwargs, name=f"{kind}.{number}"):
-                states = kwargs.get(self_attention_row(module).hidden_states, args[0] if args else None)
+            def see(module, args, kwargs, name=f"{kind}.{number}", spec=spec):
+                states = kwargs.get(spec.hidden_states, args[0] if args else None)
                 given.setdefault(name, []).append(states)
 
             module.register_forward_pre_hook(see, with_kwargs=True)

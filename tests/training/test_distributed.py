@@ -12,12 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nvib_hf.layers import distributions as posterior
-
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
 
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]  # the tests, with the worker
 
 
 def in_this_environment(command, folder):
@@ -67,7 +65,7 @@ worker.dist.destroy_process_group()
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
     """The logs of a script under the command of examples/TOOLS.md for two processes without a GPU."""
-    page = (Path(__file__).parents[1] / "examples" / "TOOLS.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "examples" / "TOOLS.md").read_text(encoding="utf-8")
     command = re.search(r"without\s+a GPU `(torchrun [^`]+ train\.py)`", page)[1].split()
     folder = tmp_path_factory.mktemp("launched")
     (folder / "train.py").write_text(SCRIPT)
@@ -81,8 +79,8 @@ def launched(tmp_path_factory):
 @pytest.mark.parametrize("how", ["found", "launched"])
 def test_trainer_in_two_processes_logs_what_one_does(how, request, tmp_path, monkeypatch):
     logs = request.getfixturevalue(how)["trainer"]["logs"]
-    for name in worker.DRAWS:
-        monkeypatch.setattr(posterior, name, getattr(posterior, name))  # put back afterwards
+    for module, name in worker.DRAWS:
+        monkeypatch.setattr(module, name, getattr(module, name))  # put back afterwards
     worker.fix_draws()
     expected = worker.run_trainer(tmp_path / "one", worker.examples(), worker.BATCH)
     compared = ("loss", "grad_norm", "cross_entropy", "kl_gaussian", "kl_dirichlet", "num_vectors")

@@ -164,7 +164,9 @@ def test_distance_is_at_least_that_of_the_means():
     a, b = mixture(length=6, seed=3), mixture(seed=4)
     means = (a.pooled() - b.pooled()).norm(dim=-1)
     assert (means < latent_distance(a, b)).all()
-    shifted = NvibLatents(z=a.z + 2.0, log_pi=a.log_pi, logvar=a.logvar)  # all the same way: equal
+    shifted = NvibLatents(
+        z=a.z + 2.0, log_pi=a.log_pi, logvar=a.logvar, attention_mask=a.attention_mask
+    )  # all the same way: equal
     torch.testing.assert_close(latent_distance(a, shifted), (a.pooled() - shifted.pooled()).norm(dim=-1))
 
 
