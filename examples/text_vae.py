@@ -116,6 +116,11 @@ class Recombined(torch.utils.data.Dataset):
         return self.encode([" ".join(words)])[0]
 
 
+def saved_max_length(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens at which a model's texts were cut, as its tokenizer says, if it does."""
+    return tokenizer.model_max_length if tokenizer.model_max_length < 10**6 else MAX_LENGTH
+
+
 def num_cut(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int) -> int:
     """How many texts are longer than so many tokens, and lose their end."""
     return sum(len(ids) > max_length for ids in tokenizer(texts).input_ids)
@@ -291,9 +296,7 @@ def train_on(corpus: list[str], args) -> tuple[NvibForConditionalGeneration, Pre
             "examples/README.md says what 100 to 3000 came to."
         )
     if cut := num_cut(tokenizer, corpus, max_length):
-        print(
-            f"{cut} of {len(corpus)} texts are longer than {max_length} tokens and lose their end: see --max-length."
-        )
+        print(f"{cut} of {len(corpus)} texts have more than {max_length} tokens and lose their end (--max-length).")
     trainer = train(
         model,
         tokenizer,
@@ -345,7 +348,7 @@ def show_interpolation(model, tokenizer, first: str, second: str, max_length: in
 
 
 def show_figures(model, tokenizer, held_out: list[str], max_length: int) -> None:
-    """Exact reconstructions and what the latents cost, over held-out texts of at least 4 words (or all, if none is)."""
+    """Exact reconstructions, and what latents cost, over held-out texts of at least 4 words (or all, if none is)."""
     texts = [text for text in held_out if len(text.split()) >= 4] or held_out
     written = reconstruct(model, tokenizer, texts, max_length=max_length)
     exact = sum(a == b for a, b in zip(written, as_read(tokenizer, texts, max_length), strict=True))
@@ -413,9 +416,7 @@ def main() -> None:
     if args.model is not None:
         model = NvibForConditionalGeneration.from_pretrained(args.model)
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-        args.max_length = args.max_length or (
-            tokenizer.model_max_length if tokenizer.model_max_length < 10**6 else MAX_LENGTH
-        )
+        args.max_length = args.max_length or saved_max_length(tokenizer)
         held_out = read_texts(args.text or args.model / "held_out.txt")
     else:
         model, tokenizer, held_out = train_on(read_texts(args.text), args)

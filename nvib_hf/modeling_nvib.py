@@ -84,9 +84,9 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
 
     .. math:: CE + \beta_G \lambda_G \, \overline{KL_G} + \beta_D \lambda_D \, \overline{KL_D}
 
-    with the means over a batch weighted by target tokens, as in the cross-entropy; :math:`\beta` are the multipliers of
-    training that a callback moves (:class:`~nvib_hf.KLAnnealingCallback`, :class:`~nvib_hf.ConstraintCallback`), 1
-    without any, and 1 in evaluation, so that its losses can be compared over a training.
+    with the means over a batch weighted by target tokens, as in the cross-entropy. :math:`\beta` are the multipliers
+    that a callback moves in training (:class:`~nvib_hf.KLAnnealingCallback`, :class:`~nvib_hf.ConstraintCallback`).
+    In evaluation they are 1, so that its losses can be compared over a training.
 
     Args:
         config: the configuration.

@@ -35,7 +35,7 @@ def check_number(
     above: float | None = None,
     below: float | None = None,
 ) -> None:
-    """Raise ValueError unless a value is a finite number from ``least`` to ``most``, ``above`` and ``below`` others."""
+    """Raise ValueError unless a value is a finite number of a range, which ``above`` and ``below`` are not part of."""
     low, high = above if above is not None else least, below if below is not None else most
     is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if is_number and low <= value <= high and value not in (above, below):

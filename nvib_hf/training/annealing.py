@@ -75,8 +75,8 @@ class KLAnnealingCallback(TrainerCallback):
         check_whole("cycles", cycles)
         if schedule in ("linear", "cosine") and start_ratio + warmup_ratio > 1 + 1e-9:
             raise ValueError(
-                f"start_ratio={start_ratio} and warmup_ratio={warmup_ratio} add up to more than 1: the training would end "
-                f"before the weight is 1. Take a warmup_ratio of at most {1 - start_ratio:.3g}."
+                f"start_ratio={start_ratio} and warmup_ratio={warmup_ratio} add up to more than 1: the training would "
+                f"end before the weight is 1. Take a warmup_ratio of at most {1 - start_ratio:.3g}."
             )
         terms = (terms,) if isinstance(terms, str) else tuple(terms)
         if not terms or not all(term in TERMS for term in terms):

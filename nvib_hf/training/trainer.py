@@ -28,7 +28,7 @@ NAMELESS = (
     "save_pretrained on the model before get_peft_model, or wrap the base again for PeftModel.from_pretrained."
 )
 
-NO_TARGET = "An evaluation had no target: all labels are -100, or there were no examples. So it has no eval_loss. Give it labels."
+NO_TARGET = "An evaluation had no target, as all labels were -100. So it has no eval_loss. Give it labels."
 
 logger = logging.get_logger(__name__)
 
@@ -44,10 +44,10 @@ class NvibTrainerMixin:
     ``cross_entropy``, ``kl_gaussian`` and ``kl_dirichlet`` (nats, means over target tokens), ``num_vectors``,
     ``prop_vectors`` and ``effective_vectors`` (means over examples): since the last log, over all processes.
     ``eval_loss``, of plain models too, is a mean over target tokens as well, where other Trainers take that of the
-    batches' means, which depends on the batch size. The multipliers of callbacks are not in it: it is the cross-entropy
-    and the terms by their ``lambda_*``, as comparable at the end of a training as at its beginning. Under a
-    ``ConstraintCallback``, which compresses on purpose, no single number tells the best checkpoint: take the last, or
-    select by a result of your own. Where self-attentions have NVIB, ``kl_gaussian``, ``kl_dirichlet``
+    batches' means, which depends on the batch size. It is the cross-entropy and the terms by their ``lambda_*``,
+    without the multipliers of callbacks, so it can be compared over a training. To select a checkpoint by it suits
+    fixed and annealed weights. Under a ``ConstraintCallback``, which trades it for compression on purpose, take the
+    last checkpoint, or select by a result of your ``compute_metrics``. Where self-attentions have NVIB, ``kl_gaussian``, ``kl_dirichlet``
     and ``prop_vectors`` of each layer, too (``kl_gaussian_encoder.0``).
 
     Example:
@@ -104,7 +104,7 @@ class NvibTrainerMixin:
 
     @contextmanager
     def _loop(self) -> Iterator[None]:
-        """Hooks stay until the outermost loop ends: with a new one for each step, a model is compiled for each step."""
+        """Hooks stay until the outermost loop ends: a model with a new one for each step is compiled for each."""
         self._nvib_loops += 1
         try:
             yield
