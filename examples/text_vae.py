@@ -292,8 +292,8 @@ def train_on(corpus: list[str], args) -> tuple[NvibForConditionalGeneration, Pre
     )
     if few:
         print(
-            f"Fewer than {FEW_TEXTS} texts are easily learnt by heart: training recombines them. More lines are better: "
-            "examples/README.md says what 100 to 3000 came to."
+            f"Fewer than {FEW_TEXTS} texts are easily learnt by heart: training recombines them. "
+            "More lines are better: examples/README.md says what 100 to 3000 came to."
         )
     if cut := num_cut(tokenizer, corpus, max_length):
         print(f"{cut} of {len(corpus)} texts have more than {max_length} tokens and lose their end (--max-length).")

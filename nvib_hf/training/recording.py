@@ -50,7 +50,7 @@ def check_restored(callback: str, name: str, value: object, sample: object) -> N
     if not right:
         raise ValueError(
             f"trainer_state.json has {name}={value!r} for {callback}, which it cannot have saved. Resume from an "
-            f"earlier checkpoint, or remove the entry {callback!r} from the stateful_callbacks there to let it start anew."
+            f"earlier checkpoint, or remove the entry {callback!r} from the stateful_callbacks there."
         )
 
 

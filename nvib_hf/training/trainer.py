@@ -45,10 +45,12 @@ class NvibTrainerMixin:
     ``prop_vectors`` and ``effective_vectors`` (means over examples): since the last log, over all processes.
     ``eval_loss``, of plain models too, is a mean over target tokens as well, where other Trainers take that of the
     batches' means, which depends on the batch size. It is the cross-entropy and the terms by their ``lambda_*``,
-    without the multipliers of callbacks, so it can be compared over a training. To select a checkpoint by it suits
-    fixed and annealed weights. Under a ``ConstraintCallback``, which trades it for compression on purpose, take the
-    last checkpoint, or select by a result of your ``compute_metrics``. Where self-attentions have NVIB, ``kl_gaussian``, ``kl_dirichlet``
-    and ``prop_vectors`` of each layer, too (``kl_gaussian_encoder.0``).
+    without the multipliers of callbacks, so it can be compared over a training. Selecting by it suits fixed and
+    annealed weights. Under a ``ConstraintCallback``, which trades it for compression on purpose, take the last
+    checkpoint, or select by a result of your ``compute_metrics``.
+
+    Where self-attentions have NVIB, ``kl_gaussian``, ``kl_dirichlet`` and ``prop_vectors`` of each layer, too
+    (``kl_gaussian_encoder.0``).
 
     Example:
         >>> class MyTrainer(NvibTrainerMixin, Seq2SeqTrainer): ...
