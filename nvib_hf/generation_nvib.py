@@ -95,6 +95,9 @@ def has_prompts(generation_config: GenerationConfig) -> bool:
 class LatentView:
     """Mixed in before a base's own class by :func:`view_of_base`: what it encodes and runs is the NVIB model."""
 
+    packed: LatentOutput | None
+    model_of_latents: Any
+
     def __call__(self, *args, encoder_outputs=None, input_features=None, **kwargs):
         if encoder_outputs is None and self.packed is not None:  # asked for a language, outside of plain generation
             encoder_outputs, input_features = self._of_rows(input_features), None

@@ -25,6 +25,7 @@ from .latents.latents import NvibLatents, check_latents, refuse_batch
 from .latents.sampling import NvibLatentsMixin
 from .layers.cross_entropy import IGNORED
 from .layers.denoising_attention import pack
+from .layers.nvib import NvibLayer
 from .layers.settings import check_prior
 from .loss import LABELS_WERE_TAKEN, layer_terms, nvib_loss, regulariser
 from .outputs import NvibSeq2SeqLMOutput
@@ -103,6 +104,7 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
     Source: Henderson & Fehr (ICLR 2023); Fehr & Henderson (COLM 2024).
     """
 
+    nvib: NvibLayer
     accepts_loss_kwargs = True  # the Trainer passes num_items_in_batch and leaves the scaling to the loss
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -315,7 +317,8 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
         )
         is_packed = encoder_outputs is not None and not isinstance(encoder_outputs, NvibLatents)
         if is_packed and labels is None:  # a step of decoding
-            return self._decode(encoder_outputs, decoder_inputs)
+            with ForwardPass(generator) if self._self_attention_names else nullcontext():
+                return self._decode(encoder_outputs, decoder_inputs)
 
         latents = states = None
         # What self-attentions with NVIB share and leave; without any there is nothing to share.

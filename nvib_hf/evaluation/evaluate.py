@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -41,7 +42,6 @@ def evaluate(
     lm_tokenizer: PreTrainedTokenizerBase | None = None,
     num_samples: int = 200,
     decodings: Mapping[str, dict] = DECODINGS,
-    reverse_steps: int = 150,
     num_pairs: int = 20,
     methods: Sequence[str] = ("transport", "mixture"),
     importance_samples: int = 10,
@@ -56,13 +56,11 @@ def evaluate(
 
     Args:
         texts: held-out texts, as the model would be given them.
-        training_texts: to see what samples copy, and for values of real text beside those of samples.
+        training_texts: to see what samples copy.
         language_model, lm_tokenizer: a causal language model that judges how fluent texts are.
         num_samples: latents drawn from the prior, 0 for none.
         decodings: the ways in which each of them is written, by name: arguments of ``generate()``. By default
             greedily, by 4 beams and by nucleus sampling.
-        reverse_steps: of training a small language model on each of these kinds, and on real texts, for the reverse
-            perplexity; 0 for none.
         num_pairs: pairs of texts to interpolate, 0 for none.
         methods: how, of those that ``model.interpolate_latents`` has.
         importance_samples: draws for the importance-weighted likelihood, 0 for none.
@@ -81,7 +79,7 @@ def evaluate(
     judge = {"language_model": language_model, "lm_tokenizer": lm_tokenizer}
     references = as_read(tokenizer, texts, max_length)
     written = reconstruct(model, tokenizer, texts, **sizes)
-    results = {
+    results: dict[str, Any] = {
         "settings": {"texts": len(texts), "importance_samples": importance_samples, "seed": seed, **sizes},
         "reconstruction": reconstruction_scores(written, references),
         "rate_distortion": rate_distortion(
@@ -102,9 +100,7 @@ def evaluate(
                 for name, options in decodings.items()
             }
             known = None if training_texts is None else as_read(tokenizer, training_texts, max_length)
-            results["samples"] = sample_scores(
-                samples, references, known, reverse_steps=reverse_steps, seed=seed, **judge
-            )
+            results["samples"] = sample_scores(samples, references, known, seed=seed, **judge)
         pairs = list(zip(texts[::2], texts[1::2], strict=False))[:num_pairs]
         if pairs:
             embed = mean_encoder_embedding(model, tokenizer, max_length)

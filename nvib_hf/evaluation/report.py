@@ -41,7 +41,6 @@ ROWS = {
     "samples": {
         "fluency": ("perplexity under a language model", "{:.1f}"),
         "fluency_ratio": ("by that of real texts", "{:.2f}"),
-        "reverse_perplexity": ("perplexity of real texts, learnt from samples", "{:.1f}"),
         "self_bleu": ("self-BLEU", "{:.1f}"),
         "distinct_1": ("distinct words", "{:.1%}"),
         "distinct_2": ("distinct word pairs", "{:.1%}"),

@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..layers.cross_entropy import IGNORED
 from .texts import (
@@ -46,8 +46,8 @@ def fluency(
     """
     start = lm_tokenizer.bos_token_id if lm_tokenizer.bos_token_id is not None else lm_tokenizer.eos_token_id
     tokens = lm_tokenizer(check_texts(texts), add_special_tokens=False, truncation=True, max_length=max_length)
-    rows = [ids if start is None else [start, *ids] for ids in tokens.input_ids]
-    rows = [torch.tensor(ids) for ids in rows if len(ids) > 1]
+    started = [ids if start is None else [start, *ids] for ids in tokens.input_ids]
+    rows = [torch.tensor(ids) for ids in started if len(ids) > 1]
     if not rows:
         return math.nan
     nll = count = 0.0
@@ -65,76 +65,6 @@ def _next_token_logits(language_model: PreTrainedModel, rows: list[Tensor]) -> t
     mask = ids != IGNORED
     logits = language_model(input_ids=ids.clamp(min=0), attention_mask=mask.long()).logits
     return logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-
-
-def reverse_perplexity(
-    samples: Sequence[str],
-    real_texts: Sequence[str],
-    seed: int = 0,
-    *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    steps: int = 150,
-    batch_size: int = 32,
-    max_length: int = 128,
-) -> float:
-    """Perplexity of real texts under a small language model (GPT-2, 2 layers of width 64) trained on the samples.
-
-    High if the samples are no language, and also if they are all alike. It depends on the number of samples, on
-    ``steps`` and on the tokenizer: compare values of the same, for instance with that of as many real texts.
-
-    Args:
-        tokenizer: of the small model; by default a byte-level BPE learnt from ``real_texts``.
-        steps: of training with batches of ``batch_size`` samples.
-    """
-    samples, real_texts = check_texts(samples, "samples"), check_texts(real_texts, "real_texts")
-    tokenizer = tokenizer or byte_level_bpe(real_texts)
-    end = tokenizer.eos_token_id
-    rows = [
-        torch.tensor([end, *ids, end])
-        for ids in tokenizer(samples, add_special_tokens=False, truncation=True, max_length=max_length - 2).input_ids
-    ]
-    config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=max_length,
-        n_embd=64,
-        n_layer=2,
-        n_head=2,
-        bos_token_id=end,
-        eos_token_id=end,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        language_model = GPT2LMHeadModel(config).train()
-        optimizer = torch.optim.AdamW(language_model.parameters(), lr=2e-3, weight_decay=0.1)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.1)
-        for _ in range(steps):
-            batch = torch.randint(len(rows), (batch_size,)).tolist()
-            logits, targets = _next_token_logits(language_model, [rows[i] for i in batch])
-            loss = F.cross_entropy(logits, targets)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(language_model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-    return fluency(language_model, tokenizer, real_texts, max_length=max_length - 1)
-
-
-def byte_level_bpe(texts: list[str], vocab_size: int = 1024) -> PreTrainedTokenizerBase:
-    """A tokenizer that any text passes through, with one special token, ``</s>``."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
 
 
 # -------------------------------------------------------------------------------------------- variety, novelty
@@ -170,7 +100,7 @@ def copied(texts: Sequence[str], training_texts: Sequence[str]) -> float:
 
 
 # Ways to write a text of a latent, and generate()'s arguments for them: fluency alone can be bought with sameness.
-DECODINGS = {
+DECODINGS: dict[str, dict] = {
     "greedy": {},
     "beam": {"num_beams": 4},
     "nucleus": {"do_sample": True, "top_p": 0.9, "top_k": 0},
@@ -191,7 +121,7 @@ def latent_lengths(
     lengths = [0] * len(texts)
     with evaluating(model):
         for batch in length_batches(token_lengths(tokenizer, texts, max_length), batch_size):
-            latents = encode_texts(model, tokenizer, [texts[i] for i in batch], max_length, sample=False)
+            latents = encode_texts(model, tokenizer, [texts[i] for i in batch], max_length=max_length)
             for i, length in zip(batch, (latents.log_pi > -math.inf).sum(-1).tolist(), strict=True):
                 lengths[i] = length
     return lengths
@@ -248,7 +178,7 @@ def interpolations(
         raise ValueError(f"steps must be at least 2, the two ends, but got {steps}.")
     firsts, seconds = (check_texts(side, "pairs") for side in zip(*pairs, strict=True))
     with evaluating(model):
-        first, second = (encode_texts(model, tokenizer, side, max_length, sample=False) for side in (firsts, seconds))
+        first, second = (encode_texts(model, tokenizer, side, max_length=max_length) for side in (firsts, seconds))
         between = [
             generate_texts(
                 model,
@@ -285,23 +215,20 @@ def sample_scores(
     *,
     language_model: PreTrainedModel | None = None,
     lm_tokenizer: PreTrainedTokenizerBase | None = None,
-    reverse_steps: int = 150,
     seed: int = 0,
 ) -> dict:
-    """Samples by every measure of :mod:`nvib_hf.text_metrics`, and held-out texts by the same, as a yardstick.
+    """Samples by every measure of this module, and held-out texts by the same, as a yardstick.
 
     Args:
         samples: each kind of samples by its name, for instance a kind for each of ``DECODINGS``.
-        reverse_steps: of training for each reverse perplexity, 0 for none.
 
     Returns:
         By kind, and of as many held-out texts under ``real``: ``fluency`` and ``fluency_ratio``, to that of the
         held-out texts (with a language model), ``self_bleu``, ``distinct_1``, ``distinct_2``, ``copied`` (with
-        training texts), ``reverse_perplexity`` (under ``real``: of as many training texts). By kind also
-        ``num_samples`` and some ``examples``.
+        training texts). By kind also ``num_samples`` and some ``examples``.
     """
 
-    def measured(texts: list[str]) -> dict:
+    def measured(texts: Sequence[str]) -> dict:
         scores = {} if language_model is None else {"fluency": fluency(language_model, lm_tokenizer, texts)}
         if len(texts) > 1:
             scores["self_bleu"] = self_bleu(texts, seed=seed)
@@ -310,21 +237,14 @@ def sample_scores(
             scores["copied"] = copied(texts, training_texts)
         return scores
 
-    def as_many(texts: Sequence[str]) -> list[str]:
-        return random.Random(seed).sample(list(texts), min(largest, len(texts)))
-
     samples = {kind: check_texts(texts, f"samples[{kind!r}]") for kind, texts in samples.items()}
     real_texts, largest = check_texts(real_texts, "real_texts"), max(map(len, samples.values()))
-    real = measured(as_many(real_texts))
-    if training_texts is not None and reverse_steps:
-        real["reverse_perplexity"] = reverse_perplexity(as_many(training_texts), real_texts, seed, steps=reverse_steps)
+    real = measured(random.Random(seed).sample(real_texts, min(largest, len(real_texts))))
     results: dict[str, dict] = {}
     for kind, texts in samples.items():
         results[kind] = {"num_samples": len(texts), **measured(texts)}
         if language_model is not None:
             results[kind]["fluency_ratio"] = results[kind]["fluency"] / real["fluency"]
-        if reverse_steps:
-            results[kind]["reverse_perplexity"] = reverse_perplexity(texts, real_texts, seed, steps=reverse_steps)
         results[kind]["examples"] = texts[:8]
     return {**results, "real": real}
 

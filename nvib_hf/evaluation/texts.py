@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..latents.latents import NvibLatents
+from ..latents.latents import NvibLatents, concatenate_latents
 from ..layers.cross_entropy import IGNORED
 
-MAX_LENGTH = 64  # tokens; longer texts are cut
+MAX_LENGTH = 64  # tokens; the measures cut longer texts, unless told otherwise
+UNLIMITED = 10**6  # tokens: a tokenizer without a limit says 10**30
+# What configurations call the number of their positions
+POSITIONS = ("max_position_embeddings", "max_encoder_position_embeddings", "max_decoder_position_embeddings")
 
 
 @contextmanager
@@ -62,17 +65,6 @@ def encoder_inputs(
     return inputs.to(model.device)
 
 
-def encode_texts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: list[str],
-    max_length: int = MAX_LENGTH,
-    **encode_kwargs,
-) -> NvibLatents:
-    """The texts' latents; ``encode_kwargs`` are ``sample`` and ``generator`` of ``model.encode``."""
-    return model.encode(**encoder_inputs(model, tokenizer, texts, max_length), **encode_kwargs)
-
-
 def target_ids(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int
 ) -> list[list[int]]:
@@ -95,8 +87,150 @@ def labels_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts:
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED).to(model.device)
 
 
+# ------------------------------------------------------------------------------------ texts to latents and back
+def length_limit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens of a text the tokenizer and the model take.
+
+    The least of ``tokenizer.model_max_length`` and the positions that encoder and decoder have; 512 where none of
+    them says, as with T5.
+    """
+    config = model.config
+    halves = (config.get_text_config(encoder=True), config.get_text_config(decoder=True))
+    limits = [getattr(half, name, None) for half in halves for name in POSITIONS]
+    known = [limit for limit in (tokenizer.model_max_length, *limits) if limit is not None and limit < UNLIMITED]
+    return min(known, default=512)
+
+
+def encode_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    max_length: int | None = None,
+    batch_size: int = 64,
+    **encode_kwargs,
+) -> NvibLatents:
+    """The latents of texts as one batch, in the given order: in evaluation mode, without gradients.
+
+    Args:
+        model: a model with NVIB whose encoder reads tokens.
+        texts: a list; pass a single text as a list of one.
+        max_length: tokens; longer texts are cut. By default as many as the tokenizer and the model take: the least of
+            ``tokenizer.model_max_length`` and the positions of encoder and decoder, or 512 if neither has a limit.
+        batch_size: how many texts are encoded at a time.
+        encode_kwargs: ``sample`` and ``generator`` of ``model.encode``. By default you get posteriors, not a sample.
+
+    Raises:
+        ValueError: one string in place of a list, or an empty list.
+
+    Example:
+        >>> from transformers import BartConfig, BartForConditionalGeneration, BartTokenizer
+        >>> from nvib_hf import NvibForConditionalGeneration, decode_latents, encode_texts
+        >>> texts = ["the king gave bread", "the priest took oil from the house"]
+        >>> tokenizer = BartTokenizer().train_new_from_iterator(texts, vocab_size=300)
+        >>> config = BartConfig(vocab_size=len(tokenizer), d_model=16, encoder_layers=1, decoder_layers=1)
+        >>> model = NvibForConditionalGeneration.from_base_pretrained(BartForConditionalGeneration(config))
+        >>> latents = encode_texts(model, tokenizer, texts)
+        >>> latents.num_vectors.tolist() == [len(tokenizer(text).input_ids) for text in texts]
+        True
+        >>> between = model.interpolate_latents(latents[0], latents[1], weight=0.5, method="mixture")
+        >>> len(decode_latents(model, tokenizer, between, max_length=8))
+        1
+    """
+    texts, max_length = check_texts(texts), max_length or length_limit(model, tokenizer)
+    with evaluating(model):
+        batches = [
+            model.encode(**encoder_inputs(model, tokenizer, texts[i : i + batch_size], max_length), **encode_kwargs)
+            for i in range(0, len(texts), batch_size)
+        ]
+    return batches[0] if len(batches) == 1 else concatenate_latents(batches)
+
+
+def decode_latents(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    latents: NvibLatents,
+    *,
+    max_length: int | None = None,
+    batch_size: int = 64,
+    **generate_kwargs,
+) -> list[str]:
+    """What the model writes from latents, one text for each: greedily, in evaluation mode.
+
+    The latents may be those of texts (:func:`encode_texts`), or what ``model.sample_latents``,
+    ``model.interpolate_latents``, ``model.vary_latents`` and ``model.blend_latents`` make.
+
+    Args:
+        max_length: tokens that are written at most. The default is that of :func:`encode_texts`. A model that has not
+            learnt to end a text writes as many.
+        batch_size: how many texts are written at a time.
+        generate_kwargs: further arguments of ``generate()``, for instance ``num_beams=4``.
+
+    Example:
+        >>> from transformers import BartConfig, BartForConditionalGeneration, BartTokenizer
+        >>> from nvib_hf import NvibForConditionalGeneration, decode_latents
+        >>> texts = ["the king gave bread", "the priest took oil from the house"]
+        >>> tokenizer = BartTokenizer().train_new_from_iterator(texts, vocab_size=300)
+        >>> config = BartConfig(vocab_size=len(tokenizer), d_model=16, encoder_layers=1, decoder_layers=1)
+        >>> model = NvibForConditionalGeneration.from_base_pretrained(BartForConditionalGeneration(config))
+        >>> latents = model.sample_latents(num_samples=3, num_vectors=5)
+        >>> len(decode_latents(model, tokenizer, latents, max_length=8))
+        3
+    """
+    max_length = max_length or length_limit(model, tokenizer)
+    written: list[str] = []
+    with evaluating(model):
+        for i in range(0, len(latents), batch_size):
+            some = latents[i : i + batch_size]
+            written += generate_texts(model, tokenizer, max_length, encoder_outputs=some, **generate_kwargs)
+    return written
+
+
+def reconstruct(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    max_length: int | None = None,
+    batch_size: int = 64,
+    **generate_kwargs,
+) -> list[str]:
+    """What the model writes of each text, in the given order: greedily, in evaluation mode.
+
+    Compare it with :func:`as_read` of the texts. Any encoder-decoder with ``generate()`` will do, a plain one too.
+
+    Args:
+        max_length: tokens, of what is read and of what is written. The default is that of :func:`encode_texts`.
+        batch_size: how many texts are reconstructed at a time.
+        generate_kwargs: further arguments of ``generate()``, for instance ``num_beams=4``.
+
+    Raises:
+        ValueError: one string in place of a list, or an empty list.
+
+    Example:
+        >>> from transformers import BartConfig, BartForConditionalGeneration, BartTokenizer
+        >>> from nvib_hf import NvibForConditionalGeneration, reconstruct
+        >>> texts = ["the king gave bread", "the priest took oil from the house"]
+        >>> tokenizer = BartTokenizer().train_new_from_iterator(texts, vocab_size=300)
+        >>> config = BartConfig(vocab_size=len(tokenizer), d_model=16, encoder_layers=1, decoder_layers=1)
+        >>> model = NvibForConditionalGeneration.from_base_pretrained(BartForConditionalGeneration(config))
+        >>> len(reconstruct(model, tokenizer, texts, max_length=8))
+        2
+    """
+    texts, max_length = check_texts(texts), max_length or length_limit(model, tokenizer)
+    written = [""] * len(texts)
+    with evaluating(model):
+        for batch in length_batches(token_lengths(tokenizer, texts, max_length), batch_size):
+            inputs = encoder_inputs(model, tokenizer, [texts[i] for i in batch], max_length)
+            for i, text in zip(
+                batch, generate_texts(model, tokenizer, max_length, **inputs, **generate_kwargs), strict=True
+            ):
+                written[i] = text
+    return written
+
+
 def generate_texts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int = MAX_LENGTH, **generate_kwargs
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int, **generate_kwargs
 ) -> list[str]:
     """What the model generates, as texts: at most ``max_length`` tokens, greedily, or as ``generate_kwargs`` say."""
     settings = {"max_new_tokens": max_length, "num_beams": 1, "do_sample": False, **generate_kwargs}
@@ -108,8 +242,12 @@ def decoded(tokenizer: PreTrainedTokenizerBase, ids: Tensor | list[list[int]]) -
     return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
-def as_read(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int = MAX_LENGTH) -> list[str]:
-    """The texts as the tokenizer gives them back: cut, and without the capitals that it does not know."""
+def as_read(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int | None = None) -> list[str]:
+    """The texts as the tokenizer gives them back: cut, and without the capitals that it does not know.
+
+    By default they are cut where the tokenizer cuts them.
+    """
+    max_length = max_length or min(tokenizer.model_max_length, UNLIMITED)
     return decoded(tokenizer, tokenizer(check_texts(texts), truncation=True, max_length=max_length).input_ids)
 
 
@@ -120,35 +258,6 @@ def negative_log_likelihood(model: PreTrainedModel, labels: Tensor, **inputs) ->
     """
     logits = model(**inputs, labels=labels).logits  # (B, Nt, V)
     return F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none").sum(-1)
-
-
-def reconstruct(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    *,
-    batch_size: int = 64,
-    max_length: int = MAX_LENGTH,
-    **generate_kwargs,
-) -> list[str]:
-    """What the model writes of each text, in the given order: greedily, in evaluation mode.
-
-    Compare with :func:`as_read` of the texts. Any encoder-decoder with ``generate()`` will do.
-
-    Args:
-        max_length: tokens, of what is read and of what is written.
-        generate_kwargs: further arguments of ``generate()``, for instance ``num_beams``.
-    """
-    texts = check_texts(texts)
-    written = [""] * len(texts)
-    with evaluating(model):
-        for batch in length_batches(token_lengths(tokenizer, texts, max_length), batch_size):
-            inputs = encoder_inputs(model, tokenizer, [texts[i] for i in batch], max_length)
-            for i, text in zip(
-                batch, generate_texts(model, tokenizer, max_length, **inputs, **generate_kwargs), strict=True
-            ):
-                written[i] = text
-    return written
 
 
 def reconstruction_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
@@ -188,10 +297,11 @@ def kept_tokens(
     texts = check_texts(texts)
     encodings = [tokenizer(text, truncation=True, max_length=max_length).input_ids for text in texts]
     frequency = Counter(id for ids in encodings for id in ids)
-    special, records = set(tokenizer.all_special_ids), [[] for _ in texts]
+    special = set(tokenizer.all_special_ids)
+    records: list[list[dict]] = [[] for _ in texts]
     with evaluating(model):
         for batch in length_batches([len(ids) for ids in encodings], batch_size):
-            latents = encode_texts(model, tokenizer, [texts[i] for i in batch], max_length, sample=False)
+            latents = encode_texts(model, tokenizer, [texts[i] for i in batch], max_length=max_length)
             if latents.log_alpha is None or latents.log_alpha.shape[1] != 1 + max(len(encodings[i]) for i in batch):
                 return []
             # by the mask, not by place: the tokenizer may pad on the left

@@ -7,13 +7,13 @@ import operator
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, overload
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex, overload
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..layers.denoising_attention import AttendedLatent, attended_means, attended_mixture, attended_points
@@ -21,7 +21,12 @@ from ..layers.distributions import NvibOutput
 from ..layers.dropping import kept_first
 
 if TYPE_CHECKING:
-    pass
+    from numpy.typing import NDArray
+
+    from ..layers.nvib import NvibLayer
+
+    # What selects rows of a batch: one, a slice, a list, an array or a mask.
+    Rows = SupportsIndex | slice | Sequence[int] | Tensor | NDArray[Any]
 
 
 @dataclasses.dataclass
@@ -99,17 +104,17 @@ class NvibLatents:
     @overload
     def __getitem__(self, index: str) -> Tensor: ...
     @overload
-    def __getitem__(self, index: int | slice | Sequence[int] | Sequence[bool] | Tensor) -> NvibLatents: ...
-    def __getitem__(self, index):
+    def __getitem__(self, index: Rows) -> NvibLatents: ...
+    def __getitem__(self, index: str | Rows) -> Tensor | NvibLatents:
         if isinstance(index, str):
             if index not in self:
                 raise KeyError(f"these latents have no {index!r}, but {', '.join(self.keys())}")
-            return getattr(self, index)
-        if not isinstance(index, slice):
-            index = self._rows(index)
-        return type(self)(**{name: value[index] for name, value in self.items()})
+            field: Tensor = getattr(self, index)
+            return field
+        rows = index if isinstance(index, slice) else self._rows(index)
+        return type(self)(**{name: value[rows] for name, value in self.items()})
 
-    def _rows(self, index) -> list[int] | Tensor:
+    def _rows(self, index: Any) -> list[int] | Tensor:
         """What an index that is no slice selects: one as a batch of one, or those of a list, an array or a mask."""
         if getattr(index, "ndim", 0) == 0 and hasattr(index, "__index__"):
             position = operator.index(index)
@@ -140,7 +145,7 @@ class NvibLatents:
     def device(self) -> torch.device:
         return self.z.device
 
-    def to(self, *args, **kwargs) -> NvibLatents:
+    def to(self, *args: Any, **kwargs: Any) -> NvibLatents:
         """A copy on another device or in another dtype; fp32 quantities and masks keep their dtype."""
         moved = {name: x.to(*args, **kwargs) for name, x in self.items() if name in ("z", "logvar")}
         where = {"device": moved["z"].device, "non_blocking": kwargs.get("non_blocking", False)}
@@ -172,7 +177,7 @@ class NvibLatents:
         hidden = (self.log_pi == float("-inf"))[..., None]
         return (self.log_pi.to(z.dtype).softmax(-1)[..., None] * z.masked_fill(hidden, 0)).sum(1)
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file of the fields, in their dtypes: whole or not at all."""
         path = Path(path)
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
@@ -184,7 +189,7 @@ class NvibLatents:
             unfinished.unlink(missing_ok=True)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, device: torch.device | str | None = None) -> NvibLatents:
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str | None = None) -> NvibLatents:
         """What :meth:`save` wrote, on ``device``, by default the CPU.
 
         Raises:
@@ -316,12 +321,9 @@ def interpolate(first: NvibLatents, second: NvibLatents, weight: float | Tensor)
     return NvibLatents(
         z=torch.cat([first.z, second.z], dim=1),
         log_pi=torch.cat([first.log_pi + (1 - weight).log(), second.log_pi + weight.log()], dim=1),
-        logvar=torch.cat([first.logvar, second.logvar], dim=1) if mixture else None,
+        logvar=torch.cat([first["logvar"], second["logvar"]], dim=1) if mixture else None,
         attention_mask=torch.cat([first.attention_mask, second.attention_mask], dim=1),
     )
-
-
-# Latents
 
 
 def refuse_batch(packed: Tensor, decoder_inputs: Tensor) -> NoReturn:
@@ -332,7 +334,7 @@ def refuse_batch(packed: Tensor, decoder_inputs: Tensor) -> NoReturn:
     )
 
 
-def check_latents(latents: NvibLatents, layer: nn.Module) -> None:
+def check_latents(latents: NvibLatents, layer: NvibLayer) -> None:
     """Raise ValueError unless latents can be those of a model with this NVIB layer."""
     if latents.z.shape[-1] != layer.size_out:
         raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -15,11 +15,22 @@ from .latents import NvibLatents, check_latents, interpolate
 from .transport import interpolate_by_transport
 
 if TYPE_CHECKING:
-    pass
+    from ..layers.nvib import NvibLayer
+
+
+class HasNvib(Protocol):
+    """What latents need of a model: its NVIB layer, and where and in which dtype its tensors are."""
+
+    nvib: NvibLayer
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
 
 
 def sample_from_prior(
-    model,
+    model: HasNvib,
     num_samples: int,
     num_vectors: int | Sequence[int] | Tensor,
     generator: torch.Generator | None = None,
@@ -76,8 +87,8 @@ def vary(
     latents = latents.compact()
     seen = latents.log_pi > -math.inf
     log_tau = math.log(temperature) if temperature > 0 else -math.inf
-    z = gaussian_sample(latents.z, latents.logvar + 2 * log_tau, seen, generator)
-    log_pi = log_dirichlet_sample(latents.log_alpha, seen, generator) if redraw_weights else latents.log_pi
+    z = gaussian_sample(latents.z, latents["logvar"] + 2 * log_tau, seen, generator)
+    log_pi = log_dirichlet_sample(latents["log_alpha"], seen, generator) if redraw_weights else latents.log_pi
     return NvibLatents(z=z, log_pi=log_pi, attention_mask=seen)
 
 
@@ -108,8 +119,9 @@ def blend(
         raise ValueError(
             f"num_parents is {num_parents}, but there are only {latents.batch_size} latents to choose from."
         )
-    chance = {"generator": generator, "device": latents.device}
-    parents = torch.stack([torch.randperm(latents.batch_size, **chance)[:num_parents] for _ in range(num_samples)])
+    size, device = latents.batch_size, latents.device
+    orders = [torch.randperm(size, generator=generator, device=device) for _ in range(num_samples)]
+    parents = torch.stack([order[:num_parents] for order in orders])
     shares = torch.empty(num_samples, num_parents, device=latents.device).exponential_(generator=generator)
     steps = shares / shares.cumsum(-1)  # exponentials, once normalised, are uniform on the simplex
     blended = latents[parents[:, 0]]
@@ -126,7 +138,7 @@ class NvibLatentsMixin:
 
     @torch.no_grad()
     def sample_latents(
-        self,
+        self: HasNvib,
         num_samples: int,
         num_vectors: int | Sequence[int] | Tensor,
         generator: torch.Generator | None = None,
@@ -135,7 +147,7 @@ class NvibLatentsMixin:
         return sample_from_prior(self, num_samples, num_vectors, generator)
 
     def interpolate_latents(
-        self, first: NvibLatents, second: NvibLatents, weight: float | Tensor, method: str = "transport"
+        self: HasNvib, first: NvibLatents, second: NvibLatents, weight: float | Tensor, method: str = "transport"
     ) -> NvibLatents:
         """Between two batches of latents: ``weight`` 0 is ``first``, 1 is ``second``; a number or ``(B,)``.
 
@@ -157,7 +169,7 @@ class NvibLatentsMixin:
 
     @torch.no_grad()
     def vary_latents(
-        self,
+        self: HasNvib,
         latents: NvibLatents,
         temperature: float = 1.0,
         redraw_weights: bool = False,
@@ -169,7 +181,7 @@ class NvibLatentsMixin:
 
     @torch.no_grad()
     def blend_latents(
-        self,
+        self: HasNvib,
         latents: NvibLatents,
         num_samples: int,
         num_parents: int = 2,

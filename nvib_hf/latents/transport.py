@@ -53,7 +53,8 @@ def pot() -> ModuleType:
             "Transport between latents needs the package POT, which is not installed. Install it with "
             "`pip install 'nvib-hf[interpolation]'` or `pip install POT`."
         ) from error
-    return ot
+    module: ModuleType = ot
+    return module
 
 
 def gaussian_points(mean: Tensor, logvar: Tensor | None = None) -> Tensor:
@@ -83,7 +84,7 @@ def transport_plan(first: Tensor, first_log_pi: Tensor, second: Tensor, second_l
         ValueError: an example with no point left, or one that is not finite.
     """
     plans = [_solve(*example) for example in zip(first, first_log_pi, second, second_log_pi, strict=True)]
-    i, j, log_weight = zip(*plans, strict=True)
+    i, j, log_weight = map(list, zip(*plans, strict=True))
     return Plan(
         first=pad_sequence(i, batch_first=True).to(first.device),
         second=pad_sequence(j, batch_first=True).to(first.device),
@@ -127,7 +128,8 @@ def transport_distance(first: Tensor, second: Tensor, plan: Plan) -> Tensor:
     A metric. The plan being optimal, its gradient with respect to the points is exact.
     """
     x, y = joined(first, second, plan)
-    return torch.linalg.vector_norm(torch.exp(0.5 * plan.log_weight)[..., None] * (x - y), dim=(1, 2))
+    distance: Tensor = torch.linalg.vector_norm(torch.exp(0.5 * plan.log_weight)[..., None] * (x - y), dim=(1, 2))
+    return distance
 
 
 def interpolate_by_transport(first: NvibLatents, second: NvibLatents, weight: float | Tensor) -> NvibLatents:

@@ -8,6 +8,7 @@ the gradient is written in the logits' own precision.
 from __future__ import annotations
 
 import functools
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -35,7 +36,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
     """
     if torch.compiler.is_compiling():  # which makes no copies where it fuses, but would unroll a loop over rows
         return _sum_of_rows(at_least_float32(logits), labels, label_smoothing=label_smoothing)
-    return _CrossEntropy.apply(logits, labels, label_smoothing)
+    total: Tensor = _CrossEntropy.apply(logits, labels, label_smoothing)
+    return total
 
 
 _sum_of_rows = functools.partial(F.cross_entropy, ignore_index=IGNORED, reduction="sum")
@@ -46,6 +48,15 @@ def _gradient(logits: Tensor, labels: Tensor, weight: Tensor, smoothing: float) 
     p = at_least_float32(logits).softmax(-1)
     target = p.new_full((1, 1), smoothing - 1).expand_as(labels)
     return weight * (p.scatter_add(1, labels, target) - smoothing / p.shape[1])
+
+
+class _Context(Protocol):
+    """What the backward pass is handed of the forward pass."""
+
+    smoothing: float
+    saved_tensors: tuple[Tensor, Tensor]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -73,12 +84,12 @@ class _CrossEntropy(torch.autograd.Function):
         return torch.stack(sums).sum()
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+    def setup_context(ctx: _Context, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
         logits, labels, ctx.smoothing = inputs
         ctx.save_for_backward(logits, labels)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor, None, None]:
         logits, labels = ctx.saved_tensors
         counted = (labels != IGNORED)[:, None]
         labels, weight = labels[:, None].masked_fill(~counted, 0), counted * gradient
@@ -86,6 +97,6 @@ class _CrossEntropy(torch.autograd.Function):
             return _gradient(logits, labels, weight, ctx.smoothing).to(logits.dtype), None, None
         result = torch.empty_like(logits)
         rows = max(1, AT_A_TIME.get(logits.device.type, AT_A_TIME_ELSEWHERE) // logits.shape[1])
-        for into, *part in zip(*(x.split(rows) for x in (result, logits, labels, weight)), strict=True):
-            into.copy_(_gradient(*part, ctx.smoothing))
+        for into, x, y, w in zip(*(t.split(rows) for t in (result, logits, labels, weight)), strict=True):
+            into.copy_(_gradient(x, y, w, ctx.smoothing))
         return result, None, None

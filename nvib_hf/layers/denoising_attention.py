@@ -145,14 +145,15 @@ def denoising_attention(
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
         if shrinkage is not None:
-            key_weight, value_weight = (w.repeat_interleave(groups, dim=0) for w in (key_weight, value_weight))
+            weights_of_heads = (_given(key_weight), _given(value_weight))
+            key_weight, value_weight = (w.repeat_interleave(groups, dim=0) for w in weights_of_heads)
     if shrinkage is None and softcap is None and not need_weights:
         output, weights = _fused(query, key, value, bias, scale, attention_mask, dropout_p), None
     else:
         key, value = key[..., : query.shape[-1]], value[..., : query.shape[-1]]
         scores = _scores(query, key, bias, scale, softcap, attention_mask)
         if shrinkage is not None:
-            latent_query = _per_head(query, key_weight)  # u, (B, H, Nt, P)
+            latent_query = _per_head(query, _given(key_weight))  # u, (B, H, Nt, P)
             if exact:
                 norm_term = latent_query.square().flatten(1, 2) @ shrinkage.transpose(-1, -2)  # (B, H * Nt, Nl)
                 scores = scores + 0.5 * scale * norm_term.view_as(scores)
@@ -161,8 +162,14 @@ def denoising_attention(
         output = counted @ value
         if shrinkage is not None:
             mean_shrinkage = (counted.flatten(1, 2) @ shrinkage).view_as(latent_query)
-            output = output + _per_head(latent_query * mean_shrinkage, value_weight.transpose(-1, -2))
+            output = output + _per_head(latent_query * mean_shrinkage, _given(value_weight).transpose(-1, -2))
     return output, weights if need_weights else None
+
+
+def _given(weight: Tensor | None) -> Tensor:
+    if weight is None:
+        raise ValueError("shrinkage needs key_weight and value_weight, but one of them is None. Pass both.")
+    return weight
 
 
 def _scores(
@@ -190,7 +197,15 @@ def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.to(dtype)
 
 
-def _fused(query, key, value, bias, scale, attention_mask, dropout_p) -> Tensor:
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    scale: float,
+    attention_mask: Tensor | None,
+    dropout_p: float,
+) -> Tensor:
     """Softmax attention with a bias per key through ``scaled_dot_product_attention``.
 
     The one place where a kernel is chosen. A bias that needs a gradient travels as appended channels, so that no

@@ -159,7 +159,8 @@ class Posterior(NamedTuple):
 
     def repeated(self, kappa: int) -> Posterior:
         """Of each of ``kappa`` vectors per component, side by side, with ``alpha_i / kappa``."""
-        repeated = Posterior(*(None if x is None else x.repeat_interleave(kappa, dim=1) for x in self))
+        repeats = {name: x.repeat_interleave(kappa, dim=1) for name, x in self._asdict().items() if x is not None}
+        repeated = Posterior(**repeats)
         return repeated._replace(log_alpha=repeated.log_alpha - math.log(kappa))
 
     def log_mean_pi(self) -> Tensor:
@@ -179,7 +180,7 @@ class Posterior(NamedTuple):
         num_vec = self.keep[:, 1:].sum(-1).float()
         length = self.mask[:, 1:].sum(-1).clamp(min=1)
         log_alpha = self.log_alpha.detach().masked_fill(~self.mask, float("-inf"))
-        mean_pi = self.log_alpha.detach().masked_fill(~self.keep, float("-inf")).softmax(-1)
+        mean_pi = self.log_alpha.detach().masked_fill(~self.keep, float("-inf")).log_softmax(-1).exp()
         entropy = torch.special.entr(mean_pi).sum(-1)
         return {
             "num_vec": num_vec,

@@ -133,6 +133,7 @@ def draw_dropping(
         weighty: ``(B, Ns + 1)``, True = a component with any weight at all.
         kappa: vectors drawn per component.
     """
+    assert posterior.keep_logit is not None, "nothing decides what this posterior drops"
     spared = weighty & spared_examples(posterior.keep_logit, share, generator)
     if dropping == "threshold":
         drawn = posterior._replace(keep=posterior.keep | spared).repeated(kappa)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .denoising_attention import attended_mixture
 from .distributions import gaussian_sample, log_dirichlet_sample
@@ -30,7 +30,7 @@ def prior_buffers(
     }
 
 
-class PriorMixin:
+class PriorMixin(nn.Module):
     """The prior of a module, in buffers: ``prior_mu``, ``prior_logvar`` ``(P,)``, ``prior_log_alpha`` ``(1,)``.
 
     ``prior_log_alpha_std`` ``(1,)`` is the deviation of log pseudo-counts, from an :func:`empirical_prior`. The
@@ -38,6 +38,10 @@ class PriorMixin:
     """
 
     delta: float
+    prior_mu: Tensor
+    prior_logvar: Tensor
+    prior_log_alpha: Tensor
+    prior_log_alpha_std: Tensor
 
     def make_prior(self, width: int) -> None:
         """Register the buffers, without values."""
@@ -148,7 +152,10 @@ class PriorStatistics:
 
     def __init__(self, scale: float) -> None:
         self.scale = scale
-        self._count, self._mean, self._deviation, self._energies = 0, 0.0, 0.0, []
+        self._count = 0
+        self._mean: float | Tensor = 0.0
+        self._deviation: float | Tensor = 0.0
+        self._energies: list[Tensor] = []
 
     def add(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> None:
         """Take vectors ``(B, Ns, P)``, without the padding ``(B, Ns)``, where that is True."""
@@ -176,13 +183,14 @@ class PriorStatistics:
             raise ValueError(
                 f"An empirical prior of {of} needs at least two source vectors, but the batches have {self._count}."
             )
-        variance, energy = self._deviation / (self._count - 1), torch.cat(self._energies)
+        mean, energy = torch.as_tensor(self._mean), torch.cat(self._energies)
+        variance = torch.as_tensor(self._deviation / (self._count - 1))
         if not (variance > 0).all():
             raise ValueError(
                 f"{int((variance == 0).sum())} channels of {of} never vary over these batches, so the prior would "
                 "have variance 0. Pass more text."
             )
-        return EmpiricalPrior(self._mean.float(), variance.float(), energy.mean().float(), energy.std().float())
+        return EmpiricalPrior(mean.float(), variance.float(), energy.mean().float(), energy.std().float())
 
 
 def empirical_prior(batches: Iterable[tuple[Tensor, Tensor | None]], scale: float) -> EmpiricalPrior:

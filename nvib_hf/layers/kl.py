@@ -36,7 +36,7 @@ def kl_gaussian(
     batch_first: bool = False,
     weights: str = "pseudo_counts",
     keep: Tensor | None = None,
-    **_,
+    **_: object,
 ) -> Tensor:
     r"""KL divergence of the components' Gaussians from the prior's, as a weighted mean over the components.
 
@@ -86,7 +86,8 @@ def kl_gaussian(
     logvar = logvar.to(dtype).masked_fill(padding.unsqueeze(-1), 0.0)
     prior_mu, prior_var = (torch.as_tensor(x, dtype=dtype, device=mu.device) for x in (prior_mu, prior_var))
     divergence = gaussian_divergence(mu, logvar, prior_mu, prior_var)
-    return kappa * (component_weights(weights, log_alpha, ~padding, keep) * divergence).sum(-1)
+    mean: Tensor = (component_weights(weights, log_alpha, ~padding, keep) * divergence).sum(-1)
+    return kappa * mean
 
 
 def gaussian_divergence(mu: Tensor, logvar: Tensor, prior_mu: Tensor, prior_var: Tensor) -> Tensor:
@@ -97,7 +98,8 @@ def gaussian_divergence(mu: Tensor, logvar: Tensor, prior_mu: Tensor, prior_var:
     log_v = logvar - prior_var.log()
     mean_log_v = log_v.mean(-1)
     # In place, as half of the time goes to fresh memory: 0.9 ms for 1.7 ms at (4, 513, 256) on a CPU.
-    return 0.5 * (log_v.expm1_().mean(-1) - mean_log_v + distance.square() / mu.shape[-1])
+    divergence: Tensor = 0.5 * (log_v.expm1_().mean(-1) - mean_log_v + distance.square() / mu.shape[-1])
+    return divergence
 
 
 def prior_log_total(prior_log_alpha: Tensor, delta: float, length: Tensor) -> Tensor:
@@ -130,7 +132,7 @@ def kl_dirichlet(
     kappa: int = 1,
     batch_first: bool = False,
     prior_log_alpha: float | Tensor | None = None,
-    **_,
+    **_: object,
 ) -> Tensor:
     r"""KL divergence of the total pseudo-count from the prior's, as of two symmetric Dirichlets.
 
@@ -183,11 +185,12 @@ def kl_dirichlet(
     """
     _check("kappa", kappa, kappa >= 1, "Pass the number of vectors per component, 1 or more.")
     _check("delta", delta, 0 <= delta <= 1, "Pass a share of the source length, from 0 to 1.")
-    if prior_log_alpha is None and isinstance(prior_alpha, Tensor):
-        prior_log_alpha = prior_alpha.log()
-    elif prior_log_alpha is None:
-        _check("prior_alpha", prior_alpha, prior_alpha > 0, "Pass a number above 0, or prior_log_alpha.")
-        prior_log_alpha = math.log(prior_alpha)
+    if prior_log_alpha is None:
+        if isinstance(prior_alpha, Tensor):
+            prior_log_alpha = prior_alpha.log()
+        else:
+            _check("prior_alpha", prior_alpha, prior_alpha > 0, "Pass a number above 0, or prior_log_alpha.")
+            prior_log_alpha = math.log(prior_alpha)
 
     log_alpha, padding = _unpadded_log_alpha(alpha, log_alpha, memory_key_padding_mask, batch_first)
     return dirichlet_divergence(log_alpha, ~padding, prior_log_alpha, delta, kappa)
@@ -213,7 +216,7 @@ def dirichlet_divergence(
     r, t = _stirling_remainder(torch.stack([log_totals - k0.log(), log_totals]))  # (2, 2, B): of the parts, the whole
     of_parts, of_whole = r[:, 0] - r[:, 1] - ratio * t[:, 1]  # D of each
 
-    kl = 0.5 * (k0 - 1) * (ratio - d) + k0 * of_parts - of_whole
+    kl: Tensor = 0.5 * (k0 - 1) * (ratio - d) + k0 * of_parts - of_whole
     return (kl / n).clamp(min=0.0).to(dtype)
 
 

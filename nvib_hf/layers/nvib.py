@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -28,18 +29,19 @@ from .settings import KL_WEIGHTS, check_choice, check_prior, check_settings
 HALF = 2  # bytes: less than single precision
 
 
-class SinglePrecisionMixin:
+class SinglePrecisionMixin(nn.Module):
     """Before ``nn.Module``: what is a module's own, not its children's, is never narrower than fp32.
 
     ``half()``, ``bfloat16()`` and ``to(dtype)`` leave them in fp32, ``double()`` and ``float()`` cast them as they
     cast all others, and moves between devices move them.
     """
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if recurse:
             for module in self.children():
                 module._apply(fn)
-        return super()._apply(lambda value: _at_least_single(value, fn(value)), recurse=False)
+        super()._apply(lambda value: _at_least_single(value, fn(value)), recurse=False)
+        return self
 
 
 def _at_least_single(value: Tensor, applied: Tensor) -> Tensor:
@@ -93,6 +95,8 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
 
     Source: Henderson & Fehr (ICLR 2023), section 3.1; the quadratic term: Fehr & Henderson (COLM 2024).
     """
+
+    threshold_share: Tensor
 
     def __init__(
         self,
@@ -275,7 +279,7 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
 
     def _keep_logit(self, x: Tensor, log_alpha: Tensor) -> Tensor:
         """Above 0 for what is kept, ``(B, Ns)``, in fp32."""
-        if self.keep_weight is None:
+        if self.keep_weight is None or self.keep_bias is None:
             return log_alpha - math.log(self.alpha_threshold)
         return learned_keep_logit(x, self.keep_weight.to(x.dtype), self.keep_bias.to(x.dtype))
 
@@ -312,12 +316,14 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
             dirichlet_divergence(drawn.log_alpha, drawn.mask, self.prior_log_alpha, self.delta, kappa),
         )
 
-    def relaxed_share(self, posterior: Posterior) -> Tensor:
-        """:func:`~nvib_hf.layers.dropping.relaxed_share` ``(B,)`` of the source vectors, where anything decides.
+    def relaxed_share(self, posterior: Posterior) -> Tensor | None:
+        """:func:`~nvib_hf.layers.dropping.relaxed_share` ``(B,)`` of source vectors; ``None`` where nothing decides.
 
         While dropping is off it is 1 for a learned decision: otherwise the penalty would push the logits down before
         dropping starts.
         """
+        if posterior.keep_logit is None:
+            return None
         share = relaxed_share(posterior.keep_logit[:, 1:], posterior.mask[:, 1:])
         return share if self.keep_weight is None else torch.where(self.threshold_share > 0, share, 1.0)
 
@@ -340,7 +346,7 @@ class SelfAttentionNvibLayer(NvibLayer):
     Source: Behjati, Fehr & Henderson (Findings of EMNLP 2023), section 3; Fehr & Henderson (COLM 2024).
     """
 
-    def forward(
+    def forward(  # type: ignore[override]  # an attention passes no padding, and reads what nn.Module says nothing of
         self,
         hidden_states: Tensor,
         evaluation: str = "means",

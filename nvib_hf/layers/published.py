@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -63,9 +63,9 @@ class NvibMemory(_Fields):
         memory.log_pi, memory.points = _column("log_pi", log_pi, z), points
         return memory
 
-    def _replace(self, **fields: Tensor) -> NvibMemory:
+    def _replace(self, **fields: Any) -> NvibMemory:
         """As of any NamedTuple; ``log_pi`` is kept unless ``pi`` is replaced, ``points`` unless a Gaussian is."""
-        kept = {} if "pi" in fields else {"log_pi": self.log_pi}
+        kept: dict[str, Any] = {} if "pi" in fields else {"log_pi": self.log_pi}
         if not fields.keys() & {"mu", "logvar"}:
             kept["points"] = self.points
         return type(self)(**self._asdict() | kept | fields)
@@ -96,6 +96,35 @@ def as_memory(memory: object) -> NvibMemory:
         f"Denoising attention needs a memory (z, pi, mu, logvar), but got {type(memory).__name__}. Pass the "
         "'z' entry of an Nvib layer's output, or Nvib.sample(...)."
     )
+
+
+class LayerSettings(TypedDict, total=False):
+    """The settings of an :class:`~nvib_hf.layers.nvib.NvibLayer` that :class:`Nvib` hands on."""
+
+    alpha_activation: str
+    dropping: str
+    alpha_threshold: float
+    threshold_share: float
+    kl_weights: str
+    scale: float | None
+
+
+class PublishedLatent(TypedDict):
+    """What :class:`Nvib` returns; its ``forward`` says what each entry is."""
+
+    z: NvibMemory
+    pi: Tensor
+    mu: Tensor
+    logvar: Tensor
+    alpha: Tensor
+    log_alpha: Tensor
+    memory_key_padding_mask: Tensor
+    keep: Tensor
+    batch_first: bool
+    avg_num_vec: Tensor
+    avg_prop_vec: Tensor
+    avg_effective_num_vec: Tensor
+    avg_alpha0: Tensor
 
 
 class Nvib(NvibLayer):
@@ -132,17 +161,17 @@ class Nvib(NvibLayer):
         kappa: int = 1,
         *,
         batch_first: bool = False,
-        **settings,
+        **settings: Unpack[LayerSettings],
     ) -> None:
         super().__init__(size_in, size_out, prior_mu, prior_var, prior_alpha, delta, kappa, **settings)
         self.batch_first = batch_first
 
-    def forward(
+    def forward(  # type: ignore[override]  # the published interface is another one than the layer's
         self,
         encoder_output: Tensor,
         src_key_padding_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
-    ) -> dict[str, object]:
+    ) -> PublishedLatent:
         """Encoder output to latent.
 
         Args:
@@ -166,6 +195,7 @@ class Nvib(NvibLayer):
         memory = NvibMemory(order(output.z), order(output.log_pi.exp()), mu, logvar, log_pi=order(output.log_pi))
         padding = order(~drawn.mask)[..., None]
         alpha = log_alpha.clamp(max=LOG_ALPHA_REPORTED_MAX).exp()
+        statistics = output.posterior.statistics()
         return {
             "z": memory,
             "pi": memory.pi,
@@ -176,7 +206,10 @@ class Nvib(NvibLayer):
             "memory_key_padding_mask": ~drawn.mask,
             "keep": drawn.keep,
             "batch_first": self.batch_first,
-            **{f"avg_{name}": value.mean() for name, value in output.posterior.statistics().items()},
+            "avg_num_vec": statistics["num_vec"].mean(),
+            "avg_prop_vec": statistics["prop_vec"].mean(),
+            "avg_effective_num_vec": statistics["effective_num_vec"].mean(),
+            "avg_alpha0": statistics["alpha0"].mean(),
         }
 
     def sample(
@@ -208,17 +241,17 @@ class Nvib(NvibLayer):
         logvar = torch.full_like(z, float("-inf"))
         return NvibMemory(z, log_pi.exp(), z, logvar, log_pi=log_pi, points=True)
 
-    def kl_gaussian(self, kappa: int | None = None, **latent: object) -> Tensor:
+    def kl_gaussian(self, kappa: int | None = None, **latent: Any) -> Tensor:
         """:func:`~nvib_hf.layers.kl.kl_gaussian` ``(B,)`` with the layer's prior and weights.
 
         ``kappa``, the vectors of a component, is by default the layer's in training and 1 in evaluation.
         """
-        prior = {"prior_mu": self.prior_mu, "prior_var": self.prior_logvar.exp()}
+        prior: dict[str, Any] = {"prior_mu": self.prior_mu, "prior_var": self.prior_logvar.exp()}
         return kl_gaussian(**{"weights": self.kl_weights, **latent}, **prior, kappa=self._repeats(kappa))
 
-    def kl_dirichlet(self, kappa: int | None = None, **latent: object) -> Tensor:
+    def kl_dirichlet(self, kappa: int | None = None, **latent: Any) -> Tensor:
         """:func:`~nvib_hf.kl_dirichlet` ``(B,)`` with the layer's prior; ``kappa`` as in :meth:`kl_gaussian`."""
-        prior = {"prior_log_alpha": self.prior_log_alpha, "delta": self.delta}
+        prior: dict[str, Any] = {"prior_log_alpha": self.prior_log_alpha, "delta": self.delta}
         return kl_dirichlet(**latent, **prior, kappa=self._repeats(kappa))
 
     def _repeats(self, kappa: int | None) -> int:
@@ -290,7 +323,7 @@ class DenoisingMultiheadAttention(nn.MultiheadAttention):
         super().__init__(embed_dim, num_heads, dropout, bias, False, False, kdim, vdim, batch_first, device, dtype)
         self.evaluation, self.exact = evaluation, exact
 
-    def forward(
+    def forward(  # type: ignore[override]  # a memory is handed through nn.TransformerDecoder in the place of a tensor
         self,
         query: Tensor,
         key: NvibMemory | tuple[Tensor, Tensor, Tensor, Tensor],
@@ -340,7 +373,8 @@ class DenoisingMultiheadAttention(nn.MultiheadAttention):
         (query_weight, key_weight, value_weight), (query_bias, key_bias, value_bias) = self._projections()
 
         def by_head(x: Tensor) -> Tensor:  # (B, N, H * E) -> (B, H, N, E)
-            return x.unflatten(-1, (heads, width)).transpose(1, 2)
+            split: Tensor = x.unflatten(-1, (heads, width))
+            return split.transpose(1, 2)
 
         output, weights = denoising_attention(
             by_head(F.linear(query, query_weight, query_bias)),
@@ -359,7 +393,7 @@ class DenoisingMultiheadAttention(nn.MultiheadAttention):
         output = self.out_proj(output.transpose(1, 2).flatten(2))
         if not self.batch_first:
             output = output.transpose(0, 1)
-        if need_weights and average_attn_weights:
+        if weights is not None and average_attn_weights:
             weights = weights.mean(1)
         return output, weights
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -136,6 +137,9 @@ class MeasuringCallback(TrainerCallback, ExportableState):
     """
 
     kept_in_checkpoints: tuple[str, ...] = ()
+    _model: Any  # the NVIB model, from the start of the training on
+    _hook: Any
+    _at_start: dict[str, Any]
 
     def __init__(self, arguments: dict) -> None:
         self.arguments = arguments
@@ -173,7 +177,7 @@ class MeasuringCallback(TrainerCallback, ExportableState):
             self._at_start = now
         elif self._model is not model and state.global_step == 0:  # as of a Trainer's model_init
             state.stateful_callbacks.pop(name, None)  # which are those of the model before
-            vars(self).update(self._at_start)
+            self.__dict__.update(self._at_start)
         # What a Trainer saves has to stand there, and does not in a checkpoint of a training without this callback.
         saved = state.stateful_callbacks.setdefault(name, self.state())
         for entry in saved if isinstance(saved, list) else [saved]:

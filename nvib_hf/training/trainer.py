@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -34,8 +35,13 @@ logger = logging.get_logger(__name__)
 
 NOT_RESULTS = {"runtime", "samples_per_second", "steps_per_second", "epoch", "step", "learning_rate", "grad_norm"}
 
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer  # what the mixin stands before
+else:
+    _Trainer = object
 
-class NvibTrainerMixin:
+
+class NvibTrainerMixin(_Trainer):
     """Adds the terms of the loss to a Trainer's logs, in training and evaluation, and results to the model card.
 
     Warns of a posterior collapse, and of texts that are decoded in training alone

@@ -47,6 +47,7 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
 
     base: PreTrainedModel
     config: NvibConfig
+    kl_beta: Tensor
     _self_attention_names: dict[str, str]
     _load_base: Callable[..., PreTrainedModel]
     _auto_name: str

@@ -87,7 +87,7 @@ def test_a_mapping_of_the_fields_that_are_given(make):
         dataclasses.replace,
         lambda x: NvibLatents(**x),
         lambda x: NvibLatents(**dict(x)),
-        lambda x: NvibLatents(**{name: value for name, value in x.items()}),
+        lambda x: NvibLatents(**dict(x.items())),
         lambda x: pytree.tree_map(torch.clone, x),
         lambda x: pytree.tree_unflatten(*reversed(pytree.tree_flatten(x))),
         lambda x: pytree.tree_map_with_path(lambda path, value: value.clone(), x),

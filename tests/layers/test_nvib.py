@@ -312,7 +312,10 @@ def test_kl_methods_are_the_functions_with_the_layers_prior(training, batch_firs
     assert_close(layer.kl_gaussian(**latent), gaussian)
     assert_close(layer.kl_dirichlet(**latent), dirichlet)
     posterior = layer.posterior(x, padding)
-    assert_close(layer.kl(posterior, layer.draw(posterior, training)[2], kappa), (gaussian, dirichlet))
+    assert_close(
+        layer.kl(posterior, layer.sample_posterior(posterior)[2] if training else posterior, kappa),
+        (gaussian, dirichlet),
+    )
     assert_close(gaussian[2], torch.tensor(0.0), atol=1e-6, rtol=0)  # only the prior's component
 
 
@@ -327,7 +330,7 @@ def test_kl_of_the_gaussians_is_computed_once_per_component():
     """Nothing as wide as the vectors is kept for the backward pass once per draw."""
     layer, sizes = random_layer(kappa=4), []
     posterior = layer.posterior(*inputs())
-    drawn = layer.draw(posterior, sample=True)[2]
+    drawn = layer.sample_posterior(posterior)[2]
     with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
         layer.kl(posterior, drawn, kappa=4)
     assert max(sizes) == posterior.mu.numel()
@@ -351,7 +354,7 @@ def test_what_the_threshold_spares_in_training_costs(kappa, kl_weights):
         weights = keep / count if kl_weights == "drawn" else alpha / alpha.sum(1, keepdim=True)
         return kappa * (weights * divergence).sum(1)
 
-    drawn = layer.draw(posterior, sample=True)[2]
+    drawn = layer.sample_posterior(posterior)[2]
     latent = layer(x, padding)  # another draw of who is spared
     for keep, gaussian in (
         (drawn.keep[:, ::kappa], layer.kl(posterior, drawn, kappa)[0]),
