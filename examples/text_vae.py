@@ -25,6 +25,7 @@ from pathlib import Path
 import bbe
 import torch
 from datasets import Dataset
+from few_texts import Recombined
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoTokenizer,
@@ -77,34 +78,6 @@ def tokens_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts:
     sources, start = tokenizer(texts, truncation=True).input_ids, model.config.decoder_start_token_id
     targets = [ids[1:] if ids[0] == start else ids for ids in sources]  # the decoder starts with that token anyway
     return Dataset.from_dict({"input_ids": sources, "labels": targets, "length": [len(ids) for ids in sources]})
-
-
-class Recombined(torch.utils.data.Dataset):
-    """Few texts, recombined anew each time: most are the beginning of one and the end of another.
-
-    So none can be learnt by heart, and the decoder has to read its latent.
-
-    Args:
-        encode: texts to examples, as :func:`tokens_of` makes them.
-        share: of the examples that are recombined.
-    """
-
-    def __init__(
-        self, texts: list[str], encode: Callable[[list[str]], Dataset], seed: int, share: float = 0.7
-    ) -> None:
-        self.texts, self.encode, self.share = [text.split() for text in texts], encode, share
-        self.random = random.Random(seed)
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        words = self.texts[index]
-        if self.random.random() < self.share:
-            other = self.random.choice(self.texts)
-            beginning, end = self.random.randint(0, len(words)), self.random.randint(0, len(other))
-            words = words[:beginning] + other[end:] or words
-        return self.encode([" ".join(words)])[0]
 
 
 def num_cut(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> int:

@@ -253,9 +253,9 @@ class ConstraintCallback(ThresholdCallback):
         if "kl_gaussian" in means:
             nats = self._model.nvib.size_out * means["kl_gaussian"] + means["kl_dirichlet"]
             self.average_nats = running_mean(self.average_nats, nats)
-        is_due = state.global_step // self.held_out_interval != (
-            (state.global_step - self.interval) // self.held_out_interval
-        )
+        before = state.global_step - self.interval
+        is_due = state.global_step // self.held_out_interval > before // self.held_out_interval
+        is_due = is_due or self.held_out_cross_entropy is None  # nothing may start that was not looked at
         if is_due and self.metric is None and self.held_out_examples:
             batches = (
                 [self._last] * (self._last is not None) if self._held_out is None else self._held_out.batches(args)
@@ -303,7 +303,7 @@ class ConstraintCallback(ThresholdCallback):
             elif self.has_waited_long(state):
                 what = (self._last_metric, self.metric_target, self.metric)
                 self.warn("unmet", state, unmet_message(type(self).__name__, state, *what))
-        elif has_gap and training <= self.tolerance < held_out:
+        elif has_gap and held_out > self.tolerance:
             if self.has_waited_long(state) or training < 0.5 * self.tolerance:
                 self.warn("memorised", state, memorised_message(state, training, held_out, self.tolerance))
         else:

@@ -11,6 +11,7 @@ from nvib_hf import CollapseCallback, ConstraintCallback, NvibTrainer
 ALL = [ConstraintCallback, CollapseCallback]
 
 
+@pytest.mark.slow
 @WITH_COMPILE
 @pytest.mark.parametrize(("trainer_class", "callbacks"), [(Trainer, ALL), (NvibTrainer, []), (NvibTrainer, ALL)])
 def test_recording_compiles_nothing(trainer_class, callbacks, tmp_path):

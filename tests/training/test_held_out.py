@@ -1,6 +1,7 @@
 """A constraint holds what is measured on held-out texts, and says why it compresses nothing, or nothing any more."""
 
 import math
+import re
 import warnings
 
 import pytest
@@ -120,7 +121,7 @@ def test_a_metric_in_a_training(tmp_path):
 def test_multipliers_are_bounded():
     """By ten times the weight of the evidence lower bound, which sums over channels, or what is given."""
     model = tiny_model(alpha_threshold=0.1, lambda_vectors=1.0)
-    for bound, arguments in ((10 * 16 / 0.2, {}), (5.0, {"max_beta": 5.0})):
+    for bound, arguments in ((10 * model.nvib.size_out / 0.2, {}), (5.0, {"max_beta": 5.0})):
         callback = ConstraintCallback(1.0, rate=0.1, target_prop_vectors=0.5, **arguments)
         run = Simulation(callback, model=model).run(2000, training=1e-3)
         assert callback.beta == callback.beta_vectors == pytest.approx(bound)
@@ -139,7 +140,7 @@ def test_empty_vectors_stop_the_multiplier():
     run.run(1000, training=0.1, nats=0.2)
     assert run.callback.beta < 2 * before
     (message,) = run.messages
-    assert "the latent says next to nothing" in message and "a vector says 0.2 nats" in message
+    assert "the latent says next to nothing" in message and re.search(r"a vector says 0\.\d+ nats", message)
     assert "no texts are held out" in message and "eval_dataset" in message
 
 
@@ -184,7 +185,7 @@ def test_many_passes_with_nothing_held_out():
 
 
 def test_a_healthy_training_is_left_alone(measured):
-    assert Simulation(ConstraintCallback(0.4)).run(300, 2.0, 2.1).run(700, 0.39, 0.3, epoch=30.0).messages == []
+    assert Simulation(ConstraintCallback(0.4)).run(200, 2.0, 2.1).run(800, 0.39, 0.3, epoch=30.0).messages == []
 
 
 @pytest.mark.parametrize("annealing_first", [True, False])
@@ -236,13 +237,15 @@ def test_looking_changes_nothing(tmp_path):
 
 
 def test_a_small_corpus_is_not_compressed_away(tmp_path):
-    """Eight texts that are soon known by heart, and others: their latents keep what they say, and a word is said."""
-    model = tiny_model(lambda_gaussian=1.0, lambda_dirichlet=1.0, tau_alpha=0.0, tau_sigma=0.3)
-    callback = ConstraintCallback(1.0, rate=0.2, interval=5, held_out_interval=5)
-    trainer = trainer_of(NvibTrainer, model, tmp_path, max_steps=150, callbacks=[callback])
+    """Eight texts that are soon known by heart, and others: latents keep what they say, and a word is said."""
+    model = tiny_model(lambda_gaussian=0.01, lambda_dirichlet=0.01)
+    callback = ConstraintCallback(3.0, rate=0.2, interval=5, held_out_interval=5)
+    trainer = trainer_of(
+        NvibTrainer, model, tmp_path, max_steps=60, callbacks=[callback], learning_rate=5e-3, logging_steps=60
+    )
     with pytest.warns(ConstraintWarning, match="learnt by heart"):
         trainer.train()
-    assert callback.average_cross_entropy < 1.0 < callback.held_out_cross_entropy
+    assert callback.average_cross_entropy < 3.0 < callback.held_out_cross_entropy
     assert not callback.started and callback.beta == pytest.approx(0.03)
 
 
