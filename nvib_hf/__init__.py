@@ -33,6 +33,7 @@ __all__ = [
     "CollapseCallback",
     "CollapseWarning",
     "ConstraintCallback",
+    "ConstraintWarning",
     "CrossAttention",
     "EvaluationGapWarning",
     "KLAnnealingCallback",
@@ -80,9 +81,12 @@ if TYPE_CHECKING or find_spec("transformers") is not None:
     from .latents.transport import latent_distance
     from .modeling_nvib import NvibForConditionalGeneration
     from .modeling_nvib_classification import NvibForSequenceClassification, NvibForTokenClassification
-    from .training.callbacks import ConstraintCallback, KLAnnealingCallback, ThresholdCallback
+    from .training.annealing import KLAnnealingCallback
     from .training.collapse import CollapseCallback, CollapseWarning, EvaluationGapWarning
+    from .training.constraint import ConstraintCallback
+    from .training.messages import ConstraintWarning
     from .training.tau_search import search_taus
+    from .training.threshold import ThresholdCallback
     from .training.trainer import NvibTrainer, NvibTrainerMixin
     from .wrapping.specs import (
         AttentionSpec,

@@ -89,8 +89,9 @@ class NvibForConditionalGeneration(NvibLatentsMixin, BaseHalvesMixin, NvibPreTra
 
     .. math:: CE + \beta_G \lambda_G \, \overline{KL_G} + \beta_D \lambda_D \, \overline{KL_D}
 
-    with the means over a batch weighted by target tokens, as in the cross-entropy; :math:`\beta` is the annealing
-    (:class:`~nvib_hf.KLAnnealingCallback`), 1 without any.
+    with the means over a batch weighted by target tokens, as in the cross-entropy. :math:`\beta` are the multipliers
+    that a callback moves in training (:class:`~nvib_hf.KLAnnealingCallback`, :class:`~nvib_hf.ConstraintCallback`).
+    In evaluation they are 1, so that its losses can be compared over a training.
 
     Args:
         config: the configuration.
@@ -361,7 +362,7 @@ class NvibForConditionalGeneration(NvibLatentsMixin, BaseHalvesMixin, NvibPreTra
         terms, charged = layer_terms(latents, attentions, records, targets)
         loss = cross_entropy = None
         if labels is not None:
-            regularisation = regulariser(charged, self.kl_beta, self.config)
+            regularisation = regulariser(charged, self.kl_beta if self.training else None, self.config)
             loss, cross_entropy = nvib_loss(
                 outputs.logits, labels, regularisation, num_items_in_batch, self.config.label_smoothing
             )

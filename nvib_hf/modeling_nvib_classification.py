@@ -18,6 +18,7 @@ from transformers import (
 from transformers.utils import can_return_tuple, logging
 
 from .configuration_nvib import NvibConfig
+from .layers.cross_entropy import IGNORED
 from .loss import layer_terms, regulariser
 from .outputs import NvibClassifierOutput
 from .versions import warn_if_untested
@@ -145,13 +146,21 @@ class NvibEncoderModel(NvibPreTrainedModel):
             "labels": labels,
         }
         given = {name: value for name, value in inputs.items() if value is not None}
+        is_target = None
+        if labels is not None and not labels.is_floating_point():
+            is_target = (labels != IGNORED).any()  # without one, the base's mean over them would be nan
+            given["labels"] = torch.where(is_target, labels, 0)
         with ForwardPass(generator, records={}) as this_pass:
             outputs = self.base(**given, **kwargs, return_dict=True)
         terms, charged = layer_terms(None, self._self_attentions(), this_pass.records)
         loss = outputs.loss
-        regularisation = regulariser(charged, self.kl_beta, self.config)  # None where layer drop skipped all of them
+        regularisation = regulariser(
+            charged, self.kl_beta if self.training else None, self.config
+        )  # None where layer drop skipped all of them
+        cross_entropy = loss if loss is None or is_target is None else loss * is_target
         if loss is not None and regularisation is not None:
             loss = loss + regularisation.mean()
+            loss = loss if is_target is None else loss * is_target
         elif loss is None and self.training and torch.is_grad_enabled():
             warn_of_a_loss_without_terms(self.config)
         return NvibClassifierOutput(
@@ -159,7 +168,7 @@ class NvibEncoderModel(NvibPreTrainedModel):
             logits=outputs.logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            cross_entropy=outputs.loss,
+            cross_entropy=cross_entropy,
             kl_gaussian=charged.kl_gaussian,
             kl_dirichlet=charged.kl_dirichlet,
             layer_kl_gaussian=terms.kl_gaussian,

@@ -102,7 +102,7 @@ def evaluation_section(results: dict) -> str:
     settings, samples, paths = results["settings"], results.get("samples", {}), results.get("interpolation", {})
     first, *others = result_tables(results)
     parts = [
-        f"Over {settings['texts']} held-out texts (greedy decoding, seed {settings['seed']}):",
+        f"Over {settings['texts']} held-out texts{_cut(settings)} (greedy decoding, seed {settings['seed']}):",
         markdown_table(*first),
     ]
     for name, title in KEPT.items():
@@ -120,6 +120,13 @@ def evaluation_section(results: dict) -> str:
             listed = "\n".join(f"- {verbatim(text)}" for text in texts)
             parts.append(f"Samples from the prior, {kind}:\n\n{listed}")
     return "\n\n".join(parts)
+
+
+def _cut(settings: dict) -> str:
+    """How many texts were measured without their end."""
+    counts = {what: settings.get(f"{what}_cut") for what in ("texts", "targets")}
+    said = [f"{count} {what}" for what, count in counts.items() if count]
+    return f", {' and '.join(said)} cut to {settings['max_length']} tokens" if said else ""
 
 
 def add_to_model_card(folder: str | os.PathLike, results: dict) -> None:

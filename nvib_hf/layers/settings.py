@@ -106,6 +106,37 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, but got {value!r}.")
 
 
+def check_number(
+    name: str,
+    value: object,
+    least: float = -math.inf,
+    most: float = math.inf,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+) -> None:
+    """Raise ValueError unless a value is a finite number of a range, which ``above`` and ``below`` are not part of."""
+    low, high = above if above is not None else least, below if below is not None else most
+    is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if is_number and low <= value <= high and value not in (above, below):
+        return
+    if high < math.inf:
+        what = f"in {'[' if above is None else '('}{low:g}, {high:g}{']' if below is None else ')'}"
+    elif low > -math.inf:
+        what = "a positive number" if above == 0 else "0 or positive" if least == 0 else f"at least {low:g}"
+    else:
+        what = "a number"
+    raise ValueError(f"{name} must be {what}, but got {value!r}.")
+
+
+def check_whole(name: str, value: object, least: int = 1, unit: str = "") -> None:
+    """Raise ValueError unless a value is a whole number of at least ``least``."""
+    if not isinstance(value, Real) or isinstance(value, bool) or value % 1 != 0:  # nan and inf have a rest of nan
+        raise ValueError(f"{name} must be a whole number of at least {least}{unit}, but got {value!r}.")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}{unit}, but got {value!r}.")
+
+
 def check_prior(
     prior_mu: float | Sequence[float] | Tensor,
     prior_var: float | Sequence[float] | Tensor,
