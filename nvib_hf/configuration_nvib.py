@@ -316,6 +316,11 @@ class NvibConfig(PreTrainedConfig):
         """As in the base class; under another name while the model that it belongs to is being saved."""
         super().to_json_file(name_until_finished(Path(json_file_path)), *args, **kwargs)
 
+    def _upload_modified_files(self, working_dir: str | os.PathLike, *args, **kwargs):
+        """The last step of each push, also of one by ``save_pretrained``, which has not written the code by then."""
+        save_code(type(self), working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
     def to_dict(self) -> dict:
         """As in the base class. Folders from which the model or parts of it were loaded are not named."""
         config = super().to_dict()

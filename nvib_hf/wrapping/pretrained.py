@@ -185,6 +185,8 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
         if "README.md" not in files_timestamps and not file_exists(repo_id, "README.md", token=kwargs.get("token")):
             tags = ModelCard.load(path).data.tags if path.exists() else None
             self._save_card(path.parent, repo_id, tags=tags)
+        if not self._holds_an_adapter():
+            save_code(type(self), working_dir)  # which save_pretrained(..., push_to_hub=True) writes after the push
         commit = super()._upload_modified_files(working_dir, repo_id, files_timestamps, *args, **kwargs)
         if not self._holds_an_adapter():
             self.name_or_path = repo_id  # in place of a temporary folder
