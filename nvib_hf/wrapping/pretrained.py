@@ -19,6 +19,7 @@ from transformers import initialization as init
 from ..configuration_nvib import TAUS, NvibConfig
 from ..layers.initialisation import EmpiricalPrior, PriorStatistics, prior_buffers
 from ..layers.nvib import NvibLayer, SinglePrecisionMixin
+from .adapters import check_is_bare
 from .architecture import warn_if_not_found
 from .base import check_known, damage_explained
 from .cross_attention import restore_cross_attention
@@ -41,6 +42,7 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
     base_model_prefix = "base"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    _tied_weights_keys: dict[str, str] = {}  # of its own; PEFT looks for those of the base if it finds a dict here
     _supports_sdpa = True
     # s / 2 * ||x||^2 in the pseudo-counts must cancel to the last bit against the attention's bias. When loading;
     # afterwards see SinglePrecisionMixin.
@@ -70,10 +72,17 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
             TypeError: an argument that neither takes.
         """
         settings, others = split_settings(kwargs)
+        if isinstance(base, nn.Module):
+            check_is_bare(base)
         if isinstance(base, PreTrainedModel):
             check_known(others, "A loaded model")
-        else:
+        elif isinstance(base, (str, os.PathLike)):
             base = cls._load_base(base, **others)
+        else:
+            raise TypeError(
+                f"The base must be a model of Transformers, or its name or path, but got {type(base).__name__}. Pass "
+                "what from_pretrained of its class returned."
+            )
         return wrap(cls, base, settings)
 
     def unwrap(self) -> PreTrainedModel:
