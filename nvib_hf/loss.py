@@ -78,8 +78,8 @@ def layer_terms(
         statistics = posterior.statistics()
         share = statistics["prop_vec"] if sources is None else statistics["num_vec"] / sources.clamp(min=1)
         terms.prop_vectors[name] = share
-        if posterior.keep_logit is not None:
-            terms.relaxed_prop_vectors[name] = module.nvib.relaxed_share(posterior)
+        if (relaxed := module.nvib.relaxed_share(posterior)) is not None:
+            terms.relaxed_prop_vectors[name] = relaxed
     if latents is not None and latents.kl_gaussian is not None and latents.kl_dirichlet is not None:
         for field in LayerTerms._fields:
             if (value := getattr(latents, field)) is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -78,7 +79,7 @@ def evaluate(
     judge = {"language_model": language_model, "lm_tokenizer": lm_tokenizer}
     references = as_read(tokenizer, texts, max_length)
     written = reconstruct(model, tokenizer, texts, **sizes)
-    results = {
+    results: dict[str, Any] = {
         "settings": {"texts": len(texts), "importance_samples": importance_samples, "seed": seed, **sizes},
         "reconstruction": reconstruction_scores(written, references),
         "rate_distortion": rate_distortion(

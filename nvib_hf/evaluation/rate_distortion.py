@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,7 +109,7 @@ class Sums:
     PER_TEXT = ("prop_vectors", "num_vectors", "effective_vectors")
 
     def __init__(self) -> None:
-        self.sums: Counter[str] = Counter()
+        self.sums: defaultdict[str, float] = defaultdict(float)
         self.texts, self.moments = 0, ChannelMoments()
 
     def add(self, name: str, values: Tensor) -> None:
@@ -137,9 +138,9 @@ class Sums:
         tokens = sums.pop("tokens")
         results = {name: value / (self.texts if name in self.PER_TEXT else tokens) for name, value in sums.items()}
         for rate, gaussian in (("rate", "kl_gaussian"), ("rate_published", "kl_gaussian_published")):
-            terms = [sums.get(f"{name}_per_token") for name in (gaussian, "kl_dirichlet")]
-            if None not in terms:
-                results[rate] = sum(terms) / self.texts
+            terms = [f"{name}_per_token" for name in (gaussian, "kl_dirichlet")]
+            if all(name in sums for name in terms):
+                results[rate] = sum(sums[name] for name in terms) / self.texts
         if "rate" in results:
             results["elbo"] = -results["cross_entropy_sampled"] - results["rate"] * self.texts / tokens
         return results
@@ -165,10 +166,15 @@ def divergences(layer: NvibLayer, latents: NvibLatents) -> dict[str, Tensor]:
     visible, channels = latents.log_pi > -math.inf, latents.z.shape[-1]
     gaussian, components = {"kl_gaussian": latents.kl_gaussian}, visible.sum(-1)
     if latents.log_alpha is not None and latents.logvar is not None:
-        posterior = {"mu": latents.z, "logvar": latents.logvar, "log_alpha": latents.log_alpha, "batch_first": True}
-        masks = {"memory_key_padding_mask": ~latents.attention_mask, "keep": visible}
+        posterior: dict[str, Any] = {
+            "mu": latents.z,
+            "logvar": latents.logvar,
+            "log_alpha": latents.log_alpha,
+            "batch_first": True,
+        }
+        masks: dict[str, Any] = {"memory_key_padding_mask": ~latents.attention_mask, "keep": visible}
         weights = {"kl_gaussian": "drawn", "kl_gaussian_published": "pseudo_counts"}
-        prior = {"prior_mu": layer.prior_mu, "prior_var": layer.prior_logvar.exp()}
+        prior: dict[str, Any] = {"prior_mu": layer.prior_mu, "prior_var": layer.prior_logvar.exp()}
         gaussian = {k: kl_gaussian(weights=w, **posterior, **masks, **prior) for k, w in weights.items()}
         components = latents.attention_mask.sum(-1)
     nats = {name: components * channels * kl for name, kl in gaussian.items() if kl is not None}
@@ -206,7 +212,7 @@ def draw_and_log_ratio(
         latents: posteriors, as ``encode(sample=False)`` returns them.
         generator: on the CPU, where the draw is made in float64.
     """
-    mu, logvar, log_pi = (x.detach().double().cpu() for x in (latents.z, latents.logvar, latents.log_pi))
+    mu, logvar, log_pi = (latents[name].detach().double().cpu() for name in ("z", "logvar", "log_pi"))
     keep = log_pi > -math.inf
     prior_mu, prior_logvar = layer.prior_mu.double().cpu(), layer.prior_logvar.double().cpu()
 
@@ -303,8 +309,9 @@ def mutual_information(
         for first in range(0, len(order) - size + 1, size):
             group = [texts[i] for i in order[first : first + size]]
             labels = labels_of(model, tokenizer, group, max_length)
-            options = {"max_length": max_length, "batch_size": size, "sample": True, "generator": generator}
-            latents = encode_texts(model, tokenizer, group, **options)
+            latents = encode_texts(
+                model, tokenizer, group, max_length=max_length, batch_size=size, sample=True, generator=generator
+            )
             own = torch.arange(size)
             critic = torch.stack(  # (N, N): at 0 the text's own latent, then those of the others
                 [

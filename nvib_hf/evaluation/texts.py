@@ -297,7 +297,8 @@ def kept_tokens(
     texts = check_texts(texts)
     encodings = [tokenizer(text, truncation=True, max_length=max_length).input_ids for text in texts]
     frequency = Counter(id for ids in encodings for id in ids)
-    special, records = set(tokenizer.all_special_ids), [[] for _ in texts]
+    special = set(tokenizer.all_special_ids)
+    records: list[list[dict]] = [[] for _ in texts]
     with evaluating(model):
         for batch in length_batches([len(ids) for ids in encodings], batch_size):
             latents = encode_texts(model, tokenizer, [texts[i] for i in batch], max_length=max_length)

@@ -187,3 +187,14 @@ def attentions_by_kind(attentions: object) -> dict[str, str | list[int]] | None:
     if not by_kind:
         raise ValueError("attentions is empty. Name at least one kind of attention, or leave it out.")
     return by_kind
+
+
+def check_boolean(name: str, mask: Tensor | None, or_additive: bool = False) -> None:
+    """Raise TypeError for a mask of whole numbers, which of 0 and 1 could mean either."""
+    if mask is None or mask.dtype == torch.bool or (or_additive and mask.is_floating_point()):
+        return
+    kinds = "boolean (True = masked) or floating (added to the scores)" if or_additive else "boolean (True = padding)"
+    raise TypeError(
+        f"{name} must be {kinds}, but got {mask.dtype}. Pass mask.bool() if its ones are masked, or mask == 0 if they "
+        "are to be seen, as in an attention_mask of a tokenizer."
+    )

@@ -162,7 +162,7 @@ class ThresholdCallback(MeasuringCallback):
         ValueError: an argument outside its range, or a model that drops nothing.
     """
 
-    kept_in_checkpoints = ("started", "average_cross_entropy", "average_kept")
+    kept_in_checkpoints: tuple[str, ...] = ("started", "average_cross_entropy", "average_kept")
 
     def __init__(self, cross_entropy: float = 0.15, threshold_share: float = 0.7, interval: int = 10) -> None:
         super().__init__({"cross_entropy": cross_entropy, "threshold_share": threshold_share, "interval": interval})

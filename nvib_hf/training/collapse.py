@@ -35,7 +35,9 @@ class ChannelMoments:
     """First and second moments of the posteriors' means by channel, over the vectors of all batches, in float64."""
 
     def __init__(self) -> None:
-        self.count, self.mean, self.square = 0, 0.0, 0.0
+        self.count = 0
+        self.mean: Tensor | float = 0.0
+        self.square: Tensor | float = 0.0
 
     def add(self, mu: Tensor, mask: Tensor) -> None:
         """A batch ``(B, Nl, P)``; mask: ``(B, Nl)``, True = a vector that counts."""
@@ -56,7 +58,7 @@ class ChannelMoments:
         """
         if self.count < 2:
             return 0.0
-        variance = self.square / self.count - (self.mean / self.count).square()
+        variance = torch.as_tensor(self.square / self.count - (self.mean / self.count) ** 2)
         prior_var = torch.as_tensor(prior_var).cpu().double()
         return (variance > ACTIVE_VARIANCE * prior_var).double().mean().item()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,6 +113,9 @@ class MeasuringCallback(TrainerCallback, ExportableState):
     """
 
     kept_in_checkpoints: tuple[str, ...] = ()
+    _model: Any  # the NVIB model, from the start of the training on
+    _hook: Any
+    _at_start: dict[str, Any]
 
     def __init__(self, arguments: dict) -> None:
         self.arguments = arguments
@@ -127,12 +131,12 @@ class MeasuringCallback(TrainerCallback, ExportableState):
             self._at_start = self.state()["attributes"]
         elif self._model is not model and state.global_step == 0:  # as of a Trainer's model_init
             state.stateful_callbacks.pop(name, None)  # which are those of the model before
-            vars(self).update(self._at_start)
+            self.__dict__.update(self._at_start)
         # What a Trainer saves has to stand there, and does not in a checkpoint of a training without this callback.
         saved = state.stateful_callbacks.setdefault(name, self.state())
         for entry in saved if isinstance(saved, list) else [saved]:
             if entry.get("args") == self.arguments:  # a resumed training goes on where it stood
-                vars(self).update(entry["attributes"])
+                self.__dict__.update(entry["attributes"])
         self.on_train_end(args, state, control)  # of a training that was broken off
         self._model, self._is_over = model, False
         self._recorder.clear()

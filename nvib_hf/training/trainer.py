@@ -6,12 +6,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers import Seq2SeqTrainer, TrainerState
 from transformers.modelcard import TrainingSummary
 
 from ..evaluation.report import evaluation_of, with_evaluation
+from ..files import write_whole
 from ..loss import SMOOTHING
 from ..wrapping.model_card import base_ids, markdown_table, model_card
 from .collapse import CollapseCallback
@@ -24,8 +26,13 @@ NAMELESS = (
 
 NOT_RESULTS = {"runtime", "samples_per_second", "steps_per_second", "epoch", "step", "learning_rate", "grad_norm"}
 
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer  # what the mixin stands before
+else:
+    _Trainer = object
 
-class NvibTrainerMixin:
+
+class NvibTrainerMixin(_Trainer):
     """Adds the terms of the loss to a Trainer's logs, in training and evaluation, and results to the model card.
 
     Warns of a posterior collapse, and of texts that are decoded in training alone
@@ -120,7 +127,8 @@ class NvibTrainerMixin:
             path = Path(self.args.output_dir) / "README.md"
             earlier = path.read_text(encoding="utf-8") if path.exists() else ""
             card.content = with_evaluation(card.content, evaluation_of(earlier))
-            card.save(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, str(card))
         return None
 
 

@@ -100,6 +100,28 @@ def gathering(model: nn.Module, name: str) -> Callable:
     return getattr(model, name)
 
 
+def other_names_of_the_source(base: PreTrainedModel, encoder_names: Iterable[str]) -> dict[str, str]:
+    """What a base calls its source where its encoder has another name for it, by the encoder's.
+
+    Pop2Piano's sound is its encoder's embeddings; a speech encoder of two models joined is handed whatever it reads.
+    """
+    encoder = base.get_encoder()
+    own = "inputs_embeds" if "inputs_embeds" in encoder_names else encoder.main_input_name
+    taken = argument_names(base.forward) & {"input_features", "input_values", "pixel_values", "inputs"}
+    return dict.fromkeys(sorted(taken - set(encoder_names)), own)
+
+
+def check_mask_of_states(base: PreTrainedModel, mask: Tensor, states: Tensor) -> None:
+    """Raise ValueError for a mask that does not belong to an encoder's output: left out, padding would be read."""
+    has_rule = hasattr(base.get_encoder(), "_get_feature_vector_attention_mask")
+    fits = mask.dim() == 2 and len(mask) == len(states)
+    if not fits or mask.shape[1] < states.shape[1] or (mask.shape[1] > states.shape[1] and not has_rule):
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}, but {STATES} {tuple(states.shape)} needs "
+            f"{tuple(states.shape[:2])}: one entry for each of its vectors."
+        )
+
+
 def run_encoder(base: PreTrainedModel, inputs: dict) -> tuple[BaseModelOutput, Tensor | None]:
     """The encoder's output, projected to the decoder's width, and its mask or that of its inputs, or ``None``.
 

@@ -18,6 +18,8 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+from ..files import write_whole
+
 logger = logging.get_logger(__name__)
 
 _UNFINISHED: ContextVar[bool] = ContextVar("unfinished", default=False)
@@ -40,6 +42,7 @@ def flattened(file: Path) -> dict[str, str]:
         for node in ast.walk(ast.parse(source)):
             if not isinstance(node, ast.ImportFrom) or not node.level:
                 continue
+            assert node.module is not None, f"{module} imports from a folder: name the module"
             imported = module.parents[node.level - 1].joinpath(*node.module.split(".")).with_suffix(".py")
             waiting.append(imported)
             written = f"from {'.' * node.level}{node.module} import"
@@ -72,8 +75,10 @@ def auto_map_entry(cls: type) -> str:
 
 def save_code(cls: type, folder: str | os.PathLike) -> None:
     """Write the file of a class and all that it imports relatively into a folder, flat."""
-    for name, source in flattened(Path(sys.modules[owner_of_code(cls).__module__].__file__)).items():
-        Path(folder, name).write_text(source, encoding="utf-8")
+    file = sys.modules[owner_of_code(cls).__module__].__file__
+    assert file is not None, f"{cls.__name__} is in no file"
+    for name, source in flattened(Path(file)).items():
+        write_whole(Path(folder, name), source)
 
 
 # What was interrupted must not load as a mixture of two models, so the configuration is the last file of a model.

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from ..configuration_nvib import TAUS, NvibConfig
+from ..files import write_whole
 from ..layers.initialisation import EmpiricalPrior, PriorStatistics, prior_buffers
 from ..layers.nvib import NvibLayer, SinglePrecisionMixin
 from .adapters import check_is_bare
@@ -50,6 +51,7 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
 
     base: PreTrainedModel
     config: NvibConfig
+    kl_beta: Tensor
     _self_attention_names: dict[str, str]
     _load_base: Callable[..., PreTrainedModel]
     _auto_name: str
@@ -203,7 +205,7 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
 
     def _save_card(self, folder: Path, name: str, **metadata) -> None:
         if self._has_card and not self._holds_an_adapter():
-            model_card(self, name, **metadata).save(folder / "README.md")
+            write_whole(folder / "README.md", str(model_card(self, name, **metadata)))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base.get_input_embeddings()

@@ -87,7 +87,7 @@ def put_into_self_attention(base: PreTrainedModel, halves: dict[str, nn.Module],
         ValueError: an attention that the table does not know, or the number of a layer that there is not. Nothing has
             been changed then.
     """
-    found = {}
+    found: dict[str, tuple[nn.Module, AttentionSpec]] = {}
     for kind, half in halves.items():
         if kind in config.attentions:
             found |= chosen(half, kind, config)
