@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -26,6 +27,7 @@ from .layers.settings import (
     checked_tau,
 )
 from .versions import CACHE, UPDATE
+from .wrapping.adapters import READ_BY_PEFT, SIZES, default_targets
 from .wrapping.hub import auto_map_entry, name_until_finished, save_code
 
 CONFIG_VERSION = 1
@@ -33,11 +35,11 @@ CONFIG_VERSION = 1
 TAUS = {"tau_alpha": 10.0, "tau_sigma": 0.0, "tau_mu": 1.0}  # which compute the base model's function
 
 
-def _of_base(name: str) -> property:
+def _of_base(name: str, *default: object) -> property:
     """A setting of the base configuration, read and written there. Values set before it exists are applied later."""
 
     def read(config: NvibConfig):
-        return getattr(vars(config).get("base_config"), name, None)
+        return getattr(vars(config).get("base_config"), name, *default)
 
     def write(config: NvibConfig, value) -> None:
         base = vars(config).get("base_config")
@@ -187,16 +189,16 @@ class NvibConfig(PreTrainedConfig):
     is_encoder_decoder: bool = True
     config_version: int = CONFIG_VERSION
 
-    vocab_size = _of_base("vocab_size")
-    hidden_size = _of_base("hidden_size")
-    pad_token_id = _of_base("pad_token_id")
-    bos_token_id = _of_base("bos_token_id")
-    eos_token_id = _of_base("eos_token_id")
-    decoder_start_token_id = _of_base("decoder_start_token_id")
-    tie_word_embeddings = _of_base("tie_word_embeddings")
-    id2label = _of_base("id2label")
-    label2id = _of_base("label2id")
-    problem_type = _of_base("problem_type")
+    vocab_size = _of_base("vocab_size", None)
+    hidden_size = _of_base("hidden_size", None)
+    pad_token_id = _of_base("pad_token_id", None)
+    bos_token_id = _of_base("bos_token_id", None)
+    eos_token_id = _of_base("eos_token_id", None)
+    decoder_start_token_id = _of_base("decoder_start_token_id", None)
+    tie_word_embeddings = _of_base("tie_word_embeddings", None)
+    id2label = _of_base("id2label", None)
+    label2id = _of_base("label2id", None)
+    problem_type = _of_base("problem_type", None)
 
     def __post_init__(self, **kwargs) -> None:
         self.config_version = checked("config_version", self.config_version)
@@ -321,9 +323,16 @@ class NvibConfig(PreTrainedConfig):
         save_code(type(self), working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """As in the base class. What is the base's is in its part alone."""
+        return {name: value for name, value in super().to_diff_dict().items() if name not in READ_BY_PEFT}
+
     def to_dict(self) -> dict:
         """As in the base class. Folders from which the model or parts of it were loaded are not named."""
         config = super().to_dict()
+        base = config["base_config"]
+        config |= {name: base[name] for name in READ_BY_PEFT if name in base}  # which PEFT reads
+        default_targets(self.model_type, base.get("model_type", ""))
         parts = [config]
         for part in parts:
             parts += [value for value in part.values() if isinstance(value, dict)]
@@ -334,6 +343,10 @@ class NvibConfig(PreTrainedConfig):
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The base configuration's text part: caches, masks and embeddings are made after it."""
         return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
+
+
+for _name in SIZES:
+    setattr(NvibConfig, _name, _of_base(_name))
 
 
 def setting_names() -> set[str]:

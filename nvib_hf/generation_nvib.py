@@ -15,9 +15,9 @@ from .latents.checks import check_latents, refuse_batch
 from .latents.latents import NvibLatents
 from .wrapping.base import STATES, LatentOutput
 
+TOKEN_IDS = ("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
 # What is read instead of each other: of a base's own kind or refused.
 MODALITIES = frozenset({"input_ids", "inputs_embeds", "input_features", "input_values", "pixel_values"})
-TOKEN_IDS = ("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class NvibGenerationMixin(GenerationMixin):
@@ -50,6 +50,16 @@ class NvibGenerationMixin(GenerationMixin):
             return generate_as_base(self, inputs, generation_config, **kwargs)
         return super().generate(inputs, generation_config, **kwargs)
 
+    def adjust_generation_fn(self, *args, **kwargs) -> None:
+        """As loading does. Where no file says which tokens to use, the base's configuration does, which is nested."""
+        of_base = self.generation_config.to_dict()
+        super().adjust_generation_fn(*args, **kwargs)
+        loaded = self.generation_config
+        if all(getattr(loaded, name) is None for name in TOKEN_IDS):
+            for name, value in of_base.items():
+                if getattr(loaded, name, None) is None:
+                    setattr(loaded, name, value)
+
     def _check_inputs(self, kwargs: dict[str, Any]) -> None:
         """Raise ValueError for what reads another modality than the base, as the base does."""
         others = (MODALITIES - self._argument_names).intersection(kwargs)
@@ -75,16 +85,6 @@ class NvibGenerationMixin(GenerationMixin):
             from_latents = any(kwargs.get(name) is not None for name in ("encoder_outputs", STATES))
             return not from_latents and (inputs is not None or kwargs.get("input_features") is not None)
         return kwargs.get("decoder_input_ids") is None and has_prompts(self.generation_config)
-
-    def adjust_generation_fn(self, *args, **kwargs) -> None:
-        """As loading does. Where no file says which tokens to use, the base's configuration does, which is nested."""
-        of_base = self.generation_config.to_dict()
-        super().adjust_generation_fn(*args, **kwargs)
-        loaded = self.generation_config
-        if all(getattr(loaded, name) is None for name in TOKEN_IDS):
-            for name, value in of_base.items():
-                if getattr(loaded, name, None) is None:
-                    setattr(loaded, name, value)
 
     def _packed_encoder_outputs(self, latents: NvibLatents | BaseModelOutput) -> BaseModelOutput:
         """What decoding reads of the latents. What is packed already is handed on: nothing changes it in place."""

@@ -30,7 +30,7 @@ from .layers.nvib import NvibLayer
 from .layers.settings import check_prior
 from .loss import LABELS_WERE_TAKEN, layer_terms, nvib_loss, regulariser
 from .outputs import NvibSeq2SeqLMOutput
-from .versions import CACHE, warn_if_untested
+from .versions import CACHE, old_name_of_the_cache, warn_if_untested
 from .wrapping.architecture import architecture_name
 from .wrapping.base import (
     JOINED,
@@ -261,6 +261,7 @@ class NvibForConditionalGeneration(NvibLatentsMixin, BaseHalvesMixin, NvibPreTra
 
     # -------------------------------------------------------------------------------------------------- forward
     @can_return_tuple
+    @old_name_of_the_cache
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -320,8 +321,6 @@ class NvibForConditionalGeneration(NvibLatentsMixin, BaseHalvesMixin, NvibPreTra
             check_known(given, type(self).__name__, self._argument_names)
         if labels is None and num_items_in_batch is not None:
             raise ValueError(LABELS_WERE_TAKEN)
-        if cache is not None and past_key_values is not None:
-            raise ValueError("The cache was given twice, as cache and as past_key_values. Pass one of them.")
         if generator is not None:
             self._check_generator(generator)
         recorded = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}

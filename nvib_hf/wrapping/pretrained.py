@@ -20,6 +20,7 @@ from ..configuration_nvib import TAUS, NvibConfig
 from ..files import write_whole
 from ..layers.initialisation import EmpiricalPrior, PriorStatistics, prior_buffers
 from ..layers.nvib import NvibLayer, SinglePrecisionMixin
+from .adapters import check_is_bare
 from .architecture import warn_if_not_found
 from .base import check_known, damage_explained
 from .cross_attention import restore_cross_attention
@@ -42,6 +43,7 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
     base_model_prefix = "base"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    _tied_weights_keys: dict[str, str] = {}  # of its own; PEFT looks for those of the base if it finds a dict here
     _supports_sdpa = True
     # s / 2 * ||x||^2 in the pseudo-counts must cancel to the last bit against the attention's bias. When loading;
     # afterwards see SinglePrecisionMixin.
@@ -72,10 +74,17 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
             TypeError: an argument that neither takes.
         """
         settings, others = split_settings(kwargs)
+        if isinstance(base, nn.Module):
+            check_is_bare(base)
         if isinstance(base, PreTrainedModel):
             check_known(others, "A loaded model")
-        else:
+        elif isinstance(base, (str, os.PathLike)):
             base = cls._load_base(base, **others)
+        else:
+            raise TypeError(
+                f"The base must be a model of Transformers, or its name or path, but got {type(base).__name__}. Pass "
+                "what from_pretrained of its class returned."
+            )
         return wrap(cls, base, settings)
 
     def unwrap(self) -> PreTrainedModel:
@@ -179,14 +188,12 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
     def _upload_modified_files(self, working_dir, repo_id, files_timestamps, *args, **kwargs):
         """The last step of each push. A repository without a card gets this model's, not an empty form."""
         path = Path(working_dir) / "README.md"
-        if not self._holds_an_adapter():
+        if not self._holds_an_adapter():  # save_pretrained(..., push_to_hub=True) does both after the push
             save_code(type(self), working_dir)
             put_in_place(path.with_name("config.json"))
         if "README.md" not in files_timestamps and not file_exists(repo_id, "README.md", token=kwargs.get("token")):
             tags = ModelCard.load(path).data.tags if path.exists() else None
             self._save_card(path.parent, repo_id, tags=tags)
-        if not self._holds_an_adapter():
-            save_code(type(self), working_dir)  # which save_pretrained(..., push_to_hub=True) writes after the push
         commit = super()._upload_modified_files(working_dir, repo_id, files_timestamps, *args, **kwargs)
         if not self._holds_an_adapter():
             self.name_or_path = repo_id  # in place of a temporary folder
