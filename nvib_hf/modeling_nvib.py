@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
@@ -21,7 +21,8 @@ from transformers.utils import can_return_tuple
 
 from .configuration_nvib import NvibConfig
 from .generation_nvib import NvibGenerationMixin
-from .latents.latents import NvibLatents, check_latents, refuse_batch
+from .latents.checks import check_latents, refuse_batch
+from .latents.latents import NvibLatents
 from .latents.sampling import NvibLatentsMixin
 from .layers.cross_entropy import IGNORED
 from .layers.denoising_attention import pack
@@ -30,7 +31,8 @@ from .layers.nvib import NvibLayer
 from .layers.settings import check_prior
 from .loss import LABELS_WERE_TAKEN, layer_terms, nvib_loss, regulariser
 from .outputs import NvibSeq2SeqLMOutput
-from .versions import CACHE, warn_if_untested
+from .versions import CACHE, old_name_of_the_cache, warn_if_untested
+from .wrapping.architecture import architecture_name
 from .wrapping.base import (
     JOINED,
     NOTHING_TO_READ,
@@ -39,19 +41,21 @@ from .wrapping.base import (
     argument_names,
     base_class,
     check_known,
+    check_mask_of_states,
     decoder_positions,
     drop_words,
     freeze_unused,
     gathering,
     join_encoder_decoder,
     load_base,
-    resize_token_embeddings,
+    other_names_of_the_source,
     run_decoder,
     run_decoder_over_source,
     run_encoder,
     shortened_mask,
 )
 from .wrapping.cross_attention import check_cache_was_found, convert_cross_attention
+from .wrapping.halves import BaseHalvesMixin
 from .wrapping.pretrained import NvibPreTrainedModel
 from .wrapping.self_attention import ForwardPass, current_pass
 from .wrapping.stacked_encoder import check_length_is_left, check_states_are_whole
@@ -78,7 +82,7 @@ FOLLOWS_THE_BASE = (
 OF_THE_DECODER = {"use_cache", CACHE, "encoder_hidden_states", "encoder_attention_mask"}
 
 
-class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGenerationMixin):
+class NvibForConditionalGeneration(NvibLatentsMixin, BaseHalvesMixin, NvibPreTrainedModel, NvibGenerationMixin):
     r"""An encoder-decoder model whose decoder reads a distribution instead of the encoder's vectors.
 
     The NVIB layer turns the encoder's output into a posterior over mixtures; training samples from it, evaluation
@@ -86,8 +90,9 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
 
     .. math:: CE + \beta_G \lambda_G \, \overline{KL_G} + \beta_D \lambda_D \, \overline{KL_D}
 
-    with the means over a batch weighted by target tokens, as in the cross-entropy; :math:`\beta` is the annealing
-    (:class:`~nvib_hf.KLAnnealingCallback`), 1 without any.
+    with the means over a batch weighted by target tokens, as in the cross-entropy. :math:`\beta` are the multipliers
+    that a callback moves in training (:class:`~nvib_hf.KLAnnealingCallback`, :class:`~nvib_hf.ConstraintCallback`).
+    In evaluation they are 1, so that its losses can be compared over a training.
 
     Args:
         config: the configuration.
@@ -130,10 +135,9 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
             for module in base.modules():
                 module._is_hf_initialized = True  # post_init would draw the weights of modules it does not know anew
         # The live configuration, so that a change of attention implementation or vocabulary is seen on both sides.
-        config.base_config, config.base_architecture = base.config, architecture.__name__
-        self.main_input_name = base.main_input_name
+        config.base_config, config.base_architecture = base.config, architecture_name(architecture)
 
-        config.attentions = check_attentions(config.attentions)
+        config.attentions = check_attentions(config)
         cross_attention, width, self.scale, self._cached_layers = cross_attention_of(base)
         check_prior(config.prior_mu, config.prior_var, config.prior_alpha, width)
         self.base = base  # first, so that the model's dtype is the base's
@@ -151,11 +155,15 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
         freeze_unused(base)
         # Read once: a forward pass that inspects signatures cannot be compiled.
         self._encoder_argument_names = (argument_names(base.get_encoder().forward) - OF_THE_DECODER) | RECORDED
-        self._argument_names = self._encoder_argument_names | argument_names(base.forward) | {STATES}
+        self._renamed = other_names_of_the_source(base, self._encoder_argument_names)
+        self.main_input_name = self._renamed.get("inputs", base.main_input_name)
+        self._source_names = self._encoder_argument_names | set(self._renamed)
+        self._argument_names = self._source_names | argument_names(base.forward) | {STATES}
+        self._forward_names = self._argument_names | argument_names(self.forward)
         self._takes_source_tokens = not isinstance(base, JOINED) and "input_ids" in argument_names(base.forward)
         self._decoder_positions = decoder_positions(base)
         self.generation_config = copy.deepcopy(base.generation_config)
-        self.model_tags = ["nvib"]  # of the model card; pushing adds to the list
+        self.model_tags = [*(base.model_tags or []), "nvib"]  # of the model card; pushing adds to the list
         self.card_metadata: dict = {}  # the model card's license, language, datasets, ...
         self.post_init()
 
@@ -186,7 +194,7 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
         generator: torch.Generator | None = None,
         **inputs,
     ) -> NvibLatents:
-        """Inputs to latents.
+        """Inputs to latents: with a graph in ``train()``, in ``eval()`` without, unless an input requires gradients.
 
         Args:
             input_ids, attention_mask, inputs: what the base's encoder takes. Or, in place of them, what an earlier
@@ -200,7 +208,10 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
         inputs = {name: value for name, value in inputs.items() if value is not None}
         check_known(inputs, type(self).__name__, self._argument_names)
-        return self._encode_alone(inputs, sample, generator)[0]
+        # Outside of training nobody asks for gradients, and the latents of a corpus would keep its graph.
+        with_graph = self.training or any(isinstance(x, Tensor) and x.requires_grad for x in inputs.values())
+        with nullcontext() if with_graph else torch.no_grad():
+            return self._encode_alone(inputs, sample, generator)[0]
 
     def _encode_alone(
         self,
@@ -223,11 +234,14 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
         """Latents, and the encoder's own output; with ``decode_only`` what decoding reads of them, and can see."""
         states = inputs.get(STATES)
         if states is None:
-            given = {k: v for k, v in inputs.items() if k in self._encoder_argument_names and v is not None}
+            read = {self._renamed.get(name, name): value for name, value in inputs.items() if value is not None}
+            given = {name: value for name, value in read.items() if name in self._encoder_argument_names}
             outputs, mask = run_encoder(self.base, given)
         else:
             check_states_are_whole(self._has_stacked_encoder)
             outputs, mask = BaseModelOutput(last_hidden_state=states), inputs.get("attention_mask")
+            if mask is not None:
+                check_mask_of_states(self.base, mask, states)
         vectors, left = outputs.last_hidden_state, current_pass().left if self._has_stacked_encoder else None
         if left is not None:
             padding, share = left
@@ -236,7 +250,7 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
             if mask is not None and mask.shape[1] != vectors.shape[1]:
                 mask = shortened_mask(self.base.get_encoder(), mask, vectors.shape[1])
             padding = None if mask is None else mask == 0
-        latents = NvibLatents.of(self.nvib(vectors, padding, sample, generator, decode_only))
+        latents = NvibLatents.of(self.nvib(vectors, padding, sample, generator, decode_only), self.scale)
         if left is not None and latents.prop_vectors is not None:
             latents.prop_vectors = latents.prop_vectors * share  # of the source, not of what its layers left of it
         if decode_only and latents.logvar is None:  # of a sample, draws decide what there is to see
@@ -252,6 +266,7 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
 
     # -------------------------------------------------------------------------------------------------- forward
     @can_return_tuple
+    @old_name_of_the_cache
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -296,13 +311,21 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
             ValueError: nothing for the decoder to read; latents of another model; labels longer than the decoder's
                 positions, or taken away by the Trainer's own label smoothing.
         """
-        if not kwargs.keys() <= self._argument_names:
-            given = [name for name, value in kwargs.items() if value is not None]
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "input_features": input_features,
+            "input_values": input_values,
+            "pixel_values": pixel_values,
+            STATES: encoder_last_hidden_state,
+            **kwargs,
+        }
+        given = {name: value for name, value in inputs.items() if value is not None}
+        if not given.keys() <= self._argument_names:
             check_known(given, type(self).__name__, self._argument_names)
         if labels is None and num_items_in_batch is not None:
             raise ValueError(LABELS_WERE_TAKEN)
-        if cache is not None and past_key_values is not None:
-            raise ValueError("The cache was given twice, as cache and as past_key_values. Pass one of them.")
         if generator is not None:
             self._check_generator(generator)
         recorded = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
@@ -317,7 +340,7 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
                 CACHE: past_key_values if cache is None else cache,
                 "use_cache": use_cache,
                 **recorded,
-                **{name: value for name, value in kwargs.items() if name not in self._encoder_argument_names},
+                **{name: value for name, value in kwargs.items() if name not in self._source_names},
             },
         )
         is_packed = encoder_outputs is not None and not isinstance(encoder_outputs, NvibLatents)
@@ -329,16 +352,7 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
         # What self-attentions with NVIB share and leave; without any there is nothing to share.
         with ForwardPass(generator, records={}) if self._self_attention_names else nullcontext() as this_pass:
             if encoder_outputs is None:
-                inputs = {
-                    "input_ids": input_ids,
-                    "attention_mask": attention_mask,
-                    "inputs_embeds": inputs_embeds,
-                    "input_features": input_features,
-                    "input_values": input_values,
-                    "pixel_values": pixel_values,
-                    STATES: encoder_last_hidden_state,
-                }
-                latents, states = self._encode({**inputs, **kwargs, **recorded}, generator=generator)
+                latents, states = self._encode({**given, **recorded}, generator=generator)
             elif not is_packed:
                 latents = encoder_outputs
                 check_latents(latents, self.nvib)
@@ -352,7 +366,7 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
         terms, charged = layer_terms(latents, attentions, records, targets)
         loss = cross_entropy = None
         if labels is not None:
-            regularisation = regulariser(charged, self.kl_beta, self.config)
+            regularisation = regulariser(charged, self.kl_beta if self.training else None, self.config)
             loss, cross_entropy = nvib_loss(
                 outputs.logits, labels, regularisation, num_items_in_batch, self.config.label_smoothing
             )
@@ -440,23 +454,3 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
         if labels is not None and "decoder_attention_mask" not in batch:  # shifted, as the decoder's inputs will be
             batch["decoder_attention_mask"] = F.pad(labels[:, :-1] != IGNORED, (1, 0), value=True).long()
         self(**batch)
-
-    # --------------------------------------------------------------------------------------------- halves of the base
-    def get_encoder(self, modality: str | None = None) -> nn.Module:
-        return self.base.get_encoder() if modality is None else self.base.get_encoder(modality=modality)
-
-    def get_decoder(self) -> nn.Module:
-        return self.base.get_decoder()
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        return self.base.get_output_embeddings()
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.base.set_output_embeddings(new_embeddings)
-
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
-        """As of the base; of both halves where an encoder and a decoder were joined that share a vocabulary."""
-        embeddings = resize_token_embeddings(self.base, new_num_tokens, *args, **kwargs)
-        self.vocab_size = embeddings.num_embeddings
-        self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
-        return embeddings

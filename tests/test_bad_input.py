@@ -324,7 +324,7 @@ def test_a_configuration_of_a_newer_version(tmp_path):
     config = json.loads(file.read_text())
     config["config_version"] += 1
     file.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=says("newer nvib_hf", "config_version 2", "pip install -U nvib-hf")):
+    with pytest.raises(ValueError, match=says("newer nvib_hf", "config_version 2", "pip install -U")):
         NvibForConditionalGeneration.from_pretrained(tmp_path)
 
 

@@ -19,6 +19,7 @@ from ..layers.nvib import NvibLayer
 from ..training.collapse import ChannelMoments
 from .texts import (
     MAX_LENGTH,
+    check_targets,
     check_texts,
     encode_texts,
     encoder_inputs,
@@ -34,6 +35,7 @@ def rate_distortion(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
+    targets: Sequence[str] | None = None,
     *,
     importance_samples: int = 0,
     seed: int = 0,
@@ -67,11 +69,13 @@ def rate_distortion(
     the vectors that the decoder sees, all of them drawn, and :math:`n'` is the number of these.
 
     Args:
+        targets: what the decoder writes of each text; by default the text itself.
         importance_samples: draws for the likelihood, 0 for none.
         seed: of all draws.
         max_length: tokens; longer texts are cut.
     """
     texts = check_texts(texts)
+    right = texts if targets is None else check_targets(targets, texts)
     sums = Sums()
     has_latents = hasattr(model, "encode")
     generator = torch.Generator(model.device).manual_seed(seed)
@@ -80,7 +84,7 @@ def rate_distortion(
         for batch in length_batches(token_lengths(tokenizer, texts, max_length), batch_size):
             some = [texts[i] for i in batch]
             inputs = encoder_inputs(model, tokenizer, some, max_length)
-            labels = labels_of(model, tokenizer, some, max_length)
+            labels = labels_of(model, tokenizer, [right[i] for i in batch], max_length)
             tokens = (labels != IGNORED).sum(-1)
             sums.add("tokens", tokens)
             if not has_latents:
@@ -99,7 +103,9 @@ def rate_distortion(
     results = sums.results()
     if has_latents:
         results["active_units"] = sums.moments.active_units(model.nvib.prior_logvar.exp())
-        results["mutual_information"] = mutual_information(model, tokenizer, texts, seed=seed, max_length=max_length)
+        results["mutual_information"] = mutual_information(
+            model, tokenizer, texts, targets, seed=seed, max_length=max_length
+        )
     return results
 
 
@@ -280,6 +286,7 @@ def mutual_information(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
+    targets: Sequence[str] | None = None,
     *,
     num_texts: int = 128,
     group_size: int = 32,
@@ -295,20 +302,23 @@ def mutual_information(
     a value there says that the latents tell the texts of a group apart, one near 0 that the decoder ignores them.
 
     Args:
+        targets: what stands for :math:`x_i` in the decoder, one for each text; by default the text.
         num_texts: how many are used, drawn from ``texts``.
         group_size: ``N``; each text is scored against so many latents.
 
     Source: van den Oord, Li & Vinyals (2018); Poole et al. (ICML 2019).
     """
     texts = check_texts(texts)
+    right = texts if targets is None else check_targets(targets, texts)
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()[:num_texts]
     size = min(group_size, len(order))
     generator = torch.Generator(model.device).manual_seed(seed)
     bounds = []
     with evaluating(model):
         for first in range(0, len(order) - size + 1, size):
-            group = [texts[i] for i in order[first : first + size]]
-            labels = labels_of(model, tokenizer, group, max_length)
+            members = order[first : first + size]
+            group = [texts[i] for i in members]
+            labels = labels_of(model, tokenizer, [right[i] for i in members], max_length)
             latents = encode_texts(
                 model, tokenizer, group, max_length=max_length, batch_size=size, sample=True, generator=generator
             )

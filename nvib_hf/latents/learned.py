@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -11,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..layers.latent_prior import LatentPrior, checked_sizes
-from .latents import NvibLatents, check_latents
+from .checks import check_latents
+from .latents import NvibLatents
 
 if TYPE_CHECKING:
     from ..configuration_nvib import NvibConfig
@@ -61,7 +61,8 @@ def with_prior_component(model: HasLatentPrior, z: Tensor, mask: Tensor, log_wei
     log_pi = F.pad(log_weight.float().expand(mask.shape), (1, 0)).masked_fill(~seen, -math.inf).log_softmax(-1)
     first = model.nvib.prior_mu.to(z).expand(len(z), 1, z.shape[-1])
     z = torch.cat([first, z], dim=1).to(model.dtype)
-    return NvibLatents(z=z, log_pi=log_pi, attention_mask=seen)
+    scale = torch.full_like(log_pi[:, 0], model.nvib.scale)
+    return NvibLatents(z=z, log_pi=log_pi, attention_mask=seen, scale=scale)
 
 
 def fitted_prior(model: HasLatentPrior, purpose: str) -> LatentPrior:
@@ -79,7 +80,7 @@ def fitted_prior(model: HasLatentPrior, purpose: str) -> LatentPrior:
 def sample_from_learned_prior(
     model: HasLatentPrior,
     num_samples: int,
-    num_vectors: int | Sequence[int] | Tensor | None,
+    num_vectors: Tensor | None,
     temperature: float,
     top_p: float,
     noise: float,
@@ -88,13 +89,12 @@ def sample_from_learned_prior(
     """Latents as :meth:`LearnedPriorMixin.sample_latents` draws them where there is a learned prior."""
     prior = fitted_prior(model, "sample_latents")
     if num_vectors is not None:
-        counts = torch.as_tensor(num_vectors)
-        if counts.is_floating_point() or not bool(((counts >= 2) & (counts <= 1 + prior.max_length)).all()):
+        if not bool(((num_vectors >= 2) & (num_vectors <= 1 + prior.max_length)).all()):
             raise ValueError(
-                f"num_vectors must be whole numbers from 2, the prior's component and one more, to "
-                f"{1 + prior.max_length}, which the learned prior knows of, but got {num_vectors}."
+                "num_vectors must be whole numbers from 2, the prior's component and one more, to "
+                f"{1 + prior.max_length}, which the learned prior knows of, but got {num_vectors.tolist()}."
             )
-        num_vectors = counts - 1
+        num_vectors = num_vectors - 1
     z, mask = prior.sample(
         num_samples, num_vectors, temperature=temperature, top_p=top_p, noise=noise, generator=generator
     )

@@ -178,7 +178,7 @@ def test_a_bottleneck_that_reports_less(monkeypatch):
     model = tiny_nvib()
     kept = ("z", "log_pi", "attention_mask", "kl_gaussian")
     whole = NvibLatents.of
-    monkeypatch.setattr(NvibLatents, "of", lambda output: NvibLatents(**{name: whole(output)[name] for name in kept}))
+    monkeypatch.setattr(NvibLatents, "of", lambda *given: NvibLatents(**{name: whole(*given)[name] for name in kept}))
     results = rate_distortion(model, TOKENIZER, TEXTS, importance_samples=2)
     assert set(results) == {
         "cross_entropy",
