@@ -31,7 +31,7 @@ from .validation import check_choice
 ORDERS = ("neighbours", "any")
 # Costs count as equal in a round within a step of their logarithm, and equal ones are told apart by a number of the
 # pair that looks random: else every pair of a slope, or of equal vectors, waits for its neighbour, a round each.
-STEP = 0.1
+STEP = 0.03
 SPREAD = (0.754878, 0.863156)  # irrational, and their sum is the golden ratio's, which scatters neighbours best
 
 
@@ -226,7 +226,8 @@ def _groups(
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
     """``x[b, index[b]]``: ``(B, N, P)`` and ``(B, K)`` to ``(B, K, P)``."""
-    return x[torch.arange(len(x), device=x.device)[:, None], index]
+    start = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
+    return x.flatten(0, 1).index_select(0, (index + start).flatten()).view(*index.shape, -1)
 
 
 def _log_cost(squared_distance: Tensor, first: Tensor, second: Tensor, power: float) -> Tensor:
@@ -244,7 +245,7 @@ def _key(log_cost: Tensor, first: Tensor, second: Tensor) -> Tensor:
 def _nearest_neighbours(z: Tensor, log_mass: Tensor, present: Tensor, power: float) -> tuple[Tensor, Tensor, Tensor]:
     """Of each vector its nearer neighbour, as ``_nearest_of_any`` returns it."""
     position = torch.arange(z.shape[1], device=z.device)
-    distance = (z[:, 1:] - z[:, :-1]).square().sum(-1)
+    distance = torch.linalg.vector_norm(z[:, 1:] - z[:, :-1], dim=-1).square()
     log_cost = _log_cost(distance, log_mass[:, :-1], log_mass[:, 1:], power)
     key = _key(log_cost, position[:-1], position[1:]).masked_fill(~present[:, 1:], float("inf"))
     before, after = F.pad(key, (1, 0), value=float("inf")), F.pad(key, (0, 1), value=float("inf"))
@@ -274,7 +275,7 @@ def _nearest_of_any(z: Tensor, log_mass: Tensor, present: Tensor, power: float) 
     )
     other = present[:, :, None] & present[:, None] & (position[:, None] != position)
     key, partner = keys.masked_fill(~other, float("inf")).min(-1)
-    exact = (z - _rows(z, partner)).square().sum(-1)
+    exact = torch.linalg.vector_norm(z - _rows(z, partner), dim=-1).square()
     return key, partner, _log_cost(exact, log_mass, log_mass.gather(1, partner), power)
 
 
@@ -294,7 +295,7 @@ def _reduced(z: Tensor, log_mass: Tensor, logvar: Tensor | None, assignment: Ten
         return empty.index_add(0, into, x.flatten(0, 1)).view(len(z), number, *x.shape[2:])
 
     def of_group(x: Tensor) -> Tensor:
-        return x.flatten(0, 1)[into].view(len(z), -1, *x.shape[2:])
+        return x.flatten(0, 1).index_select(0, into).view(len(z), -1, *x.shape[2:])
 
     mass = at_least_float32(log_mass).masked_fill(~present, float("-inf"))
     highest = mass.new_full((len(z), number), float("-inf"))
