@@ -6,8 +6,8 @@
 
 Whisper's encoder hands its decoder 1500 vectors for every 30 seconds, of which most are of silence. Here they are
 merged, mass and all, or the encoder runs over the sound alone and a handful of stored vectors stand for the silence.
-Needs the extra `examples` (pip install nvib-hf[examples]), flite and espeak-ng (apt-get install flite espeak-ng). A run
-that is cut off goes on where it was.
+Needs the extra `examples` (pip install nvib-hf[examples]), flite and espeak-ng (apt-get install flite espeak-ng). A
+run that is cut off goes on where it was.
 """
 
 import argparse

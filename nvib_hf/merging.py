@@ -25,13 +25,13 @@ from torch.nn import functional as F
 
 from .denoising_attention import at_least_float32
 from .distributions import log_of_positive
-from .dropping import kept_first
 from .validation import check_choice
 
 ORDERS = ("neighbours", "any")
 # Costs count as equal in a round within a step of their logarithm, and equal ones are told apart by a number of the
 # pair that looks random: else every pair of a slope, or of equal vectors, waits for its neighbour, a round each.
 STEP = 0.03
+LOWEST = -1000.0  # logarithm of a cost, that of equal vectors: further down fp32 would round the number away
 SPREAD = (0.754878, 0.863156)  # irrational, and their sum is the golden ratio's, which scatters neighbours best
 
 
@@ -80,8 +80,9 @@ def merge(
         z: vectors before any projection, ``(B, Nl, P)``.
         log_mass: :math:`b`, ``(B, Nl)``, ``-inf`` where there is no vector (padding, dropped).
         num_vectors: how many to leave, at least 1; more than there are leaves all.
-        share: of a row's vectors to leave, in (0, 1], rounded up. cost: merge as long as a pair costs at most this; 0
-            merges equal vectors alone. Exactly one of the three is given, as a number or one per row.
+        share: of a row's vectors to leave, in (0, 1], rounded, at least 1.
+        cost: merge as long as a pair costs at most this; 0 merges equal vectors alone. Exactly one of the three is
+            given, as a number or one per row.
         logvar: log-variances ``(B, Nl, P)``, ``-inf`` for 0: the spread of what is merged is added.
         fixed: ``(B, Nl)``, True = never merged, nor counted (the prior's component).
         order: ``"neighbours"`` merges what is next to each other, between vectors that may merge; ``"any"`` any two.
@@ -152,7 +153,7 @@ def _limits(num_vectors, share, cost, count: Tensor) -> tuple[Tensor, Tensor]:
     no_limit = torch.full(count.shape, float("inf"), device=count.device)
     if name == "cost":
         return torch.ones_like(count), values.double().log().float()
-    return values.long() if name == "num_vectors" else (values.double() * count).ceil().long(), no_limit
+    return values.long() if name == "num_vectors" else (values * count).round().long().clamp(min=1), no_limit
 
 
 # Which vectors belong together
@@ -170,14 +171,13 @@ def _assign(
 ) -> Tensor:
     """``Merged.assignment``: groups of what may merge, and what is fixed by itself."""
     count = mergeable.sum(-1)
-    first = kept_first(mergeable)  # what may merge, at the front of each row, in order
-    if first is None:
-        first = torch.arange(z.shape[1], device=z.device).expand(mergeable.shape)
+    first = _to_the_front(mergeable)
     there = mergeable.gather(1, first)
-    mass = at_least_float32(log_mass).gather(1, first).masked_fill(~there, float("-inf"))
+    vectors = _rows(at_least_float32(z), first).masked_fill(~there[..., None], 0)
+    mass = log_mass.to(vectors.dtype).gather(1, first).masked_fill(~there, float("-inf"))
     mean_mass = mass.logsumexp(-1, keepdim=True) - count[:, None].log()
     mass = torch.where(there, mass - mean_mass, 0.0)
-    labels = _groups(_rows(at_least_float32(z), first), mass, count, fewest, highest_cost, order, power)
+    labels = _groups(vectors, mass, count, fewest, highest_cost, order, power)
 
     # A group stands where its first vector does: labels rise from one such vector to the next.
     labels = labels.masked_fill(~there, -1)
@@ -213,9 +213,7 @@ def _groups(
         index = (left.cumsum(-1) - 1).clamp(min=0)
         index = torch.where(second, index.gather(1, partner), index)
         labels = index.gather(1, labels)
-        order_left = kept_first(left)
-        if order_left is None:  # a row has merged all that it should
-            order_left = position.expand(left.shape)
+        order_left = _to_the_front(left)
         of_partner = log_mass.gather(1, partner)
         weight = torch.sigmoid(of_partner - log_mass).masked_fill(~first, 0).gather(1, order_left)
         z = torch.lerp(_rows(z, order_left), _rows(z, partner.gather(1, order_left)), weight[..., None])
@@ -224,22 +222,26 @@ def _groups(
     return labels
 
 
+def _to_the_front(keep: Tensor) -> Tensor:
+    """Positions ``(B, L)`` of what is kept, in order, then of what is not, for the largest number kept in a row."""
+    return (~keep).to(torch.uint8).argsort(dim=-1, stable=True)[:, : int(keep.sum(-1).max())]
+
+
 def _rows(x: Tensor, index: Tensor) -> Tensor:
     """``x[b, index[b]]``: ``(B, N, P)`` and ``(B, K)`` to ``(B, K, P)``."""
     start = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
-    return x.flatten(0, 1).index_select(0, (index + start).flatten()).view(*index.shape, -1)
+    return x.flatten(0, 1).index_select(0, (index + start).flatten()).view(*index.shape, x.shape[-1])
 
 
 def _log_cost(squared_distance: Tensor, first: Tensor, second: Tensor, power: float) -> Tensor:
-    """The logarithm of the cost of pairs, by the log masses of both; finite for equal vectors, too."""
-    smallest = torch.finfo(squared_distance.dtype).tiny
-    return squared_distance.clamp(min=smallest).log() + power * (first + second - torch.logaddexp(first, second))
+    """The logarithm of the cost of pairs, by the log masses of both; ``-inf`` for equal vectors."""
+    return squared_distance.log() + power * (first + second - torch.logaddexp(first, second))
 
 
 def _key(log_cost: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """By what pairs are compared: the cost in steps, and within a step a number of the two positions."""
     scattered = (SPREAD[0] * first + SPREAD[1] * second) % 1
-    return (log_cost / STEP).floor() + scattered
+    return (log_cost.clamp(min=LOWEST) / STEP).floor() + scattered
 
 
 def _nearest_neighbours(z: Tensor, log_mass: Tensor, present: Tensor, power: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -285,7 +287,7 @@ def _nearest_of_any(z: Tensor, log_mass: Tensor, present: Tensor, power: float) 
 def _reduced(z: Tensor, log_mass: Tensor, logvar: Tensor | None, assignment: Tensor) -> Merged:
     """Mass, mean and variance of each group, by sums in at least fp32 over all of its vectors at once."""
     present = assignment >= 0
-    number = int(assignment.max()) + 1 if assignment.numel() else 0
+    number = int(F.pad(assignment, (0, 1)).max()) + 1  # at least 1, be it of padding
     row = torch.arange(len(z), device=z.device)[:, None] * number
     into = (assignment.clamp(min=0) + row).flatten()
 
@@ -320,29 +322,24 @@ def naive_merge(
 ) -> Merged:
     """:func:`merge` of one row ``(Nl, P)`` and ``(Nl,)`` as it is defined: always the one cheapest pair. For tests."""
     z, mass = z.double(), log_mass.double().exp()
-    groups = [[j] for j in range(len(z)) if mass[j] > 0]
     mass = mass / mass[mass > 0].mean()
+    groups = [[j] for j in range(len(z)) if mass[j] > 0]
 
-    def mean(group: list[int]) -> Tensor:
-        return (mass[group, None] * z[group]).sum(0) / mass[group].sum()
-
-    def cost(first: list[int], second: list[int]) -> float:
-        a, b = mass[first].sum(), mass[second].sum()
-        return ((a * b / (a + b)) ** power * (mean(first) - mean(second)).square().sum()).item()
+    def moments() -> tuple[Tensor, Tensor]:
+        total = torch.stack([mass[group].sum() for group in groups])
+        return total, torch.stack([mass[group] @ z[group] for group in groups]) / total[:, None]
 
     while len(groups) > num_vectors:
-        reach = 1 if order == "neighbours" else len(groups)
-        pairs = [(i, j) for i in range(len(groups)) for j in range(i + 1, min(i + reach + 1, len(groups)))]
-        i, j = min(pairs, key=lambda pair: cost(groups[pair[0]], groups[pair[1]]))
+        total, mean = moments()
+        costs = (1 / (1 / total[:, None] + 1 / total)) ** power * (mean[:, None] - mean).square().sum(-1)
+        pairs = torch.ones_like(costs).triu(1).tril(1 if order == "neighbours" else len(groups))
+        i, j = divmod(costs.masked_fill(pairs == 0, float("inf")).argmin().item(), len(groups))
         groups[i] = groups[i] + groups.pop(j)
     assignment = torch.full((len(z),), -1)
     for k, group in enumerate(groups):
         assignment[group] = k
-    variance = [(mass[g, None] * (z[g] - mean(g)).square()).sum(0) / mass[g].sum() for g in groups]
-    return Merged(
-        torch.stack([mean(group) for group in groups]),
-        torch.stack([log_mass.double()[group].logsumexp(0) for group in groups]),
-        torch.stack(variance).log(),
-        torch.tensor([len(group) for group in groups]),
-        assignment,
-    )
+    total, mean = moments()
+    variance = [mass[g] @ (z[g] - mean[k]).square() / total[k] for k, g in enumerate(groups)]
+    log_total = torch.stack([log_mass.double()[group].logsumexp(0) for group in groups])
+    counts = torch.tensor([len(group) for group in groups])
+    return Merged(mean, log_total, torch.stack(variance).log(), counts, assignment)
