@@ -27,8 +27,8 @@ from transformers import BartConfig, BartForConditionalGeneration
 from transformers.utils import logging
 
 from nvib_hf import NvibForConditionalGeneration
-from nvib_hf.markdown import markdown_table
 from nvib_hf.versions import CACHE
+from nvib_hf.wrapping.model_card import markdown_table
 
 SHAPES = {
     "base": {"d_model": 768, "layers": 6, "heads": 12, "ffn": 3072, "vocab": 50265},

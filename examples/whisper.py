@@ -40,10 +40,10 @@ from transformers.utils import logging
 from whisper_base import load_packaged_whisper
 
 from nvib_hf import ConstraintCallback, NvibForConditionalGeneration, NvibTrainer
-from nvib_hf.loss import IGNORED
-from nvib_hf.markdown import markdown_table
-from nvib_hf.text_metrics import word_edits
+from nvib_hf.evaluation.samples import word_edits
+from nvib_hf.layers.cross_entropy import IGNORED
 from nvib_hf.versions import CACHE
+from nvib_hf.wrapping.model_card import markdown_table
 
 matplotlib.use("Agg")
 BATCH = 8

@@ -112,10 +112,14 @@ def definitions(min_words: int = 3, max_words: int = 12) -> list[str]:
     return [text for text in dict.fromkeys(found) if min_words <= len(text.split()) <= max_words]
 
 
-def corpus_for(quick: bool) -> str:
-    """``"wordnet"``, or for a quick experiment where it is not installed ``"bbe"``."""
+def corpus_for(quick: bool, jobs: int = 1) -> str:
+    """``"wordnet"``, or for a quick experiment where it is not installed ``"bbe"``.
+
+    With no ``jobs`` finished runs are only reported, for which it need not be installed.
+    """
     if quick and not is_installed():
         print("WordNet is not installed (apt install wordnet-base): texts of the Bible in Basic English instead.")
         return "bbe"
-    path("data.noun")
+    if jobs:
+        path("data.noun")
     return "wordnet"

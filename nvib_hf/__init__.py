@@ -1,17 +1,25 @@
 """Nonparametric Variational Information Bottleneck for PyTorch and Hugging Face Transformers."""
 
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, NoReturn
 
-from .denoising_attention import denoising_attention, naive_denoising_attention
-from .initialisation import EmpiricalPrior, empirical_prior
-from .kl import kl_dirichlet, kl_gaussian
-from .memory import NvibMemory
-from .multihead_attention import DenoisingMultiheadAttention
-from .published_layer import Nvib
+from . import layers
+from .layers import (
+    DenoisingMultiheadAttention,
+    EmpiricalPrior,
+    Nvib,
+    NvibMemory,
+    denoising_attention,
+    empirical_prior,
+    kl_dirichlet,
+    kl_gaussian,
+    naive_denoising_attention,
+)
 
 __version__ = "0.1.0"
 
-_TORCH = [
+# What needs torch alone comes first, then what needs Transformers. Type checkers read this list too, so it is a plain one.
+__all__ = [
     "DenoisingMultiheadAttention",
     "EmpiricalPrior",
     "Nvib",
@@ -21,8 +29,7 @@ _TORCH = [
     "kl_dirichlet",
     "kl_gaussian",
     "naive_denoising_attention",
-]
-_TRANSFORMERS = [
+    "AttentionSpec",
     "CollapseCallback",
     "CollapseWarning",
     "ConstraintCallback",
@@ -40,15 +47,19 @@ _TRANSFORMERS = [
     "ThresholdCallback",
     "add_to_model_card",
     "concatenate_latents",
+    "decode_latents",
+    "encode_texts",
     "evaluate",
     "evaluation_section",
     "latent_distance",
+    "reconstruct",
+    "register_attention",
     "register_cross_attention",
     "register_self_attention",
     "search_taus",
 ]
 
-if find_spec("transformers") is not None:
+if TYPE_CHECKING or find_spec("transformers") is not None:
     from transformers import (
         AutoConfig,
         AutoModelForAudioClassification,
@@ -58,19 +69,26 @@ if find_spec("transformers") is not None:
         AutoModelForTokenClassification,
     )
 
-    from .architectures import CrossAttention, register_cross_attention
-    from .callbacks import ConstraintCallback, KLAnnealingCallback, ThresholdCallback
-    from .collapse import CollapseCallback, CollapseWarning, EvaluationGapWarning
     from .configuration_nvib import NvibConfig
-    from .evaluation import evaluate
-    from .evaluation_report import add_to_model_card, evaluation_section
-    from .latent import NvibLatents, concatenate_latents
-    from .latent_transport import latent_distance
-    from .modeling_encoder import NvibForSequenceClassification, NvibForTokenClassification
+    from .evaluation.evaluate import evaluate
+    from .evaluation.report import add_to_model_card, evaluation_section
+    from .evaluation.texts import decode_latents, encode_texts, reconstruct
+    from .latents.latents import NvibLatents, concatenate_latents
+    from .latents.transport import latent_distance
     from .modeling_nvib import NvibForConditionalGeneration
-    from .self_architectures import SelfAttention, register_self_attention
-    from .tau_search import search_taus
-    from .trainer import NvibTrainer, NvibTrainerMixin
+    from .modeling_nvib_classification import NvibForSequenceClassification, NvibForTokenClassification
+    from .training.callbacks import ConstraintCallback, KLAnnealingCallback, ThresholdCallback
+    from .training.collapse import CollapseCallback, CollapseWarning, EvaluationGapWarning
+    from .training.tau_search import search_taus
+    from .training.trainer import NvibTrainer, NvibTrainerMixin
+    from .wrapping.specs import (
+        AttentionSpec,
+        CrossAttention,
+        SelfAttention,
+        register_attention,
+        register_cross_attention,
+        register_self_attention,
+    )
 
     AutoConfig.register(NvibConfig.model_type, NvibConfig)
     AutoModelForSeq2SeqLM.register(NvibConfig, NvibForConditionalGeneration)
@@ -78,16 +96,12 @@ if find_spec("transformers") is not None:
     AutoModelForImageClassification.register(NvibConfig, NvibForSequenceClassification)
     AutoModelForAudioClassification.register(NvibConfig, NvibForSequenceClassification)
     AutoModelForTokenClassification.register(NvibConfig, NvibForTokenClassification)
-    NvibConfig.register_for_auto_class()
-    NvibForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
-    NvibForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
-    NvibForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
-    __all__ = [*_TORCH, *_TRANSFORMERS]
 else:
-    __all__ = _TORCH
+    _NEED_TRANSFORMERS = set(__all__) - set(layers.__all__)
+    __all__ = layers.__all__
 
-    def __getattr__(name: str):
-        if name in _TRANSFORMERS:
+    def __getattr__(name: str) -> NoReturn:
+        if name in _NEED_TRANSFORMERS:
             raise ImportError(
                 f"nvib_hf.{name} needs the package transformers, which is not installed. Install it with "
                 "`pip install 'transformers>=5.23,<5.25' accelerate`."

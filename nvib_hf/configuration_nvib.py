@@ -13,19 +13,12 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .validation import (
-    EVALUATIONS,
-    KINDS,
-    KL_WEIGHTS,
-    attentions_by_kind,
-    check_choice,
-    check_prior,
-    check_settings,
-    check_taus,
-)
+from .layers.settings import EVALUATIONS, KINDS, KL_WEIGHTS, check_choice, check_prior, check_settings, check_taus
 from .versions import CACHE
+from .wrapping.hub import auto_map_entry, save_code
 
 CONFIG_VERSION = 1
+
 NUMBERS = (
     "prior_alpha",
     "delta",
@@ -40,12 +33,14 @@ NUMBERS = (
     "word_dropout",
     "label_smoothing",
 )
+
 TAUS = {"tau_alpha": 10.0, "tau_sigma": 0.0, "tau_mu": 1.0}  # which compute the base model's function
+
 WEIGHTS = ("lambda_gaussian", "lambda_dirichlet", "lambda_vectors", "free_bits_gaussian", "free_bits_dirichlet")
 
 
 def _of_base(name: str) -> property:
-    """A setting that is the base configuration's, read and written there; what comes before that waits for it."""
+    """A setting of the base configuration, read and written there. Values set before it exists are applied later."""
 
     def read(config: NvibConfig):
         return getattr(vars(config).get("base_config"), name, None)
@@ -106,10 +101,10 @@ class NvibConfig(PreTrainedConfig):
         kappa: vectors drawn per component in training, at least 1; in self-attention it is 1.
         alpha_activation: ``"exp"`` (quadratic pseudo-counts) or ``"relu"``.
         dropping: what decides which vectors the decoder does not get. ``"threshold"``: ``alpha_threshold``, under the
-            pseudo-counts, if it is not 0. Or a decision that is learned, one linear unit on the encoder's vectors,
-            which keeps them all at the start: ``"relaxed"`` for a decoder that is frozen
-            (:meth:`~nvib_hf.NvibForConditionalGeneration.freeze_base`), ``"hard"`` for one that is trained. What a
-            layer of the encoder drops is gone from the layers above it too; a decoder's layers drop nothing.
+            pseudo-counts, if it is not 0. ``"relaxed"``: a decision that is learned, one linear unit on the encoder's
+            vectors, which keeps them all at the start; for a decoder that is frozen
+            (:meth:`~nvib_hf.NvibForConditionalGeneration.freeze_base`). What a layer of the encoder drops is gone
+            from the layers above it too; a decoder's layers drop nothing.
         alpha_threshold: components with a pseudo-count at or below it are dropped, in training and evaluation.
         threshold_share: the share of the training examples in which vectors are dropped, so that one can come back
             through the others; 0 turns dropping off, in evaluation too. Where training starts: a callback may move
@@ -119,7 +114,7 @@ class NvibConfig(PreTrainedConfig):
             ``{"encoder": 5.0}`` leaves the others at the default.
         lambda_gaussian, lambda_dirichlet: weights of the two KL terms in the loss, per target token.
         lambda_vectors: weight of the share of vectors kept in the loss, as relaxed by
-            :func:`~nvib_hf.dropping.relaxed_share`, per target token; needs something that drops.
+            :func:`~nvib_hf.layers.dropping.relaxed_share`, per target token; needs something that drops.
         free_bits_gaussian, free_bits_dirichlet: nats of an example's KL that cost nothing.
         word_dropout: share of the decoder's input tokens replaced in training, in [0, 1): it has to ask the latent
             for what it cannot read.
@@ -267,7 +262,7 @@ class NvibConfig(PreTrainedConfig):
         if self.lambda_vectors > 0 and not self.drops:
             raise ValueError(
                 f"lambda_vectors={self.lambda_vectors} weighs the share of vectors kept, but alpha_threshold is 0 and "
-                "drops none. Set dropping to 'relaxed' or 'hard', or alpha_threshold, for instance to 0.1."
+                "drops none. Set alpha_threshold, for instance to 0.1, or dropping to 'relaxed'."
             )
 
     def taus(self, kind: str) -> dict[str, float]:
@@ -310,6 +305,16 @@ class NvibConfig(PreTrainedConfig):
             )
         return config, kwargs
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: object = "AutoConfig") -> None:
+        """Does nothing: a saved configuration brings its code anyway."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """As in the base class; the code of this class is written beside it (see ``wrapping/hub.py``)."""
+        self.auto_map = {**(getattr(self, "auto_map", None) or {}), "AutoConfig": auto_map_entry(type(self))}
+        super().save_pretrained(save_directory, *args, **kwargs)
+        save_code(type(self), save_directory)
+
     def to_dict(self) -> dict:
         """As in the base class. Folders from which the model or parts of it were loaded are not named."""
         config = super().to_dict()
@@ -336,3 +341,30 @@ def refuse_misspelt_settings(names: Iterable[str]) -> None:
     for name in names:
         if close := difflib.get_close_matches(name, setting_names(), n=1, cutoff=0.75):
             raise TypeError(f"{name!r} is no setting of NvibConfig. Did you mean {close[0]!r}?")
+
+
+def attentions_by_kind(attentions: object) -> dict[str, str | list[int]] | None:
+    """Which layers of which kinds of attention: ``{kind: "all" or numbers}`` of that, or of a list of kinds.
+
+    Raises:
+        ValueError: it names another kind, or something else than layers.
+    """
+    if attentions is None:
+        return None
+    if isinstance(attentions, str):
+        attentions = [attentions]
+    by_kind = dict(attentions) if hasattr(attentions, "items") else dict.fromkeys(attentions, "all")
+    for kind, layers in by_kind.items():
+        check_choice("attentions", kind, KINDS)
+        if kind == "cross" and layers != "all":
+            raise ValueError(f"attentions['cross'] must be 'all', but got {layers!r}: all layers read one latent.")
+        if layers != "all":
+            numbers = [] if isinstance(layers, str) or not hasattr(layers, "__iter__") else sorted(set(layers))
+            if not numbers or any(not isinstance(n, int) or n < 0 for n in numbers):
+                raise ValueError(
+                    f"attentions[{kind!r}] must be 'all' or numbers of layers, counted from 0, but got {layers!r}."
+                )
+            by_kind[kind] = numbers
+    if not by_kind:
+        raise ValueError("attentions is empty. Name at least one kind of attention, or leave it out.")
+    return by_kind

@@ -1,4 +1,4 @@
-"""The training loss: cross-entropy in single precision of logits in any, and the KL terms."""
+"""The training loss: cross-entropy, and what the latent costs."""
 
 from __future__ import annotations
 
@@ -8,15 +8,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .denoising_attention import at_least_float32
+from .layers.cross_entropy import IGNORED, cross_entropy
 
 if TYPE_CHECKING:
     from .configuration_nvib import NvibConfig
-    from .latent import NvibLatents
+    from .latents.latents import NvibLatents
+    from .wrapping.self_attention import DenoisingSelfAttention, LayerRecord
 
-IGNORED = -100  # the label of what is no target
 # What to do where a Trainer's own smoothing of labels would take the place of this loss.
 SMOOTHING = "Set label_smoothing_factor to 0 in TrainingArguments and use NvibConfig(label_smoothing=...) instead"
+
+# Where the Trainer has taken the labels out of the inputs.
+LABELS_WERE_TAKEN = (
+    f"The Trainer took the labels out of the inputs, so its loss would lack the KL terms. {SMOOTHING}; in place of a "
+    "compute_loss_func, override Trainer.compute_loss."
+)
+
 TERMS = ("gaussian", "dirichlet", "vectors")  # what ``lambda_*`` weigh, in the order of the model's ``kl_beta``
 
 
@@ -31,7 +38,60 @@ class Charged(NamedTuple):
     relaxed_prop_vectors: Tensor | None
 
 
-def regulariser(latents: NvibLatents | Charged, beta: Tensor, config: NvibConfig) -> Tensor | None:
+class LayerTerms(NamedTuple):
+    """Per example ``(B,)``, by the names of the NVIB layers: what the loss charges, and the share of vectors kept.
+
+    ``relaxed_prop_vectors`` is of the layers that can drop vectors.
+    """
+
+    kl_gaussian: dict[str, Tensor]
+    kl_dirichlet: dict[str, Tensor]
+    prop_vectors: dict[str, Tensor]
+    relaxed_prop_vectors: dict[str, Tensor]
+
+
+def layer_terms(
+    latents: NvibLatents | None,
+    attentions: dict[str, DenoisingSelfAttention],
+    records: dict[torch.nn.Module, LayerRecord],
+    targets: Tensor | None = None,
+) -> tuple[LayerTerms, Charged]:
+    """What the NVIB layers of a model cost in one pass, by layer, and their means, which the loss charges for.
+
+    Args:
+        latents: of the layer between the halves, ``"cross"``; those of no text cost nothing.
+        attentions: the self-attentions with NVIB, by the names of their layers.
+        records: what those of them that ran left in the pass.
+        targets: ``(B, Nt)``, True where a decoder's position has a target; by default all that its mask shows.
+    """
+    terms = LayerTerms({}, {}, {}, {})
+    for name, module in attentions.items():
+        if module not in records:
+            continue
+        posterior, visible, sources = records[module]
+        if targets is not None and name.startswith("decoder"):
+            visible = targets
+        if visible is not None:
+            mask = F.pad(visible, (1, 0), value=True)
+            posterior = posterior._replace(mask=mask, keep=posterior.keep & mask)
+        terms.kl_gaussian[name], terms.kl_dirichlet[name] = module.nvib.kl(posterior, posterior, kappa=1)
+        statistics = posterior.statistics()
+        share = statistics["prop_vec"] if sources is None else statistics["num_vec"] / sources.clamp(min=1)
+        terms.prop_vectors[name] = share
+        if posterior.keep_logit is not None:
+            terms.relaxed_prop_vectors[name] = module.nvib.relaxed_share(posterior)
+    if latents is not None and latents.kl_gaussian is not None and latents.kl_dirichlet is not None:
+        for field in LayerTerms._fields:
+            if (value := getattr(latents, field)) is not None:
+                getattr(terms, field)["cross"] = value
+    means = {}
+    for field in Charged._fields:
+        values = list(getattr(terms, field).values())
+        means[field] = torch.stack(values).mean(0) if values else None
+    return terms, Charged(**means)
+
+
+def regulariser(charged: Charged, beta: Tensor, config: NvibConfig) -> Tensor | None:
     r"""What one target token of an example pays for its latent, ``(B,)``; ``None`` for latents of no text.
 
     .. math::
@@ -40,19 +100,19 @@ def regulariser(latents: NvibLatents | Charged, beta: Tensor, config: NvibConfig
     with the free bits :math:`f` and the relaxed share of vectors kept.
 
     Args:
-        latents: with their KLs.
+        charged: the terms; latents with their KLs do as well.
         beta: the current weights ``(3,)`` of the terms, which a callback anneals or controls.
         config: of the model, for ``lambda_*`` and ``free_bits_*``.
 
     Source: Henderson & Fehr (ICLR 2023), section 3.3; free bits, Kingma et al. (NeurIPS 2016), here by example.
     """
-    if latents.kl_gaussian is None or latents.kl_dirichlet is None:
+    if charged.kl_gaussian is None or charged.kl_dirichlet is None:
         return None
-    beta = beta.to(latents.kl_gaussian.dtype)
-    total = beta[0] * config.lambda_gaussian * latents.kl_gaussian.clamp(min=config.free_bits_gaussian)
-    total = total + beta[1] * config.lambda_dirichlet * latents.kl_dirichlet.clamp(min=config.free_bits_dirichlet)
-    if config.lambda_vectors > 0 and latents.relaxed_prop_vectors is not None:
-        total = total + beta[2] * config.lambda_vectors * latents.relaxed_prop_vectors
+    beta = beta.to(charged.kl_gaussian.dtype)
+    total = beta[0] * config.lambda_gaussian * charged.kl_gaussian.clamp(min=config.free_bits_gaussian)
+    total = total + beta[1] * config.lambda_dirichlet * charged.kl_dirichlet.clamp(min=config.free_bits_dirichlet)
+    if config.lambda_vectors > 0 and charged.relaxed_prop_vectors is not None:
+        total = total + beta[2] * config.lambda_vectors * charged.relaxed_prop_vectors
     return total
 
 
@@ -85,86 +145,3 @@ def nvib_loss(
     total = nll if regularisation is None else nll + (tokens * regularisation.to(nll.device)).sum()
     of_step = own if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=nll.device)
     return total / of_step, nll / own
-
-
-# -------------------------------------------------------------------------------------------- cross-entropy
-# Logits are the largest tensor of a training step. Converted as a whole, those in half precision would cost a copy in
-# single precision, one more for their softmax and a third for its gradient. So a few rows are converted at a time, and
-# the gradient is written in the logits' own precision. A CPU takes as many logits as stay in its cache; elsewhere,
-# where kernels have to be launched, they take 64 MiB.
-AT_A_TIME = {"cpu": 2**20}
-AT_A_TIME_ELSEWHERE = 2**24
-
-
-def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    r"""Sum over tokens, in nats, in fp32 (fp64 for logits in fp64).
-
-    .. math::
-        \sum_t \Bigl( \log \sum_v e^{x_{tv}} - (1 - \epsilon) x_{t y_t} - \frac{\epsilon}{V} \sum_v x_{tv} \Bigr)
-
-    Args:
-        logits: ``x``, ``(N, V)``.
-        labels: ``y``, ``(N,)``; -100 is ignored.
-        label_smoothing: :math:`\epsilon`, in [0, 1].
-    """
-    if torch.compiler.is_compiling():  # which makes no copies where it fuses, but would unroll a loop over rows
-        return _whole(logits, labels, label_smoothing)
-    return _CrossEntropy.apply(logits, labels, label_smoothing)
-
-
-def _whole(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    return F.cross_entropy(
-        at_least_float32(logits), labels, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing
-    )
-
-
-def _gradient(logits: Tensor, labels: Tensor, weight: Tensor, smoothing: float) -> Tensor:
-    """Of the sum by the logits, for labels in the vocabulary ``(N, 1)`` and what each token counts ``(N, 1)``."""
-    p = at_least_float32(logits).softmax(-1)
-    target = p.new_full((1, 1), smoothing - 1).expand_as(labels)
-    return weight * (p.scatter_add(1, labels, target) - smoothing / p.shape[1])
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """The sum, with a backward that computes the softmax again, a few rows at a time, in place of keeping it.
-
-    Forward and backward of 512 x 50265 logits on one CPU core, and the most memory beside the logits:
-
-        bfloat16           float32
-         62 ms,  87 MiB     70 ms, 133 MiB   this
-        124 ms, 297 MiB    125 ms, 296 MiB   F.cross_entropy of logits.float()
-         53 ms, 181 MiB     50 ms, 219 MiB   the loop over rows with autograd's own backward
-         93 ms, 160 MiB    140 ms, 269 MiB   the same with checkpointing
-
-    What autograd's own backward has is kept: the rule for ``vmap``, with which ``torch.func`` takes the gradients of
-    single examples, and a second derivative.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-        rows = _rows(logits)
-        parts = zip(logits.split(rows), labels.split(rows), strict=True)
-        return torch.stack([_whole(x, y, smoothing) for x, y in parts]).sum()
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
-        logits, labels, ctx.smoothing = inputs
-        ctx.save_for_backward(logits, labels)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        logits, labels = ctx.saved_tensors
-        counted = (labels != IGNORED)[:, None]
-        labels, weight = labels[:, None].masked_fill(~counted, 0), counted * gradient
-        if torch.is_grad_enabled():  # for a second derivative
-            return _gradient(logits, labels, weight, ctx.smoothing).to(logits.dtype), None, None
-        result, rows = torch.empty_like(logits), _rows(logits)
-        for into, *part in zip(*(x.split(rows) for x in (result, logits, labels, weight)), strict=True):
-            into.copy_(_gradient(*part, ctx.smoothing))
-        return result, None, None
-
-
-def _rows(logits: Tensor) -> int:
-    return max(1, AT_A_TIME.get(logits.device.type, AT_A_TIME_ELSEWHERE) // logits.shape[1])

@@ -1,60 +1,68 @@
 """``NvibForConditionalGeneration``: a pretrained encoder-decoder with a bottleneck between its halves.
 
-The way of the data: ``encode`` (``encoding.py``: encoder, NVIB layer, latents), then ``forward`` (packed latents,
-decoder, loss) or ``generate`` (``generation.py``).
+Read from top to bottom: how the model is made, ``encode`` (inputs to latents), ``forward`` (latents, decoder, loss).
+``generate`` is in ``generation_nvib.py``.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+from contextlib import nullcontext
+from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.utils import can_return_tuple
 
-from .base_loading import base_class
-from .base_model import (
+from .configuration_nvib import NvibConfig
+from .generation_nvib import NvibGenerationMixin
+from .latents.latents import NvibLatents, check_latents, refuse_batch
+from .latents.sampling import NvibLatentsMixin
+from .layers.cross_entropy import IGNORED
+from .layers.denoising_attention import pack
+from .layers.settings import check_prior
+from .loss import LABELS_WERE_TAKEN, layer_terms, nvib_loss, regulariser
+from .outputs import NvibSeq2SeqLMOutput
+from .versions import CACHE, warn_if_untested
+from .wrapping.base import (
     JOINED,
+    NOTHING_TO_READ,
     STATES,
+    LatentOutput,
     argument_names,
+    base_class,
+    check_known,
     decoder_positions,
     drop_words,
     freeze_unused,
+    gathering,
+    join_encoder_decoder,
+    load_base,
+    resize_token_embeddings,
     run_decoder,
     run_decoder_over_source,
-    shift_right,
+    run_encoder,
+    shortened_mask,
 )
-from .checks import (
-    NOTHING_TO_READ,
+from .wrapping.cross_attention import check_cache_was_found, convert_cross_attention
+from .wrapping.pretrained import NvibPreTrainedModel
+from .wrapping.self_attention import ForwardPass, current_pass
+from .wrapping.stacked_encoder import check_length_is_left, check_states_are_whole
+from .wrapping.wrap import (
     check_attentions,
     check_base,
-    check_batch,
-    check_labels_were_left,
-    check_latents,
-    check_positions,
-    check_replacement,
+    cross_attention_of,
+    is_stacked,
+    make_layer,
+    put_into_self_attention,
+    split_settings,
+    wrap,
 )
-from .configuration_nvib import NvibConfig
-from .cross_attention import check_cache_was_found, convert_cross_attention
-from .encoding import NvibEncodingMixin
-from .generation import NvibGenerationMixin
-from .latent import NvibLatents
-from .latent_methods import NvibLatentsMixin
-from .layer_terms import begin_recording, end_recording
-from .loss import IGNORED, nvib_loss, regulariser
-from .model_card import NvibModelCardMixin
-from .nvib_layers import NvibLayersMixin
-from .outputs import LatentOutput, NvibSeq2SeqLMOutput, joined_output
-from .precision import SinglePrecisionMixin
-from .pretrained import NvibSeq2SeqPretrainedMixin
-from .validation import check_prior
-from .versions import CACHE, given_cache, warn_if_untested
-from .wrapping import cross_attention_of, make_layer, put_into_self_attention
 
 RECORDED = {"output_attentions", "output_hidden_states"}
 FOLLOWS_THE_BASE = (
@@ -68,16 +76,7 @@ FOLLOWS_THE_BASE = (
 OF_THE_DECODER = {"use_cache", CACHE, "encoder_hidden_states", "encoder_attention_mask"}
 
 
-class NvibForConditionalGeneration(
-    NvibModelCardMixin,
-    NvibEncodingMixin,
-    NvibLatentsMixin,
-    NvibSeq2SeqPretrainedMixin,
-    NvibLayersMixin,
-    SinglePrecisionMixin,
-    PreTrainedModel,
-    NvibGenerationMixin,
-):
+class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGenerationMixin):
     r"""An encoder-decoder model whose decoder reads a distribution instead of the encoder's vectors.
 
     The NVIB layer turns the encoder's output into a posterior over mixtures; training samples from it, evaluation
@@ -103,18 +102,13 @@ class NvibForConditionalGeneration(
     Source: Henderson & Fehr (ICLR 2023); Fehr & Henderson (COLM 2024).
     """
 
-    config_class = NvibConfig
-    base_model_prefix = "base"
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # the Trainer passes num_items_in_batch and leaves the scaling to the loss
-    _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _can_compile_fullgraph = True
-    # s / 2 * ||x||^2 in the pseudo-counts must cancel to the last bit against the attention's bias. When loading;
-    # afterwards see SinglePrecisionMixin.
-    _keep_in_fp32_modules_strict = [r"nvib\.(alpha|keep|prior)_\w+", "nvib.threshold_share", "kl_beta"]
+    _load_base = staticmethod(load_base)
+    _auto_name = "AutoModelForSeq2SeqLM"
+    _has_card = True
 
     def __init__(self, config: NvibConfig, base: PreTrainedModel | None = None) -> None:
         warn_if_untested()
@@ -144,8 +138,9 @@ class NvibForConditionalGeneration(
             halves = {"encoder": base.get_encoder(), "decoder": base.get_decoder()}
             names = put_into_self_attention(base, halves, config)
         self._self_attention_names = {layer: f"base.{name}" for layer, name in names.items()}
+        self._has_stacked_encoder = is_stacked(config)
         self.register_buffer("kl_beta", torch.ones(3))  # of lambda_gaussian, lambda_dirichlet, lambda_vectors
-        convert_cross_attention(cross_attention, width, config.exact_attention, config.dropping == "hard")
+        convert_cross_attention(cross_attention, width, self.scale, config.exact_attention)
         freeze_unused(base)
         # Read once: a forward pass that inspects signatures cannot be compiled.
         self._encoder_argument_names = (argument_names(base.get_encoder().forward) - OF_THE_DECODER) | RECORDED
@@ -157,6 +152,97 @@ class NvibForConditionalGeneration(
         self.card_metadata: dict = {}  # the model card's license, language, datasets, ...
         self.post_init()
 
+    @classmethod
+    def from_encoder_decoder_pretrained(
+        cls,
+        encoder: str | PreTrainedModel,
+        decoder: str | PreTrainedModel | PreTrainedConfig,
+        **kwargs,
+    ) -> Self:
+        """Join a pretrained encoder with a decoder that can cross-attend, and wrap the two.
+
+        Args:
+            encoder: name, path or model.
+            decoder: name, path, model, or a configuration for fresh weights.
+            kwargs: settings of :class:`NvibConfig`; the others go to both ``from_pretrained``.
+        """
+        settings, others = split_settings(kwargs)
+        return wrap(cls, join_encoder_decoder(encoder, decoder, **others), settings)
+
+    # ------------------------------------------------------------------------------------------------- encoding
+    def encode(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        sample: bool | None = None,
+        generator: torch.Generator | None = None,
+        **inputs,
+    ) -> NvibLatents:
+        """Inputs to latents.
+
+        Args:
+            input_ids, attention_mask, inputs: what the base's encoder takes. Or, in place of them, what an earlier
+                call of the model returned as ``encoder_last_hidden_state`` ``(B, Ns, H)``, with its mask if it has one
+                (``(B, Ns)``, or as the encoder took it): a frozen encoder need not run again.
+            sample: draw from the posterior (``kappa`` vectors per component), or take the posterior itself; by
+                default as in training or evaluation, whichever mode the model is in. (In the encoder's own attentions
+                the mode decides.)
+            generator: for the draws.
+        """
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        check_known(inputs, type(self).__name__, self._argument_names)
+        return self._encode_alone(inputs, sample, generator)[0]
+
+    def _encode_alone(
+        self,
+        inputs: dict,
+        sample: bool | None = None,
+        generator: torch.Generator | None = None,
+        decode_only: bool = False,
+    ) -> tuple[NvibLatents, BaseModelOutput]:
+        """:meth:`_encode` outside of ``forward``."""
+        with ForwardPass(generator, shortens=decode_only and not self.training):
+            return gathering(self, "_encode")(inputs, sample, generator, decode_only)
+
+    def _encode(
+        self,
+        inputs: dict,
+        sample: bool | None = None,
+        generator: torch.Generator | None = None,
+        decode_only: bool = False,
+    ) -> tuple[NvibLatents, BaseModelOutput]:
+        """Latents, and the encoder's own output; with ``decode_only`` what decoding reads of them, and can see."""
+        states = inputs.get(STATES)
+        if states is None:
+            given = {k: v for k, v in inputs.items() if k in self._encoder_argument_names and v is not None}
+            outputs, mask = run_encoder(self.base, given)
+        else:
+            check_states_are_whole(self._has_stacked_encoder)
+            outputs, mask = BaseModelOutput(last_hidden_state=states), inputs.get("attention_mask")
+        vectors, left = outputs.last_hidden_state, current_pass().left if self._has_stacked_encoder else None
+        if mask is not None and mask.shape[1] != vectors.shape[1]:
+            mask = shortened_mask(self.base.get_encoder(), mask, vectors.shape[1])
+        padding = None if mask is None else mask == 0
+        if left is not None:
+            padding, share = left
+            check_length_is_left(padding, vectors)
+        latents = NvibLatents.of(self.nvib(vectors, padding, sample, generator, decode_only))
+        if left is not None and latents.prop_vectors is not None:
+            latents.prop_vectors = latents.prop_vectors * share  # of the source, not of what its layers left of it
+        if decode_only and latents.logvar is None:  # of a sample, draws decide what there is to see
+            latents = latents.compact()
+        return latents, outputs
+
+    def _packed(self, latents: NvibLatents, states: BaseModelOutput | None = None) -> LatentOutput:
+        """What the decoder reads of latents, in the place of the encoder's output, with its other ``states``."""
+        packed = pack(latents.attended(self.scale, self.config.evaluation))
+        return (
+            LatentOutput(packed) if states is None else LatentOutput(packed, states.hidden_states, states.attentions)
+        )
+
+    # -------------------------------------------------------------------------------------------------- forward
     @can_return_tuple
     def forward(
         self,
@@ -202,81 +288,138 @@ class NvibForConditionalGeneration(
             ValueError: nothing for the decoder to read; latents of another model; labels longer than the decoder's
                 positions, or taken away by the Trainer's own label smoothing.
         """
-        check_labels_were_left(labels, num_items_in_batch)
-        self._check_names(kwargs)
-        cache = given_cache(cache, past_key_values)
+        if not kwargs.keys() <= self._argument_names:
+            given = [name for name, value in kwargs.items() if value is not None]
+            check_known(given, type(self).__name__, self._argument_names)
+        if labels is None and num_items_in_batch is not None:
+            raise ValueError(LABELS_WERE_TAKEN)
+        if cache is not None and past_key_values is not None:
+            raise ValueError("The cache was given twice, as cache and as past_key_values. Pass one of them.")
+        if generator is not None:
+            self._check_generator(generator)
         recorded = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-        repeats_source = labels is None and decoder_input_ids is None and decoder_inputs_embeds is None
-        if repeats_source and (input_ids is None or not self._takes_source_tokens):
-            raise ValueError(NOTHING_TO_READ)
-        if cache is None:
-            name, read = ("decoder_input_ids", decoder_input_ids) if labels is None else ("labels", labels)
-            check_positions(name, input_ids if repeats_source else read, self._decoder_positions)
-        if labels is not None:
-            use_cache = False
-            if decoder_input_ids is None and decoder_inputs_embeds is None:
-                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-            if self.training and self.config.word_dropout > 0 and decoder_input_ids is not None:
-                decoder_input_ids = self._drop_words(decoder_input_ids, generator)
+        decoder_inputs = self._decoder_inputs(
+            labels,
+            input_ids,
+            generator,
+            {
+                "decoder_input_ids": decoder_input_ids,
+                "decoder_attention_mask": decoder_attention_mask,
+                "decoder_inputs_embeds": decoder_inputs_embeds,
+                CACHE: past_key_values if cache is None else cache,
+                "use_cache": use_cache,
+                **recorded,
+                **{name: value for name, value in kwargs.items() if name not in self._encoder_argument_names},
+            },
+        )
+        is_packed = encoder_outputs is not None and not isinstance(encoder_outputs, NvibLatents)
+        if is_packed and labels is None:  # a step of decoding
+            return self._decode(encoder_outputs, decoder_inputs)
 
         latents = states = None
-        is_step = labels is None and encoder_outputs is not None and not isinstance(encoder_outputs, NvibLatents)
-        self._check_generator(generator)
-        layers = {} if is_step else self._self_attentions()  # a step of decoding, to which the rest has nothing to add
-        begin_recording(layers.values(), generator)
-        if encoder_outputs is None:
-            inputs = {
-                "input_ids": input_ids,
-                "attention_mask": attention_mask,
-                "inputs_embeds": inputs_embeds,
-                "input_features": input_features,
-                "input_values": input_values,
-                "pixel_values": pixel_values,
-                STATES: encoder_last_hidden_state,
-                **kwargs,
-                **recorded,
-            }
-            latents, states = self._encode(inputs, generator=generator)
-            latent = self._packed(latents, states)
-        elif isinstance(encoder_outputs, NvibLatents):
-            latents = encoder_outputs
-            check_latents(latents, self.nvib)
-            latent = self._packed(latents)
-        else:
-            latent = encoder_outputs if isinstance(encoder_outputs, LatentOutput) else LatentOutput(encoder_outputs[0])
-        if latents is not None or labels is not None:  # only while decoding do the beams of a source share its latent
-            read = (x for x in (decoder_input_ids, decoder_inputs_embeds, input_ids) if x is not None)
-            check_batch(latent.last_hidden_state, next(read))
-
-        decoder_inputs = {
-            "decoder_input_ids": decoder_input_ids,
-            "decoder_attention_mask": decoder_attention_mask,
-            "decoder_inputs_embeds": decoder_inputs_embeds,
-            CACHE: cache,
-            "use_cache": use_cache,
-            **recorded,
-            **{name: value for name, value in kwargs.items() if name not in self._encoder_argument_names},
-        }
-        if repeats_source:
-            outputs = run_decoder_over_source(self.base, latent, {**decoder_inputs, "input_ids": input_ids})
-        else:
-            outputs = run_decoder(self.base, latent, decoder_inputs)
-        check_cache_was_found(outputs.get(CACHE), self._cached_layers)
-        if is_step:
-            return outputs
-        terms = end_recording(layers, None if labels is None else labels != IGNORED)
-        terms.add_latents(latents)
+        # What self-attentions with NVIB share and leave; without any there is nothing to share.
+        with ForwardPass(generator, records={}) if self._self_attention_names else nullcontext() as this_pass:
+            if encoder_outputs is None:
+                inputs = {
+                    "input_ids": input_ids,
+                    "attention_mask": attention_mask,
+                    "inputs_embeds": inputs_embeds,
+                    "input_features": input_features,
+                    "input_values": input_values,
+                    "pixel_values": pixel_values,
+                    STATES: encoder_last_hidden_state,
+                }
+                latents, states = self._encode({**inputs, **kwargs, **recorded}, generator=generator)
+            elif not is_packed:
+                latents = encoder_outputs
+                check_latents(latents, self.nvib)
+            packed = encoder_outputs if latents is None else self._packed(latents, states)
+            read = (decoder_inputs.get(name) for name in ("decoder_input_ids", "decoder_inputs_embeds", "input_ids"))
+            if len(packed[0]) != len(read := next(x for x in read if x is not None)):
+                refuse_batch(packed[0], read)
+            outputs = self._decode(packed, decoder_inputs)
+        targets = None if labels is None else labels != IGNORED
+        attentions, records = (self._self_attentions(), this_pass.records) if this_pass else ({}, {})
+        terms, charged = layer_terms(latents, attentions, records, targets)
         loss = cross_entropy = None
         if labels is not None:
-            regularisation = regulariser(terms.charged(), self.kl_beta, self.config)
+            regularisation = regulariser(charged, self.kl_beta, self.config)
             loss, cross_entropy = nvib_loss(
                 outputs.logits, labels, regularisation, num_items_in_batch, self.config.label_smoothing
             )
-        is_replica = getattr(self, "_is_replica", False)
-        return joined_output(outputs, states, latents, terms, loss, cross_entropy, with_latents=not is_replica)
+        of_layers, states = set(terms.kl_gaussian) - {"cross"}, BaseModelOutput() if states is None else states
+        return NvibSeq2SeqLMOutput(
+            loss=loss,
+            logits=outputs.logits,
+            **{CACHE: outputs.get(CACHE)},
+            decoder_hidden_states=outputs.get("decoder_hidden_states"),
+            decoder_attentions=outputs.get("decoder_attentions"),
+            cross_attentions=outputs.get("cross_attentions"),
+            encoder_last_hidden_state=states.last_hidden_state,
+            encoder_hidden_states=states.hidden_states,
+            encoder_attentions=states.attentions,
+            cross_entropy=cross_entropy,
+            kl_gaussian=charged.kl_gaussian,
+            kl_dirichlet=charged.kl_dirichlet,
+            num_vectors=None if latents is None else latents.num_vectors,
+            prop_vectors=None if latents is None else latents.prop_vectors,
+            effective_vectors=None if latents is None else latents.effective_vectors,
+            layer_kl_gaussian=terms.kl_gaussian if of_layers else None,
+            layer_kl_dirichlet=terms.kl_dirichlet if of_layers else None,
+            layer_prop_vectors=terms.prop_vectors if of_layers else None,
+            latents=None if getattr(self, "_is_replica", False) else latents,
+        )
 
     # generate() asks for it at every step of a model whose code may come from the Hub.
     forward.__signature__ = inspect.signature(forward)
+
+    def _decoder_inputs(
+        self, labels: Tensor | None, input_ids: Tensor | None, generator: torch.Generator | None, given: dict
+    ) -> dict:
+        """What the decoder reads: the tokens it was given, those of the labels, or what the base makes of the source.
+
+        ``given`` are its inputs so far, by name. From the source alone there is ``"input_ids"`` in their place.
+        """
+        tokens, embeds = given["decoder_input_ids"], given["decoder_inputs_embeds"]
+        if labels is None and tokens is None and embeds is None:
+            if input_ids is None or not self._takes_source_tokens:
+                raise ValueError(NOTHING_TO_READ)
+            given = {**given, "input_ids": input_ids}
+        read = labels if labels is not None else given.get("input_ids", tokens)
+        positions = self._decoder_positions
+        if given[CACHE] is None and read is not None and positions is not None and read.shape[-1] > positions:
+            raise ValueError(
+                f"{'decoder_input_ids' if labels is None else 'labels'} are {read.shape[-1]} tokens long, but the "
+                f"decoder has {positions} positions. Truncate them: tokenizer(..., max_length={positions}, "
+                "truncation=True)."
+            )
+        if labels is None:
+            return given
+        if tokens is None and embeds is None:
+            tokens = self.prepare_decoder_input_ids_from_labels(labels)
+        if self.training and self.config.word_dropout > 0 and tokens is not None:
+            token_id = self.config.word_dropout_token_id
+            token_id = self.config.pad_token_id if token_id is None else token_id
+            tokens = drop_words(tokens, self.config.word_dropout, token_id, generator)
+        return {**given, "decoder_input_ids": tokens, "use_cache": False}
+
+    def _decode(self, packed: LatentOutput | BaseModelOutput | tuple, inputs: dict) -> Seq2SeqLMOutput:
+        """The base's decoder over a packed latent."""
+        latent = packed if isinstance(packed, LatentOutput) else LatentOutput(packed[0])
+        run = run_decoder_over_source if "input_ids" in inputs else run_decoder
+        outputs = run(self.base, latent, inputs)
+        if (cache := outputs.get(CACHE)) is not None:
+            check_cache_was_found(cache, self._cached_layers)
+        return outputs
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        """The decoder's inputs for these labels: the base's own rule where it has one."""
+        if hasattr(self.base, "prepare_decoder_input_ids_from_labels"):
+            return self.base.prepare_decoder_input_ids_from_labels(labels)
+        start, pad = self.base.config.decoder_start_token_id, self.base.config.pad_token_id
+        shifted = labels.roll(1, dims=-1)
+        shifted[:, 0] = start
+        return shifted.masked_fill(shifted == IGNORED, pad)
 
     def _read(self, batch: dict[str, Tensor]) -> None:
         """Run what reads the inputs of a batch: the encoder, and the decoder too if it has NVIB layers of its own."""
@@ -289,13 +432,22 @@ class NvibForConditionalGeneration(
             batch["decoder_attention_mask"] = F.pad(labels[:, :-1] != IGNORED, (1, 0), value=True).long()
         self(**batch)
 
-    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """The decoder's inputs for these labels, by the base's own rule."""
-        return shift_right(self.base, labels)
+    # --------------------------------------------------------------------------------------------- halves of the base
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        return self.base.get_encoder() if modality is None else self.base.get_encoder(modality=modality)
 
-    def _drop_words(self, decoder_input_ids: Tensor, generator: torch.Generator | None) -> Tensor:
-        token_id = self.config.word_dropout_token_id
-        if token_id is None:
-            token_id = self.config.pad_token_id
-        check_replacement(token_id)
-        return drop_words(decoder_input_ids, self.config.word_dropout, token_id, generator)
+    def get_decoder(self) -> nn.Module:
+        return self.base.get_decoder()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.base.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.base.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
+        """As of the base; of both halves where an encoder and a decoder were joined that share a vocabulary."""
+        embeddings = resize_token_embeddings(self.base, new_num_tokens, *args, **kwargs)
+        self.vocab_size = embeddings.num_embeddings
+        self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
+        return embeddings

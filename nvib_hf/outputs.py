@@ -1,27 +1,14 @@
-"""Outputs of the model and of its halves."""
+"""What the models return."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.modeling_outputs import Seq2SeqLMOutput
+from transformers.utils import ModelOutput
 
-from .latent import NvibLatents
-from .layer_terms import LayerTerms
-from .versions import CACHE
-
-
-@dataclass
-class LatentOutput(BaseModelOutput):
-    """A packed latent in the place of an encoder's output.
-
-    Some decoders read more of it than the states: Moonshine its mask, mixtures of experts the encoder's router.
-    Masks stand in the latent, so both are ``None``.
-    """
-
-    attention_mask: Tensor | None = None
-    router_logits: Tensor | None = None
+from .latents.latents import NvibLatents
 
 
 @dataclass
@@ -36,7 +23,7 @@ class NvibSeq2SeqLMOutput(Seq2SeqLMOutput):
         layer_kl_gaussian, layer_kl_dirichlet, layer_prop_vectors: of each NVIB layer, ``(B,)``, by its name
             (``"cross"``, ``"encoder.0"``, ...); ``None`` where self-attention has none.
         latents: the :class:`~nvib_hf.NvibLatents` that were decoded; ``None`` at a step of generation, and from
-            ``nn.DataParallel``, which gathers a mapping by what it iterates over.
+            ``nn.DataParallel``, which gathers tensors alone.
     """
 
     cross_entropy: Tensor | None = None
@@ -51,36 +38,27 @@ class NvibSeq2SeqLMOutput(Seq2SeqLMOutput):
     latents: NvibLatents | None = None
 
 
-def joined_output(
-    outputs: Seq2SeqLMOutput,
-    states: BaseModelOutput | None,
-    latents: NvibLatents | None,
-    terms: LayerTerms,
-    loss: Tensor | None,
-    cross_entropy: Tensor | None,
-    with_latents: bool,
-) -> NvibSeq2SeqLMOutput:
-    """What the decoder returned, the encoder's ``states``, and what the layers cost if they ran here."""
-    states = BaseModelOutput() if states is None else states
-    measured = ("num_vectors", "prop_vectors", "effective_vectors")
-    charged, of_layers = terms.charged(), {}
-    if set(terms.kl_gaussian) - {"cross"}:
-        names = ("kl_gaussian", "kl_dirichlet", "prop_vectors")
-        of_layers = {f"layer_{name}": getattr(terms, name) for name in names}
-    return NvibSeq2SeqLMOutput(
-        loss=loss,
-        logits=outputs.logits,
-        **{CACHE: outputs.get(CACHE)},
-        decoder_hidden_states=outputs.get("decoder_hidden_states"),
-        decoder_attentions=outputs.get("decoder_attentions"),
-        cross_attentions=outputs.get("cross_attentions"),
-        encoder_last_hidden_state=states.last_hidden_state,
-        encoder_hidden_states=states.hidden_states,
-        encoder_attentions=states.attentions,
-        cross_entropy=cross_entropy,
-        kl_gaussian=charged.kl_gaussian,
-        kl_dirichlet=charged.kl_dirichlet,
-        **{name: None if latents is None else getattr(latents, name) for name in measured},
-        **of_layers,
-        latents=latents if with_latents else None,
-    )
+@dataclass
+class NvibClassifierOutput(ModelOutput):
+    """What a classifier with NVIB returns.
+
+    Args:
+        loss: with ``labels``: the head's own loss and the weighted KLs.
+        logits: of the head: ``(B, C)``, or ``(B, N, C)`` for tokens.
+        hidden_states, attentions: of the encoder, if asked for.
+        cross_entropy: the head's own loss.
+        kl_gaussian, kl_dirichlet: ``(B,)``, unweighted means over the NVIB layers.
+        layer_kl_gaussian, layer_kl_dirichlet, layer_prop_vectors: of each layer, ``(B,)``, by its name
+            (``"encoder.0"``, ...).
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    cross_entropy: Tensor | None = None
+    kl_gaussian: Tensor | None = None
+    kl_dirichlet: Tensor | None = None
+    layer_kl_gaussian: dict[str, Tensor] | None = None
+    layer_kl_dirichlet: dict[str, Tensor] | None = None
+    layer_prop_vectors: dict[str, Tensor] | None = None

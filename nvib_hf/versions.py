@@ -17,17 +17,6 @@ TESTED_TRANSFORMERS = ">=5.23,<5.25"
 CACHE = "cache" if "cache" in Seq2SeqLMOutput.__dataclass_fields__ else "past_key_values"
 
 
-def given_cache(cache: object, past_key_values: object) -> object:
-    """The cache under whichever of its two names it was given.
-
-    Raises:
-        ValueError: under both.
-    """
-    if cache is not None and past_key_values is not None:
-        raise ValueError("The cache was given twice, as cache and as past_key_values. Pass one of them.")
-    return past_key_values if cache is None else cache
-
-
 def installed_and_tested() -> str:
     """For a message: which version is installed and which ones are tested."""
     return f"Installed is transformers {transformers.__version__}, tested are {TESTED_TRANSFORMERS}"

@@ -12,13 +12,15 @@ from tiny_models import tiny_inputs, tiny_labels
 from tiny_nvib import tensors, tiny_nvib
 from torch import Tensor
 
-from nvib_hf import CollapseCallback, NvibForConditionalGeneration, NvibTrainer, posterior
+from nvib_hf import CollapseCallback, NvibForConditionalGeneration, NvibTrainer
+from nvib_hf.layers import distributions, nvib
 
 EVERYWHERE = " with NVIB in all attentions"
 FAMILIES = ["bart", "t5", "bert2bert", "bert2gpt2", f"bart{EVERYWHERE}"]
 LENGTH = {"min_new_tokens": 5, "max_new_tokens": 5}
 BATCH = 4
-DRAWS = ("log_dirichlet_sample", "log_gamma_sample", "gaussian_sample")  # of a posterior
+# Of a posterior: where they are called.
+DRAWS = ((nvib, "log_dirichlet_sample"), (distributions, "log_gamma_sample"), (nvib, "gaussian_sample"))
 
 
 def rows_of(rank: int, world: int) -> slice:
@@ -48,8 +50,8 @@ def fix_draws(rows: slice = slice(None)) -> None:
         z = mu + (0.5 * logvar).exp() * epsilon[:, : mu.shape[1]]
         return z.masked_fill(~mask[..., None], 0)
 
-    for name, draws in zip(DRAWS, (log_dirichlet, log_gamma_draws, gaussian), strict=True):
-        setattr(posterior, name, draws)
+    for (module, name), draws in zip(DRAWS, (log_dirichlet, log_gamma_draws, gaussian), strict=True):
+        setattr(module, name, draws)
 
 
 def model_of(family: str) -> NvibForConditionalGeneration:

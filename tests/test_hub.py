@@ -20,50 +20,36 @@ from tiny_models import tiny_base, tiny_inputs
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from nvib_hf import Nvib, NvibConfig, NvibForConditionalGeneration
+from nvib_hf.wrapping.hub import flattened
 
 # What a model needs to run: neither training nor the parts for plain PyTorch.
 CODE = {
-    "architectures.py",
-    "attended_layer.py",
-    "attention_module.py",
-    "base_loading.py",
-    "base_model.py",
-    "checks.py",
     "configuration_nvib.py",
-    "cross_attention.py",
-    "denoising_attention.py",
-    "distributions.py",
-    "dropping.py",
-    "encoding.py",
-    "generation.py",
-    "initialisation.py",
-    "kl.py",
-    "latent.py",
-    "latent_methods.py",
-    "latent_prior.py",
-    "latent_transport.py",
-    "latent_variation.py",
-    "layer_terms.py",
+    "generation_nvib.py",
+    "latents_latents.py",
+    "latents_sampling.py",
+    "latents_transport.py",
+    "layers_cross_entropy.py",
+    "layers_denoising_attention.py",
+    "layers_distributions.py",
+    "layers_dropping.py",
+    "layers_initialisation.py",
+    "layers_kl.py",
+    "layers_nvib.py",
+    "layers_settings.py",
     "loss.py",
-    "markdown.py",
-    "model_card.py",
     "modeling_nvib.py",
-    "nvib_layer.py",
-    "nvib_layers.py",
     "outputs.py",
-    "packing.py",
-    "posterior.py",
-    "precision.py",
-    "pretrained.py",
-    "prior.py",
-    "self_architectures.py",
-    "self_attention.py",
-    "stacked_attention.py",
-    "transport.py",
-    "validation.py",
     "versions.py",
-    "whisper_generation.py",
-    "wrapping.py",
+    "wrapping_base.py",
+    "wrapping_cross_attention.py",
+    "wrapping_hub.py",
+    "wrapping_model_card.py",
+    "wrapping_pretrained.py",
+    "wrapping_self_attention.py",
+    "wrapping_specs.py",
+    "wrapping_stacked_encoder.py",
+    "wrapping_wrap.py",
 }
 AUTO_MAP = {
     "AutoConfig": "configuration_nvib.NvibConfig",
@@ -198,8 +184,9 @@ def test_push_brings_everything(pushed):
     assert set(files) == CODE | whole | tokenizer
     assert json.loads(files["config.json"])["auto_map"] == AUTO_MAP
     assert json.loads(files["generation_config.json"])["num_beams"] == 3
+    sources = flattened(Path(__file__).parents[1] / "nvib_hf" / "modeling_nvib.py")
     for name in CODE:
-        assert files[name] == (Path(__file__).parents[1] / "nvib_hf" / name).read_bytes()
+        assert files[name].decode() == sources[name]
     assert CODE | whole == set(hub.files("user/saved"))
     assert CODE | whole | tokenizer | {"training_args.bin"} == set(hub.files("user/trained"))
 

@@ -129,7 +129,7 @@ def test_adapters_of_the_cross_attention_count_wherever_its_projections_do(famil
 @contextlib.contextmanager
 def bypassing(model):
     """The shortcut that must not be taken: matrices from the projections' own weights."""
-    from nvib_hf import cross_attention as module
+    from nvib_hf.wrapping import cross_attention as module
 
     original = module.projection_matrix
 

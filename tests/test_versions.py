@@ -6,12 +6,14 @@ import warnings
 from pathlib import Path
 
 import pytest
-from tiny_models import tiny_base, tiny_inputs, tiny_labels
-from transformers import DynamicCache
+import torch
+from tiny_models import START, tiny_base, tiny_inputs, tiny_labels
+from tiny_nvib import tiny_nvib
+from transformers import DynamicCache, EncoderDecoderCache
 from transformers.utils import logging as hf_logging
 
 from nvib_hf import NvibForConditionalGeneration, versions
-from nvib_hf.versions import TESTED_TRANSFORMERS, given_cache, warn_if_untested
+from nvib_hf.versions import TESTED_TRANSFORMERS, warn_if_untested
 
 ROOT = Path(__file__).parents[1]
 
@@ -75,9 +77,12 @@ def test_nothing_deprecated_is_used(family):
 
 
 def test_a_cache_has_two_names():
-    cache = DynamicCache()
-    assert given_cache(cache, None) is given_cache(None, cache) is cache
-    assert given_cache(None, None) is None
+    model, tokens = tiny_nvib(), torch.tensor([[START, 5, 6]])
+    latents = model.encode(torch.tensor([[5, 6, 2]]))
+    for name in ("cache", "past_key_values"):
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        output = model(encoder_outputs=latents, decoder_input_ids=tokens, **{name: cache})
+        assert output[versions.CACHE] is cache and cache.get_seq_length() == 3
     with pytest.raises(ValueError, match=r"given twice.*past_key_values"):
-        given_cache(cache, cache)
+        model(encoder_outputs=latents, decoder_input_ids=tokens, cache=cache, past_key_values=cache)
     assert versions.CACHE in ("cache", "past_key_values")

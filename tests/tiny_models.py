@@ -447,6 +447,22 @@ _FAMILIES: dict[str, Family] = {
 }
 FAMILIES: list[str] = list(_FAMILIES)
 
+# Families whose self-attention no spec can describe, by the kind of attention; all others have one.
+REFUSED = {
+    "encoder": {
+        "pegasus_x",
+        "bigbird_pegasus",
+        "mvp",
+        "led",
+        "longt5",
+        "t5gemma",
+        "prophetnet",
+        "fsmt",
+        "moonshine",
+    },
+    "decoder": {"mvp", "led", "t5gemma", "prophetnet", "fsmt", "moonshine", "bert2xglm", "vit2trocr"},
+}
+
 # As they are called in the table of architectures.
 TITLES = {
     "bart": "BART",
@@ -567,3 +583,20 @@ def _tokens(lengths: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor
     tokens = tokens.masked_fill(position == lengths[:, None] - 1, EOS)
     mask = position < lengths[:, None]
     return tokens.masked_fill(~mask, PAD), mask
+
+
+def decoder_inputs(batch: int = 3, length: int = 6) -> Tensor:
+    """Tokens ``(batch, length)`` for a decoder to read."""
+    tokens = torch.randint(START + 1, VOCAB_SIZE, (batch, length), generator=torch.Generator().manual_seed(7))
+    tokens[:, 0] = START
+    return tokens
+
+
+def row_of(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
+    """One example by itself, without its padding."""
+    mask = inputs.get("attention_mask")
+    single = {name: value[row : row + 1] for name, value in inputs.items()}
+    if mask is None:
+        return single
+    length = int(mask[row].sum())
+    return {name: value[:, :length] for name, value in single.items()}

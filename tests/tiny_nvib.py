@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_models import tiny_base
 from torch import Tensor, nn
+from transformers import GenerationMixin
 
 from nvib_hf import NvibForConditionalGeneration
 
@@ -34,7 +35,15 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def cross_attention(model: nn.Module) -> list[nn.Module]:
     """The converted cross-attention modules of a model."""
-    return [module for module in model.modules() if hasattr(module, "nvib_row")]
+    return [module for module in model.modules() if hasattr(module, "nvib_spec")]
+
+
+def generate(model: nn.Module, inputs: dict, **settings) -> Tensor:
+    """Plain generation: Whisper's own ``generate`` is about timestamps and chunks."""
+    settings = {"max_new_tokens": 7, "do_sample": False, "num_beams": 1} | settings
+    if isinstance(model, NvibForConditionalGeneration):
+        return model.generate(**inputs, **settings)
+    return GenerationMixin.generate(model, **inputs, **settings)
 
 
 def add_adapter_or_skip(model: NvibForConditionalGeneration, config) -> None:

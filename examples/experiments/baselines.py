@@ -18,10 +18,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from nvib_hf import NvibForConditionalGeneration, NvibLatents
-from nvib_hf.distributions import gaussian_sample
-from nvib_hf.kl import kl_gaussian
-from nvib_hf.nvib_layer import NvibLayer
-from nvib_hf.posterior import Posterior
+from nvib_hf.layers.distributions import Posterior, gaussian_sample
+from nvib_hf.layers.kl import kl_gaussian
+from nvib_hf.layers.nvib import NvibLayer
 
 
 class VariableBottleneck(NvibLayer):
@@ -44,7 +43,7 @@ class VariableBottleneck(NvibLayer):
         generator: torch.Generator | None = None,
         decode_only: bool = False,
     ) -> NvibLatents:
-        """As of :class:`~nvib_hf.nvib_layer.NvibLayer`, but latents at once; always points, so without ``logvar`` in
+        """As of :class:`~nvib_hf.layers.nvib.NvibLayer`, but latents at once; always points, so without ``logvar`` in
         evaluation, and with nothing that ``decode_only`` would leave out.
         """
         sample = self.training if sample is None else sample

@@ -20,12 +20,24 @@ from runner import cell, over_seeds, parser, run_all, table_of_rows, write_repor
 from training import clauses, train
 from transformers import set_seed
 
-from nvib_hf import NvibForConditionalGeneration, NvibLatents
-from nvib_hf.evaluation import reconstruct, reconstruction_scores
-from nvib_hf.latent_transport import latent_distance
-from nvib_hf.sample_quality import interpolation_scores, interpolations, latent_lengths, sample_scores, sample_texts
-from nvib_hf.text_batches import as_read, encode_texts, evaluating, generate_texts
-from nvib_hf.text_metrics import copied, word_edits
+from nvib_hf import (
+    NvibForConditionalGeneration,
+    NvibLatents,
+    decode_latents,
+    encode_texts,
+    latent_distance,
+    reconstruct,
+)
+from nvib_hf.evaluation.samples import (
+    copied,
+    interpolation_scores,
+    interpolations,
+    latent_lengths,
+    sample_scores,
+    sample_texts,
+    word_edits,
+)
+from nvib_hf.evaluation.texts import as_read, reconstruction_scores
 
 FULL = {
     "texts": None,
@@ -60,11 +72,10 @@ training; a given text: word for word one of those that the new ones are made of
 def make(model: NvibForConditionalGeneration, tokenizer, given: list[str], held_out: list[str], seed: int) -> dict:
     """New texts by the way in which they were made, as many as ``given``."""
     count = len(given)
-    with evaluating(model):
-        latents = encode_texts(model, tokenizer, given, sample=False)
+    latents = encode_texts(model, tokenizer, given)
 
     def write(latents: NvibLatents) -> list[str]:
-        return generate_texts(model, tokenizer, encoder_outputs=latents)
+        return decode_latents(model, tokenizer, latents)
 
     def chance() -> torch.Generator:
         return torch.Generator(model.device).manual_seed(seed)
@@ -81,8 +92,7 @@ def make(model: NvibForConditionalGeneration, tokenizer, given: list[str], held_
 
 def neighbours(model: NvibForConditionalGeneration, tokenizer, texts: list[str]) -> list[dict[str, str]]:
     """The texts nearest to each of the first few, by transport between latents and by the distance of their means."""
-    with evaluating(model):
-        latents, rows = encode_texts(model, tokenizer, texts, sample=False), []
+    latents, rows = encode_texts(model, tokenizer, texts), []
     means = latents.pooled()
     for i in range(5):
         by = {
@@ -109,9 +119,11 @@ def one(settings: dict, cache: Path) -> dict:
     references = as_read(tokenizer, held_out)
     given = references[: settings["samples"]]
     made = make(model, tokenizer, given, held_out, seed)
-    scores = sample_scores(made, references, texts, reverse_steps=0, seed=seed, **judges)
+    scores = sample_scores(made, references, texts, seed=seed, **judges)
     for name, written in made.items():
         scores[name]["given"] = copied(written, given)
+        if name not in SHOWN:
+            del scores[name]["examples"]
         if name.startswith("around"):
             edits = [word_edits(a, b) for a, b in zip(written, given, strict=True)]
             scores[name]["edits"] = sum(edits) / len(edits)
@@ -181,8 +193,8 @@ def report(groups: list[list[dict]]) -> str:
 def main() -> None:
     args = parser(__doc__.splitlines()[0], "new_texts", example.PURPOSES).parse_args()
     cache = args.output / "smollm2"
-    if not args.quick:
-        load_smollm2(cache)
+    if not args.quick and args.jobs:
+        load_smollm2(cache)  # by one process, before many want it
     size = QUICK if args.quick else FULL
     runs = {
         f"{purpose}-seed{seed}": {"purpose": purpose, "seed": seed, **size}

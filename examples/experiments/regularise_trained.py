@@ -38,11 +38,10 @@ from runner import over_seeds, parser, run_all, table_of_rows, write_report
 from training import clauses
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, set_seed
 
-from nvib_hf import NvibForConditionalGeneration, search_taus
-from nvib_hf.evaluation import reconstruct
-from nvib_hf.tau_search import IDENTITY
-from nvib_hf.text_batches import as_read
-from nvib_hf.text_metrics import word_edits
+from nvib_hf import NvibForConditionalGeneration, reconstruct, search_taus
+from nvib_hf.evaluation.samples import word_edits
+from nvib_hf.evaluation.texts import as_read
+from nvib_hf.training.tau_search import IDENTITY
 
 FULL = {"steps": 2000, "prior": 1000, "tuning": 200, "test": 800, "trials": 24}
 QUICK = {"steps": 2, "prior": 20, "tuning": 10, "test": 10, "trials": 2}
@@ -135,18 +134,23 @@ def one(settings: dict) -> dict:
             return error_of(marked(model, validation))
 
         model.set_taus(**IDENTITY)
-        searches[name] = search_taus(model, score, settings["trials"], seed=seed)
+        searches[name] = summary_of(search_taus(model, score, settings["trials"], seed=seed))
         results[f"tuned on {name}"] = tested(model)
     return {**results, "searches": searches}
 
 
+def summary_of(trials: list[dict]) -> dict:
+    """The score of every trial, the pretrained model's first, and the best trial."""
+    return {"scores": [trial["score"] for trial in trials], "best": min(trials, key=lambda trial: trial["score"])}
+
+
 # ---------------------------------------------------------------------------------------------- report
-def best_trial(trials: list[dict]) -> dict[str, str]:
+def best_trial(search: dict) -> dict[str, str]:
     """Of a search the pretrained model's score, the best one, what is between them, and the taus of the best."""
-    best = min(trials, key=lambda trial: trial["score"])
-    scores = sorted(trial["score"] for trial in trials[1:])
+    pretrained, *others = search["scores"]
+    best, scores = search["best"], sorted(others)
     row = {
-        "pretrained, %": f"{trials[0]['score']:.1f}",
+        "pretrained, %": f"{pretrained:.1f}",
         "best, %": f"{best['score']:.1f}",
         "median of the others, %": f"{scores[len(scores) // 2]:.1f}",
     }
@@ -199,7 +203,7 @@ def main() -> None:
     arguments = parser(__doc__.splitlines()[0], "regularise_trained", TASKS)
     arguments.set_defaults(seeds=[0])
     args = arguments.parse_args()
-    size = {**(QUICK if args.quick else FULL), "corpus": wordnet.corpus_for(args.quick)}
+    size = {**(QUICK if args.quick else FULL), "corpus": wordnet.corpus_for(args.quick, args.jobs)}
     runs = {f"{task}-seed{seed}": {**size, "task": task, "seed": seed} for task in args.only for seed in args.seeds}
     records = run_all(one, runs, args.output, args.jobs)
     write_report(args, "Small models regularised without training", report(list(records.values())))

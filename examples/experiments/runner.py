@@ -15,8 +15,10 @@ An experiment is a dict ``{key: settings}`` and a function ``one(settings) -> re
 """
 
 import argparse
+import base64
 import datetime
 import json
+import lzma
 import multiprocessing
 import os
 import re
@@ -43,6 +45,7 @@ def run_all(
 
     A finished run is ``<output_folder>/<key>.json``: ``settings``, ``results`` and ``seconds`` of a core. A run whose
     file holds the same settings is not done again, so an interrupted experiment continues: delete it to repeat one.
+    Files are small, since they are committed: see :func:`written`. Return what your report needs, and no more.
 
     Args:
         one: a run; a function of a module, so that another process can import it.
@@ -103,7 +106,10 @@ def finished(folder: Path, key: str, settings: dict) -> dict | None:
     if not path.exists():
         return None
     record = json.loads(path.read_text(encoding="utf-8"))
-    return record if record["settings"] == json.loads(json.dumps(settings)) else None
+    if record["settings"] != json.loads(json.dumps(settings)):
+        return None
+    lists = unpacked(record.pop("lists", ""))
+    return {**record, "results": with_lists(record["results"], lists)}
 
 
 def _work(one: Callable[[dict], dict], key: str, settings: dict, folder: Path, sender) -> None:
@@ -115,7 +121,7 @@ def _work(one: Callable[[dict], dict], key: str, settings: dict, folder: Path, s
         results = one(settings)
         record = {"settings": settings, "results": results, "seconds": round(time.process_time() - start, 1)}
         partial = folder / f"{key}.json.{os.getpid()}.partial"
-        partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.write_text(written(record), encoding="utf-8")
         os.replace(partial, folder / f"{key}.json")  # whole or not at all
     except (Exception, SystemExit):
         sender.send(traceback.format_exc()[-20_000:])  # more than a pipe holds would wait for a reader
@@ -128,6 +134,65 @@ def _failure(receiver, exitcode: int) -> str:
     except EOFError:
         how = f"killed by signal {-exitcode}" if exitcode < 0 else f"exit code {exitcode}"
         return f"Its process ended without a traceback ({how}); signal 9 is often a lack of memory: fewer --jobs."
+
+
+# --------------------------------------------------------------------------------------------- records
+LONG = 100  # numbers; a list of more whole ones is packed
+DIGITS = 7  # of a float: a table shows fewer
+LIST = "list"  # what a packed list has in its place: its number
+
+
+def written(record: dict) -> str:
+    """A record as its file holds it: a line for each result, floats of 7 digits, long lists of whole numbers packed.
+
+    Such a list, for instance the errors in each test text, is a number in its place: where it stands among the
+    ``lists``, which are compressed together because those of several methods are much alike.
+    """
+    lists: list[list[int]] = []
+
+    def small(value):
+        match value:
+            case float():
+                return float(f"{value:.{DIGITS}g}")
+            case dict():
+                return {name: small(x) for name, x in value.items()}
+            case list() | tuple() if len(value) > LONG and all(isinstance(x, int) for x in value):
+                lists.append([int(x) for x in value])
+                return {LIST: len(lists) - 1}
+            case list() | tuple():
+                return [small(x) for x in value]
+        return value
+
+    def line(name: str, value: object) -> str:
+        return f"{json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}"
+
+    results = ",\n".join(f"  {line(name, small(value))}" for name, value in record["results"].items())
+    rest = [line(name, value) for name, value in record.items() if name not in ("settings", "results")]
+    rest += [line("lists", packed(lists))] if lists else []
+    parts = [line("settings", record["settings"]), f'"results": {{\n{results}\n }}', *rest]
+    return "{\n " + ",\n ".join(parts) + "\n}\n"
+
+
+def with_lists(value, lists: list[list[int]]):
+    """Results of a file, with the lists in their places."""
+    match value:
+        case dict() if value.keys() == {LIST}:
+            return lists[value[LIST]]
+        case dict():
+            return {name: with_lists(x, lists) for name, x in value.items()}
+        case list():
+            return [with_lists(x, lists) for x in value]
+    return value
+
+
+def packed(lists: list[list[int]]) -> str:
+    """Lists of whole numbers as one compressed text."""
+    text = json.dumps(lists, separators=(",", ":"))
+    return base64.b64encode(lzma.compress(text.encode())).decode()
+
+
+def unpacked(text: str) -> list[list[int]]:
+    return json.loads(lzma.decompress(base64.b64decode(text))) if text else []
 
 
 # ---------------------------------------------------------------------------------------------- tables
@@ -163,10 +228,10 @@ def summary(group: list[dict], digits: dict[str, int] | None = None) -> dict[str
 
 def table_of_rows(rows: list[dict[str, object]]) -> str:
     """A table with a column for each key of the first row; what a row lacks is left empty."""
-    from nvib_hf import markdown  # here, so that the process of a run does not wait for it
+    from nvib_hf.wrapping.model_card import markdown_table  # here, so that the process of a run does not wait for it
 
     cells = ([str(row.get(name, "")).replace("|", "\\|").replace("\n", " ") for name in rows[0]] for row in rows)
-    return markdown.markdown_table(list(rows[0]), *cells)
+    return markdown_table(list(rows[0]), *cells)
 
 
 # --------------------------------------------------------------------------------- command and report

@@ -27,9 +27,9 @@ from runner import cell, over_seeds, parser, run_all, table_of_rows, write_repor
 from training import clauses, train
 from transformers import set_seed
 
-from nvib_hf import ConstraintCallback, NvibForConditionalGeneration
-from nvib_hf.evaluation import rate_distortion, reconstruct, reconstruction_scores
-from nvib_hf.text_batches import MAX_LENGTH, as_read, encoder_inputs, evaluating, labels_of
+from nvib_hf import ConstraintCallback, NvibForConditionalGeneration, reconstruct
+from nvib_hf.evaluation.rate_distortion import rate_distortion
+from nvib_hf.evaluation.texts import as_read, encoder_inputs, evaluating, labels_of, reconstruction_scores
 
 FULL = {"texts": None, "longest": 24, "held_out": 500, "batch_size": 32}
 QUICK = {"texts": 400, "longest": 24, "held_out": 32, "batch_size": 8}
@@ -63,7 +63,7 @@ def build(method: str, texts: list[str]):
     A Marian, whose positions are sinusoids: with positions to learn, copying takes several times the steps.
     """
     tokenizer = example.train_tokenizer(texts, CHARACTERS)
-    positions = MAX_LENGTH + 2
+    positions = example.MAX_LENGTH + 2
     base = make_model(tokenizer, encoder_layers=ENCODER_LAYERS, max_position_embeddings=positions, dropout=0.0)
     accepted, _ = METHODS[method]
     if accepted is None:
@@ -119,7 +119,7 @@ def one(settings: dict) -> dict:
     held_out = [text for text in held_out if text not in set(texts)][: settings["held_out"]]
     set_seed(settings["seed"])
     model, tokenizer, callbacks = build(settings["method"], texts)
-    trace = train(model, tokenizer, callbacks, texts, settings)
+    train(model, tokenizer, callbacks, texts, settings)
     references = as_read(tokenizer, held_out)
     results = reconstruction_scores(reconstruct(model, tokenizer, held_out), references)
     if METHODS[settings["method"]][0] is not None:
@@ -128,7 +128,7 @@ def one(settings: dict) -> dict:
         kept = kept_by_layer(model, tokenizer, held_out)
         results["kept"] = {name: statistics.fmean(sum(row) / len(row) for row in rows) for name, rows in kept.items()}
         results["shown"] = [
-            {"text": text, "kept": {name: rows[i] for name, rows in kept.items()}}
+            {"text": text, "kept": {name: [int(x) for x in rows[i]] for name, rows in kept.items()}}
             for i, text in enumerate(references[:SHOWN])
         ]
         ends = [[c == " " for c in (*text[1:], " ")] for text in references]  # the last letter of each word
@@ -144,7 +144,7 @@ def one(settings: dict) -> dict:
         scores = reconstruction_scores(reconstruct(model, tokenizer, wrong), wrong)
         results[f"copied_{share}"] = scores["exact_match"]
         results[f"likelihood_{share}"] = cross_entropy_of(model, tokenizer, wrong, references)
-    return {**results, "trace": trace}
+    return results
 
 
 def share_of(kept: list[list[bool]], chosen: list[list[bool]]) -> float:

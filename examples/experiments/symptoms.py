@@ -18,10 +18,10 @@ from runner import cell, over_seeds, parser, run_all, table_of_rows, write_repor
 from training import clauses, train
 from transformers import set_seed
 
-from nvib_hf import CollapseWarning, ConstraintCallback, KLAnnealingCallback
-from nvib_hf.evaluation import rate_distortion, reconstruct, reconstruction_scores
-from nvib_hf.sample_quality import latent_lengths, sample_texts
-from nvib_hf.text_batches import as_read
+from nvib_hf import CollapseWarning, ConstraintCallback, KLAnnealingCallback, reconstruct
+from nvib_hf.evaluation.rate_distortion import rate_distortion
+from nvib_hf.evaluation.samples import latent_lengths, sample_texts
+from nvib_hf.evaluation.texts import as_read, reconstruction_scores
 
 FULL = {"texts": None, "held_out": 200, "steps": 600, "batch_size": 64, "samples": 100}
 QUICK = {"texts": 400, "held_out": 16, "steps": 4, "batch_size": 8, "samples": 4}
@@ -73,7 +73,6 @@ def one(settings: dict) -> dict:
         "different_samples": len(set(samples)) / len(samples),
         "sample": samples[0],
         "warned": [message.split(": ", 1)[1].split(" are ")[0] for message in messages],
-        "log": log,
     }
 
 

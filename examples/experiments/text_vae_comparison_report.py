@@ -35,6 +35,8 @@ INTERPOLATIONS = [
     ("largest step, %", "largest_step", 100, 0),
 ]
 METHODS = ("transport", "mixture")  # of interpolation
+# What is kept of a training's log
+TRACE = ("step", "cross_entropy", "kl_gaussian", "prop_vectors", "threshold_share", "constraint_beta")
 LEGEND = """
 Mean ± standard deviation over seeds. Cross-entropy in nats per token, of the posterior itself and of one draw of it;
 `KL_G` and `KL_D` as the loss weighs them (`KL_G` is a mean over vectors and channels); rate: nats that the latent of a
@@ -165,11 +167,17 @@ def draw(groups: list[list[dict]], real: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
+def entries(record: dict) -> list[dict]:
+    """A training's log, an entry after the other."""
+    trace = record["results"]["trace"]
+    return [dict(zip(trace, numbers, strict=True)) for numbers in zip(*trace.values(), strict=True)]
+
+
 def control_table(groups: list[list[dict]]) -> str:
     """What the constraint held: no collapse, no oscillation."""
     rows = []
     for group in groups:
-        after = [[e for e in record["results"]["trace"] if e["threshold_share"] > 0] for record in group]
+        after = [[e for e in entries(record) if e["threshold_share"] > 0] for record in group]
         betas = [[entry["constraint_beta"] for entry in trace] for trace in after]
         rows.append(
             {
@@ -204,8 +212,7 @@ def draw_traces(groups: list[list[dict]], path: Path) -> None:
         for record in group:
             trace = record["results"]["trace"]
             for axis, (name, _, _) in zip(axes, panels, strict=True):
-                steps, heights = [entry["step"] for entry in trace], [entry[name] for entry in trace]
-                axis.plot(steps, heights, color=f"C{number}", alpha=0.7, label=f"{method} {label(group)}")
+                axis.plot(trace["step"], trace[name], color=f"C{number}", alpha=0.7, label=f"{method} {label(group)}")
         tolerance = group[0]["settings"]["setting"]["cross_entropy"]
         axes[0].axhline(tolerance, color=f"C{number}", linestyle=":")
     for axis, (_, title, scale) in zip(axes, panels, strict=True):
@@ -234,8 +241,8 @@ def report(args: argparse.Namespace, records: dict[str, dict], real: str) -> Non
     args.report.parent.mkdir(parents=True, exist_ok=True)
     figure = args.report.with_suffix(".png")
     draw(groups, of_real, figure)
-    begun = [group for group in groups if group[0]["results"]["trace"][-1].get("threshold_share")]
-    constrained = [group for group in begun if "constraint_beta" in group[0]["results"]["trace"][-1]]
+    begun = [group for group in groups if group[0]["results"]["trace"].get("threshold_share", [0])[-1]]
+    constrained = [group for group in begun if "constraint_beta" in group[0]["results"]["trace"]]
     traces = figure.with_stem(f"{figure.stem}_traces")
     if constrained:
         draw_traces(constrained, traces)

@@ -2,6 +2,7 @@
 
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from transformers import TrainerCallback
@@ -21,7 +22,10 @@ def clauses(num_texts: int | None, num_held_out: int) -> tuple[list[str], list[s
 def train(
     model, tokenizer, callbacks: list[TrainerCallback], texts: list[str], settings: dict, learning_rate: float = 1e-3
 ) -> list[dict]:
-    """The example's training, with ``steps``, ``batch_size`` and ``seed`` of the settings; returns its log."""
+    """The example's training, with ``steps``, ``batch_size`` and ``seed`` of the settings; returns its log.
+
+    The log has about 20 entries, however many the steps.
+    """
     with tempfile.TemporaryDirectory() as folder:
         trainer = example.train(
             model,
@@ -38,3 +42,8 @@ def train(
             use_cpu=True,
         )
     return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def trace_of(log: list[dict], names: Iterable[str]) -> dict[str, list[float]]:
+    """Some numbers of a log, a list for each that it has: what a record keeps of it."""
+    return {name: [entry[name] for entry in log] for name in names if name in log[-1]}

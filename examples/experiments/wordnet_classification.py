@@ -161,7 +161,7 @@ def main() -> None:
     arguments = parser(__doc__.splitlines()[0], "wordnet_classification", METHODS)
     arguments.set_defaults(seeds=[0])
     args = arguments.parse_args()
-    size = {**(QUICK if args.quick else FULL), "corpus": wordnet.corpus_for(args.quick)}
+    size = {**(QUICK if args.quick else FULL), "corpus": wordnet.corpus_for(args.quick, args.jobs)}
     runs = {
         f"{method.replace(' ', '_')}-{share.replace(' %', 'percent')}-seed{seed}": {
             **size,

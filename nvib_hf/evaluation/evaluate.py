@@ -1,0 +1,120 @@
+"""All that is measured of a model on held-out texts, by one call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..latents.transport import pot
+from .rate_distortion import rate_distortion
+from .samples import (
+    DECODINGS,
+    interpolation_scores,
+    interpolations,
+    latent_lengths,
+    mean_encoder_embedding,
+    sample_scores,
+    sample_texts,
+)
+from .texts import (
+    MAX_LENGTH,
+    as_read,
+    check_texts,
+    kept_by_frequency,
+    kept_by_length,
+    kept_by_position,
+    kept_tokens,
+    reconstruct,
+    reconstruction_scores,
+)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    training_texts: Sequence[str] | None = None,
+    language_model: PreTrainedModel | None = None,
+    lm_tokenizer: PreTrainedTokenizerBase | None = None,
+    num_samples: int = 200,
+    decodings: Mapping[str, dict] = DECODINGS,
+    num_pairs: int = 20,
+    methods: Sequence[str] = ("transport", "mixture"),
+    importance_samples: int = 10,
+    seed: int = 0,
+    batch_size: int = 64,
+    max_length: int = MAX_LENGTH,
+) -> dict:
+    """Reconstruction, rate and distortion, tokens kept, samples and interpolations, for ``json.dump``.
+
+    Samples have as many latent vectors as the texts have; interpolations are between neighbours in the list. The same
+    seed gives the same results. A measure that a model has not is left out, one that is not finite is ``None``.
+
+    Args:
+        texts: held-out texts, as the model would be given them.
+        training_texts: to see what samples copy.
+        language_model, lm_tokenizer: a causal language model that judges how fluent texts are.
+        num_samples: latents drawn from the prior, 0 for none.
+        decodings: the ways in which each of them is written, by name: arguments of ``generate()``. By default
+            greedily, by 4 beams and by nucleus sampling.
+        num_pairs: pairs of texts to interpolate, 0 for none.
+        methods: how, of those that ``model.interpolate_latents`` has.
+        importance_samples: draws for the importance-weighted likelihood, 0 for none.
+
+    Returns:
+        A nested dict: ``settings``, ``reconstruction``, ``rate_distortion``, ``kept`` (``by_length``,
+        ``by_position``, ``by_frequency``), ``samples`` (by decoding, and ``real``), ``interpolation`` (by method).
+
+    Raises:
+        ImportError: without sacrebleu; without POT, unless ``num_pairs`` is 0 or ``methods`` have no ``"transport"``.
+    """
+    texts = check_texts(texts)
+    if num_pairs and "transport" in methods and hasattr(model, "encode"):
+        pot()  # is missed now rather than after everything else
+    sizes = {"batch_size": batch_size, "max_length": max_length}
+    judge = {"language_model": language_model, "lm_tokenizer": lm_tokenizer}
+    references = as_read(tokenizer, texts, max_length)
+    written = reconstruct(model, tokenizer, texts, **sizes)
+    results = {
+        "settings": {"texts": len(texts), "importance_samples": importance_samples, "seed": seed, **sizes},
+        "reconstruction": reconstruction_scores(written, references),
+        "rate_distortion": rate_distortion(
+            model, tokenizer, texts, importance_samples=importance_samples, seed=seed, **sizes
+        ),
+    }
+    if hasattr(model, "encode"):
+        records = kept_tokens(model, tokenizer, texts, **sizes)
+        results["kept"] = {
+            "by_length": kept_by_length(records),
+            "by_position": kept_by_position(records),
+            "by_frequency": kept_by_frequency(records),
+        }
+        if num_samples:
+            lengths = latent_lengths(model, tokenizer, texts, **sizes)
+            samples = {
+                name: sample_texts(model, tokenizer, num_samples, lengths, seed, **sizes, **options)
+                for name, options in decodings.items()
+            }
+            known = None if training_texts is None else as_read(tokenizer, training_texts, max_length)
+            results["samples"] = sample_scores(samples, references, known, seed=seed, **judge)
+        pairs = list(zip(texts[::2], texts[1::2], strict=False))[:num_pairs]
+        if pairs:
+            embed = mean_encoder_embedding(model, tokenizer, max_length)
+            results["interpolation"] = {}
+            for method in methods:
+                paths = interpolations(model, tokenizer, pairs, method=method, max_length=max_length)
+                scores = interpolation_scores(paths, embed=embed, **judge)
+                results["interpolation"][method] = {**scores, "example": paths[0]}
+    return _finite(results)
+
+
+def _finite(results):
+    """``None`` in place of what JSON cannot say."""
+    if isinstance(results, dict):
+        return {name: _finite(value) for name, value in results.items()}
+    if isinstance(results, list):
+        return [_finite(value) for value in results]
+    return None if isinstance(results, float) and not math.isfinite(results) else results

@@ -1,0 +1,183 @@
+"""``generate()`` from inputs or from latents: what it overrides of Transformers."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from .latents.latents import NvibLatents, check_latents, refuse_batch
+from .wrapping.base import STATES, LatentOutput
+
+
+class NvibGenerationMixin(GenerationMixin):
+    """Encodes once, drops the vectors that decoding cannot see, and decodes with any strategy."""
+
+    def generate(self, inputs=None, generation_config=None, **kwargs):
+        """As ``GenerationMixin.generate``; ``encoder_outputs`` may be :class:`~nvib_hf.NvibLatents`.
+
+        Latents are left as they are. From inputs, the posterior is decoded in ``eval()`` and a sample of it in
+        ``train()``; likewise from ``encoder_last_hidden_state``, which ``encode`` takes too, with the
+        ``attention_mask`` that belongs to it. Whisper generates by its own ``generate()``, with its arguments
+        (``language``, ``task``, ``return_timestamps``), unless ``decoder_input_ids`` say what to begin with.
+        """
+        if kwargs.get(STATES) is not None:
+            states = {name: kwargs.pop(name, None) for name in (STATES, "attention_mask")}
+            with torch.no_grad():
+                latents, _ = self._encode_alone(states, decode_only=True)
+            kwargs["encoder_outputs"] = self._packed(latents)
+        elif kwargs.get("encoder_outputs") is not None:
+            kwargs["encoder_outputs"] = self._packed_encoder_outputs(kwargs["encoder_outputs"])
+        if kwargs.get("decoder_input_ids") is None:
+            if has_prompts(self.generation_config):
+                return generate_as_base(self, inputs, generation_config, **kwargs)
+        elif kwargs.get("encoder_outputs") is not None:
+            self._check_batch(kwargs["encoder_outputs"].last_hidden_state, kwargs["decoder_input_ids"])
+        return super().generate(inputs, generation_config, **kwargs)
+
+    def _packed_encoder_outputs(self, latents: NvibLatents | BaseModelOutput) -> BaseModelOutput:
+        """What decoding reads of the latents. What is packed already is handed on: nothing changes it in place."""
+        check_encoder_outputs(latents)
+        if not isinstance(latents, NvibLatents):
+            return latents
+        check_latents(latents, self.nvib)
+        return self._packed(latents.compact())
+
+    def _check_batch(self, packed: Tensor, decoder_input_ids: Tensor) -> None:
+        if len(packed) != len(decoder_input_ids):
+            refuse_batch(packed, decoder_input_ids)
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """What the base's encoder takes is known, too."""
+        others = {name: value for name, value in model_kwargs.items() if name not in self._encoder_argument_names}
+        super()._validate_model_kwargs(others)
+
+    def _prepare_text_encoder_decoder_kwargs_for_generation(
+        self, inputs_tensor, model_kwargs, model_input_name, generation_config
+    ) -> dict[str, Any]:
+        recorded = {
+            "output_attentions": generation_config.output_attentions or None,
+            "output_hidden_states": generation_config.output_hidden_states or None,
+        }
+        name = model_input_name or self.main_input_name
+        latents, states = self._encode_alone({**model_kwargs, **recorded, name: inputs_tensor}, decode_only=True)
+        if model_kwargs.get("decoder_input_ids") is not None:
+            self._check_batch(latents.z, model_kwargs["decoder_input_ids"])
+        model_kwargs["encoder_outputs"] = self._packed(latents, states)
+        return model_kwargs
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, **model_kwargs
+    ):
+        """Repeats all but the latents: the beams of a source share them, and their keys and values."""
+        packed = model_kwargs.pop("encoder_outputs")
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder=False, input_ids=input_ids, **model_kwargs
+        )
+        return input_ids, {**model_kwargs, "encoder_outputs": packed}
+
+    def _reorder_cache(self, cache, beam_idx):
+        """Beams change places among those of their source, whose keys and values they share."""
+        cache.self_attention_cache.reorder_cache(beam_idx)
+        return cache
+
+
+def has_prompts(generation_config: GenerationConfig) -> bool:
+    """Whether a model of this configuration is told by tokens what to write: Whisper's checkpoints are."""
+    return getattr(generation_config, "no_timestamps_token_id", None) is not None
+
+
+class LatentView:
+    """Mixed in before a base's own class by :func:`view_of_base`: what it encodes and runs is the NVIB model."""
+
+    def __call__(self, *args, encoder_outputs=None, input_features=None, **kwargs):
+        if encoder_outputs is None and self.packed is not None:  # asked for a language, outside of plain generation
+            encoder_outputs, input_features = self._of_rows(input_features), None
+        source = {"encoder_outputs": encoder_outputs, "input_features": input_features}
+        return self.model_of_latents(*args, **source, **kwargs)
+
+    def get_compiled_call(self, *args, **kwargs):
+        return self.model_of_latents.get_compiled_call(*args, **kwargs)
+
+    def _of_rows(self, sound: Tensor) -> LatentOutput:
+        """The latents of the rows that are left."""
+        return LatentOutput(self.packed.last_hidden_state[rows_of(sound)])
+
+    def _prepare_text_encoder_decoder_kwargs_for_generation(self, inputs_tensor, model_kwargs, *args, **kwargs):
+        if self.packed is not None:
+            return {**model_kwargs, "encoder_outputs": self._of_rows(inputs_tensor)}
+        prepare = self.model_of_latents._prepare_text_encoder_decoder_kwargs_for_generation
+        return prepare(inputs_tensor, model_kwargs, *args, **kwargs)
+
+    def _expand_inputs_for_generation(self, *args, **kwargs):
+        return self.model_of_latents._expand_inputs_for_generation(*args, **kwargs)
+
+    def _reorder_cache(self, *args, **kwargs):
+        return self.model_of_latents._reorder_cache(*args, **kwargs)
+
+
+@functools.cache
+def _view_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    return type(base.__name__, (LatentView, base), {"__module__": base.__module__})
+
+
+def view_of_base(model, packed: LatentOutput | None = None) -> PreTrainedModel:
+    """The base of an NVIB model, of the same parameters, that generates from latents; the base is left as it is.
+
+    Args:
+        packed: latents in place of those of its inputs.
+    """
+    view = copy.copy(model.base)
+    view.__class__ = _view_class(type(model.base))
+    # Beside the modules: the base has not got the model in it.
+    vars(view).update(model_of_latents=model, packed=packed, generation_config=model.generation_config)
+    return view
+
+
+def generate_as_base(model, inputs=None, generation_config: GenerationConfig | None = None, **kwargs):
+    """``generate()`` of the base's own class over the latents of ``model``.
+
+    Latents, packed as ``encoder_outputs``, are of one window of sound, which is written in one go.
+
+    Raises:
+        ValueError: ``return_token_timestamps``, which are read off attention to all frames of the sound.
+    """
+    if kwargs.get("return_token_timestamps"):
+        raise ValueError(
+            "return_token_timestamps=True reads times off cross-attention to every frame, which a latent lacks. Pass "
+            "return_timestamps=True for the times of segments."
+        )
+    packed = kwargs.pop("encoder_outputs", None)
+    if packed is not None:
+        inputs = sound_for_rows(packed.last_hidden_state, model.base.config)
+        kwargs.pop("input_features", None)
+        kwargs["force_unique_generate_call"] = True
+    given = () if inputs is None else (inputs,)
+    return view_of_base(model, packed).generate(*given, generation_config=generation_config, **kwargs)
+
+
+def check_encoder_outputs(given: object) -> None:
+    """Raise TypeError for what ``generate()`` cannot decode."""
+    if not isinstance(given, (NvibLatents, BaseModelOutput)):
+        raise TypeError(
+            f"encoder_outputs must be latents, but got {type(given).__name__}. Pass what encode(), "
+            "sample_latents(), interpolate_latents() or concatenate_latents([...]) returned."
+        )
+
+
+# Whisper's loop reads only the length of its sound, drops rows that are done, and carries no other tensor along.
+# Where there are latents and no sound, a window stands for each of them: its number, everywhere.
+def sound_for_rows(latents: Tensor, config: PreTrainedConfig) -> Tensor:
+    """A window ``(B, mels, frames)`` for each of ``B`` latents, from which :func:`rows_of` reads which one it is."""
+    rows = torch.arange(len(latents), device=latents.device, dtype=torch.float32)
+    return rows[:, None, None].expand(-1, config.num_mel_bins, 2 * config.max_source_positions)
+
+
+def rows_of(sound: Tensor) -> Tensor:
+    """Which latents the windows of :func:`sound_for_rows` that are left stand for."""
+    return sound[:, 0, 0].long()

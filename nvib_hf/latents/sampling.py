@@ -1,0 +1,204 @@
+"""Latents from the prior."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from ..layers.distributions import gaussian_sample, log_dirichlet_sample
+from ..layers.settings import check_choice
+from .latents import NvibLatents, check_latents, interpolate
+from .transport import interpolate_by_transport
+
+if TYPE_CHECKING:
+    from ..layers.nvib import NvibLayer
+
+
+class HasNvib(Protocol):
+    """What latents need of a model: its NVIB layer, and where and in which dtype its tensors are."""
+
+    nvib: NvibLayer
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+def sample_from_prior(
+    model: HasNvib,
+    num_samples: int,
+    num_vectors: int | Sequence[int] | Tensor,
+    generator: torch.Generator | None = None,
+) -> NvibLatents:
+    """Latents of an NVIB model from its prior, with weights from the prior's Dirichlet.
+
+    Args:
+        num_samples: how many.
+        num_vectors: vectors of each, one number or one per sample, at least 1.
+
+    Raises:
+        ValueError: counts below 1, or not one per sample.
+
+    Source: Henderson & Fehr (ICLR 2023).
+    """
+    counts = torch.as_tensor(num_vectors, device=model.device)
+    check_counts(num_samples, num_vectors, counts)
+    counts = counts.expand(num_samples)
+    padding = torch.arange(int(counts.max()), device=model.device) >= counts[:, None]
+    z, log_pi = model.nvib.sample_prior(padding, generator)
+    return NvibLatents(z=z.to(model.dtype), log_pi=log_pi, attention_mask=~padding)
+
+
+def vary(
+    latents: NvibLatents,
+    temperature: float = 1.0,
+    redraw_weights: bool = False,
+    generator: torch.Generator | None = None,
+) -> NvibLatents:
+    r"""A draw around each latent: the posterior's own noise, weaker or stronger.
+
+    .. math:: z_i = \mu_i + \tau \sigma_i \epsilon, \qquad \epsilon \sim \mathrm{Normal}(0, I)
+
+    Args:
+        latents: mixtures, not samples: of ``encode(sample=False)``, or between such. ``latents[[0] * 10]`` for ten
+            draws around one.
+        temperature: :math:`\tau \ge 0`; 1 draws what training with ``kappa=1`` draws, 0 leaves the means.
+        redraw_weights: draw them too, from the posterior's Dirichlet, in place of the expected ones.
+        generator: for the draws, on the latents' device.
+
+    Raises:
+        ValueError: a temperature below 0 or infinite; latents without variances, or without pseudo-counts where the
+            weights shall be drawn.
+    """
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be 0 or positive, but got {temperature}.")
+    if latents.logvar is None:
+        raise ValueError("Latents without logvar are points and have no noise to draw. Use encode(..., sample=False).")
+    if redraw_weights and latents.log_alpha is None:
+        raise ValueError(
+            "redraw_weights needs log_alpha, which only latents of texts have. Use encode(..., sample=False), or "
+            "leave the weights as they are."
+        )
+    latents = latents.compact()
+    seen = latents.log_pi > -math.inf
+    log_tau = math.log(temperature) if temperature > 0 else -math.inf
+    z = gaussian_sample(latents.z, latents["logvar"] + 2 * log_tau, seen, generator)
+    log_pi = log_dirichlet_sample(latents["log_alpha"], seen, generator) if redraw_weights else latents.log_pi
+    return NvibLatents(z=z, log_pi=log_pi, attention_mask=seen)
+
+
+def blend(
+    latents: NvibLatents, num_samples: int, num_parents: int = 2, generator: torch.Generator | None = None
+) -> NvibLatents:
+    r"""New latents somewhere between ``num_parents`` different ones of a corpus, by transport.
+
+    The parents are drawn at random, their weights uniformly from the simplex (for two: :math:`t` from [0, 1]). From
+    the first parent the path goes towards the second, from there towards the third, and so on, each time as far as
+    makes the weights come true.
+
+    Args:
+        latents: of at least ``num_parents`` texts (:func:`~nvib_hf.concatenate_latents` joins batches).
+        num_samples: how many new ones.
+        num_parents: at least 2. Components add up: a blend has as many as its parents together, less one for each
+            step.
+        generator: for the draws, on the latents' device.
+
+    Raises:
+        ImportError: without the package POT.
+        ValueError: counts that are too small, or more parents than latents.
+    """
+    for name, value, least in (("num_samples", num_samples, 1), ("num_parents", num_parents, 2)):
+        if value != int(value) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, but got {value}.")
+    if num_parents > latents.batch_size:
+        raise ValueError(
+            f"num_parents is {num_parents}, but there are only {latents.batch_size} latents to choose from."
+        )
+    size, device = latents.batch_size, latents.device
+    orders = [torch.randperm(size, generator=generator, device=device) for _ in range(num_samples)]
+    parents = torch.stack([order[:num_parents] for order in orders])
+    shares = torch.empty(num_samples, num_parents, device=latents.device).exponential_(generator=generator)
+    steps = shares / shares.cumsum(-1)  # exponentials, once normalised, are uniform on the simplex
+    blended = latents[parents[:, 0]]
+    for parent, weight in zip(parents.T[1:], steps.T[1:], strict=True):
+        blended = interpolate_by_transport(blended, latents[parent], weight)
+    return blended
+
+
+INTERPOLATIONS = {"transport": interpolate_by_transport, "mixture": interpolate}
+
+
+class NvibLatentsMixin:
+    """For a model whose NVIB layer is ``nvib``."""
+
+    @torch.no_grad()
+    def sample_latents(
+        self: HasNvib,
+        num_samples: int,
+        num_vectors: int | Sequence[int] | Tensor,
+        generator: torch.Generator | None = None,
+    ) -> NvibLatents:
+        """Latents from the prior: new text from nothing; see :func:`~nvib_hf.latents.sampling.sample_from_prior`."""
+        return sample_from_prior(self, num_samples, num_vectors, generator)
+
+    def interpolate_latents(
+        self: HasNvib, first: NvibLatents, second: NvibLatents, weight: float | Tensor, method: str = "transport"
+    ) -> NvibLatents:
+        """Between two batches of latents: ``weight`` 0 is ``first``, 1 is ``second``; a number or ``(B,)``.
+
+        A batch of one is repeated: ``weight=torch.linspace(0, 1, 5)`` between two latents is a walk of five steps.
+
+        Args:
+            method: ``"transport"`` moves the components of the one to those of the other
+                (:func:`~nvib_hf.latents.transport.interpolate_by_transport`); ``"mixture"`` puts both side by side, as
+                published (:func:`~nvib_hf.latents.latents.interpolate`).
+
+        Raises:
+            ImportError: ``"transport"`` without the package POT.
+            ValueError: another method; weights outside [0, 1]; batch sizes that do not fit; latents of another model.
+        """
+        check_choice("method", method, tuple(INTERPOLATIONS))
+        for latents in (first, second):
+            check_latents(latents, self.nvib)
+        return INTERPOLATIONS[method](first, second, weight)
+
+    @torch.no_grad()
+    def vary_latents(
+        self: HasNvib,
+        latents: NvibLatents,
+        temperature: float = 1.0,
+        redraw_weights: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> NvibLatents:
+        """New text close to old one: a draw around each latent; see :func:`~nvib_hf.latents.sampling.vary`."""
+        check_latents(latents, self.nvib)
+        return vary(latents, temperature, redraw_weights, generator)
+
+    @torch.no_grad()
+    def blend_latents(
+        self: HasNvib,
+        latents: NvibLatents,
+        num_samples: int,
+        num_parents: int = 2,
+        generator: torch.Generator | None = None,
+    ) -> NvibLatents:
+        """New text between old ones: random latents on the way; see :func:`~nvib_hf.latents.sampling.blend`."""
+        check_latents(latents, self.nvib)
+        return blend(latents, num_samples, num_parents, generator)
+
+
+def check_counts(num_samples: int, num_vectors: int | Sequence[int] | Tensor, counts: Tensor) -> None:
+    """Raise ValueError for numbers of latents or of their vectors, as given and as a tensor, that nothing can have."""
+    if num_samples != int(num_samples) or num_samples < 1:
+        raise ValueError(f"num_samples must be a whole number of at least 1, but got {num_samples}.")
+    if counts.is_floating_point() or (counts < 1).any():
+        raise ValueError(f"num_vectors must be whole numbers of at least 1, but got {num_vectors}.")
+    if counts.dim() > 1 or (counts.dim() == 1 and len(counts) != num_samples):
+        raise ValueError(
+            f"num_vectors must be one number or one for each of num_samples={num_samples}, but got {num_vectors}."
+        )

@@ -1,0 +1,202 @@
+"""Encoders with a head for classification, with NVIB in their self-attentions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForAudioClassification,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import can_return_tuple, logging
+
+from .configuration_nvib import NvibConfig
+from .loss import layer_terms, regulariser
+from .outputs import NvibClassifierOutput
+from .versions import warn_if_untested
+from .wrapping.base import load_base
+from .wrapping.pretrained import NvibPreTrainedModel
+from .wrapping.self_attention import ForwardPass
+from .wrapping.wrap import check_unwrapped, put_into_self_attention
+
+
+def classifier_class(
+    config: PreTrainedConfig, autos: Iterable[type], architecture: str | None
+) -> type[PreTrainedModel]:
+    """The class of the classifier that a configuration belongs to.
+
+    Args:
+        autos: where to look, in order; first for a class of the name ``architecture``, or one that the configuration
+            names.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [auto._model_mapping[type(config)] for auto in autos if type(config) in auto._model_mapping]
+    named = {architecture, *(config.architectures or ())} - {None}
+    for model_class in found:
+        if model_class.__name__ in named:
+            return model_class
+    if not found:
+        raise ValueError(
+            f"A model of type {config.model_type!r} has no head of this kind in Transformers. Pass an encoder that "
+            "has one, for instance BERT."
+        )
+    return found[0]
+
+
+def auto_class(base: PreTrainedModel, autos: tuple[type, ...]) -> str:
+    """The name of the one of Transformers' ``autos`` that loads such a base; the first, if none does."""
+    fitting = (auto for auto in autos if auto._model_mapping.get(type(base.config), None) is type(base))
+    return next(fitting, autos[0]).__name__
+
+
+class NvibEncoderModel(NvibPreTrainedModel):
+    r"""A pretrained encoder with a head, whose self-attentions read distributions: what its subclasses share.
+
+    The loss is the head's own and, for a mean over the examples,
+
+    .. math:: \beta_G \lambda_G \, \overline{KL_G} + \beta_D \lambda_D \, \overline{KL_D}
+
+    of the means over the NVIB layers. Works with the plain ``Trainer``, and with
+    :class:`~nvib_hf.KLAnnealingCallback`.
+
+    Args:
+        config: the configuration; its ``attentions`` are ``{"encoder": ...}``, by default all layers.
+        base: the model to wrap, changed in place; a fresh one of ``config.base_config`` if ``None``.
+
+    Source: Fehr et al. (2025), fine-tuning with NVIB in encoders.
+    """
+
+    accepts_loss_kwargs = False  # the head's loss is a mean over the batch, which the Trainer divides
+    _autos: tuple[type, ...]
+
+    def __init__(self, config: NvibConfig, base: PreTrainedModel | None = None) -> None:
+        warn_if_untested()
+        attentions = {"encoder": "all"} if config.attentions is None else config.attentions
+        if set(attentions) != {"encoder"}:
+            raise ValueError(
+                f"attentions are {list(attentions)}, but an encoder with a head has 'encoder' alone. Leave it out for "
+                "all layers, or pass {'encoder': [...]}."
+            )
+        super().__init__(config)
+        if base is None:
+            architecture = classifier_class(config.base_config, self._autos, config.base_architecture)
+            base = architecture._from_config(config.base_config)
+        else:
+            check_unwrapped(base)
+            for module in base.modules():
+                module._is_hf_initialized = True  # post_init would draw the weights of modules it does not know anew
+        config.attentions, config.is_encoder_decoder = attentions, False
+        # The live configuration, so that a change of attention implementation is seen on both sides.
+        config.base_config, config.base_architecture = base.config, type(base).__name__
+        self.main_input_name = base.main_input_name
+        self._auto_name = auto_class(base, self._autos)
+        self.base = base
+        names = put_into_self_attention(base, {"encoder": base}, config)
+        self._self_attention_names = {layer: f"base.{name}" for layer, name in names.items()}
+        self.register_buffer("kl_beta", torch.ones(3))  # of lambda_gaussian, lambda_dirichlet, lambda_vectors
+        self.post_init()
+
+    @classmethod
+    def _load_base(cls, name_or_path: str, **kwargs) -> PreTrainedModel:
+        return load_base(name_or_path, partial(classifier_class, autos=cls._autos, architecture=None), **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        input_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        **kwargs,
+    ) -> NvibClassifierOutput:
+        """Logits and, with ``labels``, the loss.
+
+        Args:
+            input_ids, attention_mask, token_type_ids, inputs_embeds, pixel_values, input_values, kwargs: as the base
+                takes them.
+            labels: as the base takes them.
+            generator: for the draws of training.
+        """
+        if generator is not None:
+            self._check_generator(generator)
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "inputs_embeds": inputs_embeds,
+            "pixel_values": pixel_values,
+            "input_values": input_values,
+            "labels": labels,
+        }
+        given = {name: value for name, value in inputs.items() if value is not None}
+        with ForwardPass(generator, records={}) as this_pass:
+            outputs = self.base(**given, **kwargs, return_dict=True)
+        terms, charged = layer_terms(None, self._self_attentions(), this_pass.records)
+        loss = outputs.loss
+        regularisation = regulariser(charged, self.kl_beta, self.config)  # None where layer drop skipped all of them
+        if loss is not None and regularisation is not None:
+            loss = loss + regularisation.mean()
+        elif loss is None and self.training and torch.is_grad_enabled():
+            warn_of_a_loss_without_terms(self.config)
+        return NvibClassifierOutput(
+            loss=loss,
+            logits=outputs.logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_entropy=outputs.loss,
+            kl_gaussian=charged.kl_gaussian,
+            kl_dirichlet=charged.kl_dirichlet,
+            layer_kl_gaussian=terms.kl_gaussian,
+            layer_kl_dirichlet=terms.kl_dirichlet,
+            layer_prop_vectors=terms.prop_vectors,
+        )
+
+    def _read(self, batch: dict[str, Tensor]) -> None:
+        self(**{name: value.to(self.device) for name, value in batch.items() if name != "labels"})
+
+
+class NvibForSequenceClassification(NvibEncoderModel):
+    """A classifier of texts, images or sounds with NVIB in its encoder; see :class:`NvibEncoderModel`.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+        >>> bert = BertForSequenceClassification(BertConfig(vocab_size=50, num_labels=3, **sizes))
+        >>> model = NvibForSequenceClassification.from_base_pretrained(bert, lambda_gaussian=0.01)
+        >>> model.eval()(input_ids=torch.tensor([[5, 6, 7, 2]])).logits.shape
+        torch.Size([1, 3])
+    """
+
+    _autos = (AutoModelForSequenceClassification, AutoModelForImageClassification, AutoModelForAudioClassification)
+
+
+class NvibForTokenClassification(NvibEncoderModel):
+    """A classifier of tokens with NVIB in its encoder; see :class:`NvibEncoderModel`."""
+
+    _autos = (AutoModelForTokenClassification,)
+
+
+logger = logging.get_logger(__name__)
+
+
+def warn_of_a_loss_without_terms(config: NvibConfig) -> None:
+    """Say once that a training's loss, made elsewhere of the logits, lacks the KLs that are weighed."""
+    if max(config.lambda_gaussian, config.lambda_dirichlet, config.lambda_vectors) > 0:
+        logger.warning_once(
+            "A training pass got no labels, so the KLs are in no loss: label_smoothing_factor and compute_loss_func "
+            "of a Trainer take the labels away. Leave them out, or add the output's kl_gaussian and kl_dirichlet to "
+            "your loss."
+        )

@@ -1,0 +1,163 @@
+"""The Trainer of Transformers with the terms of the loss in its logs and in the model card."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import nn
+from transformers import Seq2SeqTrainer, TrainerState
+from transformers.modelcard import TrainingSummary
+
+from ..evaluation.report import evaluation_of, with_evaluation
+from ..loss import SMOOTHING
+from ..wrapping.model_card import base_ids, markdown_table, model_card
+from .collapse import CollapseCallback
+from .recording import MeasuringCallback, Recorder, nvib_model_in
+
+NAMELESS = (
+    "The NVIB model under this adapter has never been saved, so the adapter will not say what it belongs to. Call "
+    "save_pretrained on the model before get_peft_model, or wrap the base again for PeftModel.from_pretrained."
+)
+
+NOT_RESULTS = {"runtime", "samples_per_second", "steps_per_second", "epoch", "step", "learning_rate", "grad_norm"}
+
+
+class NvibTrainerMixin:
+    """Adds the terms of the loss to a Trainer's logs, in training and evaluation, and results to the model card.
+
+    Warns of a posterior collapse, and of texts that are decoded in training alone
+    (:class:`~nvib_hf.CollapseCallback`, which adds ``evaluation_cross_entropy``).
+
+    ``cross_entropy``, ``kl_gaussian`` and ``kl_dirichlet`` (nats, means over target tokens), ``num_vectors``,
+    ``prop_vectors`` and ``effective_vectors`` (means over examples): since the last log, over all processes.
+    ``eval_loss``, of plain models too, is a mean over target tokens as well, where other Trainers take that of the
+    batches' means, which depends on the batch size. Where self-attentions have NVIB, ``kl_gaussian``, ``kl_dirichlet``
+    and ``prop_vectors`` of each layer, too (``kl_gaussian_encoder.0``).
+
+    Example:
+        >>> class MyTrainer(NvibTrainerMixin, Seq2SeqTrainer): ...
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if self.args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.args.label_smoothing_factor} in TrainingArguments replaces the model's "
+                f"loss and drops its KL terms. {SMOOTHING}."
+            )
+        model = nvib_model_in(self.model)  # None for a plain one, trained beside it
+        if model is not None and hasattr(self.model, "peft_config") and not model.name_or_path:
+            warnings.warn(NAMELESS, stacklevel=2)
+        callbacks = self.callback_handler.callbacks
+        if model is not None and not any(isinstance(callback, CollapseCallback) for callback in callbacks):
+            self.add_callback(CollapseCallback())
+        layers = () if model is None else model.nvib_layers()
+        layers = layers if len(layers) > 1 else ()  # one layer's terms are the loss's
+        self._nvib_recorders = {training: Recorder(layers) for training in (True, False)}
+
+    def training_step(self, model, *args, **kwargs):
+        with self._recording(model, training=True):
+            return super().training_step(model, *args, **kwargs)
+
+    def compute_loss(self, model, inputs, *args, num_items_in_batch=None, **kwargs):
+        """As in ``Trainer``; in evaluation the mean over this process's own tokens, which are counted afterwards."""
+        items = num_items_in_batch if model.training else None
+        return super().compute_loss(model, inputs, *args, num_items_in_batch=items, **kwargs)
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        with self._recording(model, training=False):
+            loss, *predicted = super().prediction_step(model, inputs, *args, **kwargs)
+        if loss is not None and "labels" in inputs:
+            self._nvib_recorders[False].add_loss(loss, inputs["labels"])
+        return loss, *predicted
+
+    @contextmanager
+    def _recording(self, model: nn.Module, training: bool) -> Iterator[None]:
+        """Sees what the model returns, whoever calls it: Trainer, Seq2SeqTrainer or a loss of the user's own."""
+        handle = model.register_forward_hook(self._nvib_recorders[training].hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _read(self, training: bool) -> dict[str, float]:
+        return self._nvib_recorders[training].read(self.args.device)
+
+    def train(self, *args, **kwargs):
+        self._nvib_recorders[True].clear()  # what an earlier training did not log
+        return super().train(*args, **kwargs)
+
+    def log(self, logs, *args, **kwargs) -> None:
+        if "loss" in logs:
+            logs.update(self._read(training=True))
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, MeasuringCallback):  # before the trackers, which come first, are told
+                    logs.update(callback.trace())
+        super().log(logs, *args, **kwargs)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        self._nvib_recorders[False].clear()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        read = self._read(training=False)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in read.items()})
+        return output
+
+    def create_model_card(self, **kwargs) -> None:
+        """The model's own card, with what the Trainer knows of its training. Arguments as in ``Trainer``."""
+        if nvib_model_in(self.model) is not self.model:  # adapters and plain models have cards of their own
+            return super().create_model_card(**kwargs)
+        if self.is_world_process_zero():
+            bases = base_ids(self.model.config)
+            summary = TrainingSummary.from_trainer(self, **{"finetuned_from": "".join(bases[:1]), **kwargs})
+            metadata = {**summary.create_metadata(), "base_model": kwargs.get("finetuned_from") or bases}
+            if not metadata["model-index"][0]["results"]:
+                del metadata["model-index"]
+            name = self.hub_model_id or summary.model_name
+            card = model_card(self.model, name, training_section(self.state, summary), **metadata)
+            path = Path(self.args.output_dir) / "README.md"
+            earlier = path.read_text(encoding="utf-8") if path.exists() else ""
+            card.content = with_evaluation(card.content, evaluation_of(earlier))
+            card.save(path)
+        return None
+
+
+def training_section(state: TrainerState, summary: TrainingSummary) -> str:
+    """A training in Markdown: the last results, the evaluations on the way, the hyperparameters."""
+    data = [summary.dataset] if isinstance(summary.dataset, str) else [x for x in summary.dataset or [] if x]
+    on_data = f" on {' and '.join(data)}" if data else ""
+    training = next((_results(entry) for entry in reversed(state.log_history) if "loss" in entry), {})
+    evaluations = {entry["step"]: _results(entry) for entry in state.log_history if "eval_loss" in entry}
+    evaluation = next(reversed(evaluations.values()), {})
+    last = [
+        (name, *(_rounded(results.get(name, "")) for results in (training, evaluation)))
+        for name in dict.fromkeys([*training, *evaluation])
+    ]
+    on_the_way = [
+        (step, *(_rounded(results.get(name, "")) for name in evaluation)) for step, results in evaluations.items()
+    ]
+    hyperparameters = [f"- `{name}`: {value}" for name, value in (summary.hyperparameters or {}).items()]
+    parts = [
+        f"{state.global_step} steps{on_data}. At the end:\n\n{markdown_table(('', 'training', 'evaluation'), *last)}",
+        f"Evaluations:\n\n{markdown_table(('step', *evaluation), *on_the_way)}" if len(on_the_way) > 1 else "",
+        "Hyperparameters:\n\n" + "\n".join(hyperparameters),
+    ]
+    return "\n\n".join(part.strip() for part in parts if part)
+
+
+def _results(entry: dict[str, float]) -> dict[str, float]:
+    """What a log says of the model, by name."""
+    entry = {name.removeprefix("eval_"): value for name, value in entry.items()}
+    return {name: value for name, value in entry.items() if name not in NOT_RESULTS}
+
+
+def _rounded(value: object) -> str:
+    """A number to four places where it has more."""
+    text = str(value)
+    return f"{value:.4f}" if isinstance(value, float) and len(text.partition(".")[2]) > 4 else text
+
+
+class NvibTrainer(NvibTrainerMixin, Seq2SeqTrainer):
+    """``Seq2SeqTrainer`` that logs the cross-entropy, both KLs and the vectors kept."""

@@ -1,0 +1,338 @@
+"""What NVIB needs to know of the model it wraps: how to run its encoder and its decoder."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+    EncoderDecoderModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    SpeechEncoderDecoderModel,
+    VisionEncoderDecoderModel,
+)
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+
+from ..layers.distributions import noise
+from ..versions import CACHE, installed_and_tested
+
+if TYPE_CHECKING:
+    pass
+
+# What stands for the encoder's inputs: its output.
+STATES = "encoder_last_hidden_state"
+
+# Their decoder is a causal model of its own, which is called directly: the projection between the two must see the
+# encoder's states, not the latent.
+JOINED = (EncoderDecoderModel, SpeechEncoderDecoderModel, VisionEncoderDecoderModel)
+NOTHING_TO_READ = (
+    "The decoder has nothing to read. Pass labels, decoder_input_ids or decoder_inputs_embeds; to write text call "
+    "generate()."
+)
+
+
+@dataclass
+class LatentOutput(BaseModelOutput):
+    """A packed latent in the place of an encoder's output.
+
+    Some decoders read more of it than the states: Moonshine its mask, mixtures of experts the encoder's router.
+    Masks stand in the latent, so both are ``None``.
+    """
+
+    attention_mask: Tensor | None = None
+    router_logits: Tensor | None = None
+
+
+def check_decoder_call(base: PreTrainedModel, cached: bool) -> None:
+    """Raise ValueError unless the base takes by name what :func:`run_decoder` hands it."""
+    if isinstance(base, JOINED):
+        called, needed = base.decoder, {"input_ids", "encoder_hidden_states"}
+    else:
+        called, needed = base, {"decoder_input_ids", "encoder_outputs"}
+    if cached:
+        needed.add(CACHE)
+    if missing := needed - argument_names(called.forward):
+        raise ValueError(
+            f"{type(called).__name__}.forward takes no argument {' or '.join(map(repr, sorted(missing)))}, by which "
+            f"NVIB hands it the latent and the cache. {installed_and_tested()}. Install a tested version."
+        )
+
+
+def freeze_unused(base: PreTrainedModel) -> None:
+    """Take parameters that no encoder-decoder uses out of training: distributed training trips over them."""
+    pooler = getattr(base.get_encoder(), "pooler", None)
+    if isinstance(pooler, nn.Module):
+        pooler.requires_grad_(False)
+
+
+def argument_names(forward) -> frozenset[str]:
+    """The names of a function's arguments."""
+    return frozenset(inspect.signature(forward).parameters)
+
+
+def gathering(model: nn.Module, name: str) -> Callable:
+    """A method of a model that is called outside of ``forward``, for which FSDP2 gathers parameters only if told."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+        if isinstance(model, FSDPModule):
+            gathered = f"{name}_gathered"
+            if gathered not in vars(model):
+                setattr(model, gathered, getattr(model, name))
+                register_fsdp_forward_method(model, gathered)
+            return getattr(model, gathered)
+    return getattr(model, name)
+
+
+def run_encoder(base: PreTrainedModel, inputs: dict) -> tuple[BaseModelOutput, Tensor | None]:
+    """The encoder's output, projected to the decoder's width, and its mask or that of its inputs, or ``None``.
+
+    ``inputs`` are the encoder's, by name. The mask may be as long as the input where the encoder shortens that:
+    :func:`shortened_mask`.
+    """
+    encoder = base.get_encoder()
+    if base.training and "input_features" in inputs and hasattr(base.base_model, "_mask_input_features"):
+        # Whisper's SpecAugment, which works in place
+        sound, mask = inputs["input_features"].clone(), inputs.get("attention_mask")
+        inputs = {**inputs, "input_features": base.base_model._mask_input_features(sound, attention_mask=mask)}
+    outputs = encoder(**inputs, return_dict=True)
+    states, downsampled = outputs.last_hidden_state, getattr(outputs, "attention_mask", None)
+    if isinstance(base, JOINED) and hasattr(base, "enc_to_dec_proj"):
+        states = base.enc_to_dec_proj(states)
+    outputs = BaseModelOutput(
+        last_hidden_state=states,
+        hidden_states=getattr(outputs, "hidden_states", None),
+        attentions=getattr(outputs, "attentions", None),
+    )
+    return outputs, inputs.get("attention_mask") if downsampled is None else downsampled
+
+
+def shortened_mask(encoder: nn.Module, attention_mask: Tensor, length: int) -> Tensor | None:
+    """The mask of an encoder's output ``(B, length)`` for that of its longer input; ``None`` if it has no rule."""
+    if not hasattr(encoder, "_get_feature_vector_attention_mask"):
+        return None
+    return encoder._get_feature_vector_attention_mask(length, attention_mask)
+
+
+def run_decoder(base: PreTrainedModel, latent: LatentOutput, inputs: dict):
+    """Logits of the base's decoder over a packed latent, as the base's output.
+
+    ``inputs`` are named as in an encoder-decoder's ``forward`` (``decoder_input_ids``, ``use_cache``, ...).
+    No attention mask is passed: masked vectors carry a bias of ``-inf``.
+    """
+    inputs = {name: value for name, value in inputs.items() if value is not None}
+    if isinstance(base, JOINED):
+        inputs = {name.removeprefix("decoder_"): value for name, value in inputs.items()}
+        outputs = base.decoder(encoder_hidden_states=latent.last_hidden_state, **inputs, return_dict=True)
+        return Seq2SeqLMOutput(
+            logits=outputs.logits,
+            **{CACHE: outputs.get(CACHE)},
+            decoder_hidden_states=outputs.hidden_states,
+            decoder_attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+        )
+    return base(encoder_outputs=latent, **inputs, return_dict=True)
+
+
+def run_decoder_over_source(base: PreTrainedModel, latent: LatentOutput, inputs: dict):
+    """:func:`run_decoder`, its tokens being what the base makes of ``input_ids``.
+
+    Raises:
+        ValueError: the base has no rule for that, so its decoder has nothing to read.
+    """
+    refusal = base.get_decoder().register_forward_pre_hook(check_decoder_reads, with_kwargs=True)
+    try:
+        return run_decoder(base, latent, inputs)
+    finally:
+        refusal.remove()
+
+
+def drop_words(
+    decoder_input_ids: Tensor, share: float, token_id: int | None, generator: torch.Generator | None = None
+) -> Tensor:
+    """A copy of the decoder's inputs ``(B, Nt)`` in which each token but the first is ``token_id`` with that chance.
+
+    A decoder that cannot read all of its own past has to ask the latent.
+
+    Source: Bowman et al. (CoNLL 2016), section 3.1.
+    """
+    if token_id is None:
+        raise ValueError("word_dropout needs a token in place of words: set word_dropout_token_id.")
+    dropped = noise(torch.rand, decoder_input_ids.float(), generator) < share
+    dropped[:, 0] = False  # what the decoder starts with
+    return decoder_input_ids.masked_fill(dropped, token_id)
+
+
+def check_decoder_reads(decoder: nn.Module, args: tuple, inputs: dict) -> None:
+    """Raise ValueError for a call of the decoder without tokens: a forward pre-hook, with keywords."""
+    if not args and all(inputs.get(name) is None for name in ("input_ids", "inputs_embeds")):
+        raise ValueError(NOTHING_TO_READ)
+
+
+def decoder_positions(base: PreTrainedModel) -> int | None:
+    """How many tokens the decoder has positions for; ``None`` where they are relative or made as needed."""
+    names = ("embed_positions", "position_embeddings", "wpe")
+    for name, table in base.get_decoder().named_modules():
+        made_as_needed = hasattr(table, "make_weight")
+        if name.rsplit(".", 1)[-1] in names and isinstance(table, nn.Embedding) and not made_as_needed:
+            # The first rows may be left out: by an offset in BART, up to the padding's own in RoBERTa.
+            padding = 0 if table.padding_idx is None else table.padding_idx + 1
+            # ProphetNet's predicting streams stand one position further than their token.
+            ahead = 1 if hasattr(base.config, "ngram") else 0
+            return table.num_embeddings - getattr(table, "offset", padding) - ahead
+    return None
+
+
+def resize_token_embeddings(base: PreTrainedModel, new_num_tokens: int | None, *args, **kwargs) -> nn.Module:
+    """The base's resized embeddings. Where an encoder and a decoder were joined: of both, if they share a vocabulary.
+
+    Raises:
+        ValueError: the two have vocabularies of their own.
+    """
+    halves = [base]
+    if isinstance(base, JOINED) and new_num_tokens is not None:
+        halves = [base.decoder]
+        if base.encoder.main_input_name == "input_ids":
+            halves = [base.encoder, base.decoder]
+            sizes = [half.get_input_embeddings().num_embeddings for half in halves]
+            if sizes[0] != sizes[1]:
+                raise ValueError(
+                    f"The encoder has a vocabulary of {sizes[0]} tokens and the decoder one of {sizes[1]}. Resize the "
+                    "one you mean: model.base.encoder.resize_token_embeddings(n) or "
+                    "model.base.decoder.resize_token_embeddings(n)."
+                )
+    for half in halves:
+        embeddings = half.resize_token_embeddings(new_num_tokens, *args, **kwargs)
+    return embeddings
+
+
+def base_class(config: PreTrainedConfig, architecture: str | None = None) -> type[PreTrainedModel]:
+    """The class of the encoder-decoder model a configuration belongs to.
+
+    Raises:
+        ValueError: there is none with a head that generates.
+    """
+    if architecture is not None and hasattr(transformers, architecture):
+        return getattr(transformers, architecture)
+    joined = {model.config_class: model for model in JOINED}
+    if type(config) in joined:
+        return joined[type(config)]
+    for auto in (AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq):
+        if type(config) in auto._model_mapping:
+            return auto._model_mapping[type(config)]
+    raise ValueError(
+        f"A model of type {config.model_type!r} is no encoder-decoder that generates, so there is no "
+        "cross-attention for NVIB. Pass one (BART, T5, Marian, ...), or join an encoder and a decoder with "
+        "NvibForConditionalGeneration.from_encoder_decoder_pretrained(encoder, decoder)."
+    )
+
+
+@contextmanager
+def damage_explained(name_or_path: object) -> Iterator[None]:
+    """Say which checkpoint it is that cannot be read, and what to do."""
+    try:
+        yield
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise OSError(
+            f"The checkpoint {name_or_path} is damaged ({error}): one of its files was cut short when it was saved, "
+            "copied or downloaded. Fetch it again, or take an earlier one."
+        ) from error
+
+
+def load_base(
+    name_or_path: str, find: Callable[[PreTrainedConfig], type[PreTrainedModel]] = base_class, **kwargs
+) -> PreTrainedModel:
+    """A pretrained model by name or path; ``kwargs`` are those of ``from_pretrained``.
+
+    Args:
+        find: the class for a configuration, by default an encoder-decoder's.
+    """
+    hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "subfolder", "trust_remote_code") if k in kwargs}
+    config = AutoConfig.from_pretrained(name_or_path, **hub)
+    if config.model_type == "nvib":
+        raise ValueError(
+            f"{name_or_path} is an NVIB model already. Load it with from_pretrained, for instance "
+            "NvibForConditionalGeneration.from_pretrained."
+        )
+    with damage_explained(name_or_path):
+        return find(config).from_pretrained(name_or_path, **kwargs)
+
+
+def join_encoder_decoder(
+    encoder: str | PreTrainedModel, decoder: str | PreTrainedModel | PreTrainedConfig, **kwargs
+) -> PreTrainedModel:
+    """One model of an encoder and a decoder with cross-attention; ``kwargs`` go to both ``from_pretrained``.
+
+    Cross-attention that a pretrained decoder lacks is fresh, as is all of a decoder given as a configuration.
+    """
+    if not isinstance(encoder, PreTrainedModel):
+        config = AutoConfig.from_pretrained(encoder)
+        if hasattr(config, "is_decoder"):
+            config.is_decoder = config.add_cross_attention = False
+        encoder = AutoModel.from_pretrained(encoder, config=config, **kwargs)
+    if not isinstance(decoder, PreTrainedModel):
+        given = isinstance(decoder, PreTrainedConfig)
+        config = copy.deepcopy(decoder) if given else AutoConfig.from_pretrained(decoder)
+        config.is_decoder = config.add_cross_attention = True
+        if given:
+            decoder = AutoModelForCausalLM.from_config(config)
+        else:
+            decoder = AutoModelForCausalLM.from_pretrained(decoder, config=config, **kwargs)
+    if "encoder_hidden_states" not in inspect.signature(decoder.forward).parameters:
+        raise ValueError(
+            f"{type(decoder).__name__} cannot cross-attend: its forward takes no encoder_hidden_states. Pass a "
+            "decoder that can, such as a BERT, RoBERTa or GPT-2 model or configuration."
+        )
+    by_input = {"pixel_values": VisionEncoderDecoderModel, "input_ids": EncoderDecoderModel}
+    model = by_input.get(encoder.main_input_name, SpeechEncoderDecoderModel)(encoder=encoder, decoder=decoder)
+    _set_special_tokens(model)
+    return model
+
+
+def _set_special_tokens(model: PreTrainedModel) -> None:
+    """Take the tokens with which generation starts, ends and pads from the decoder where they are not set."""
+    decoder, generation = model.config.decoder, model.generation_config
+    first = (getattr(decoder, name, None) for name in ("decoder_start_token_id", "bos_token_id", "cls_token_id"))
+    start = next((token for token in first if token is not None), None)
+    end = getattr(decoder, "eos_token_id", None)
+    pad = getattr(decoder, "pad_token_id", None)
+    found = {
+        "decoder_start_token_id": start,
+        "eos_token_id": end,
+        "pad_token_id": end if pad is None else pad,
+    }
+    for name, token in found.items():
+        for config in (model.config, generation):
+            if getattr(config, name, None) is None:
+                setattr(config, name, token)
+
+
+# Inputs
+
+
+def check_known(arguments: Iterable[str], taker: str, known: Iterable[str] = ()) -> None:
+    """Raise TypeError for arguments that are not ``known``, with the nearest name.
+
+    Otherwise a misspelt mask would be ignored silently.
+    """
+    for name in arguments:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {close[0]!r}?" if close else "Leave it out."
+            raise TypeError(f"{taker} takes no argument {name!r}. {hint}")

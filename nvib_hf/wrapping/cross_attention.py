@@ -1,0 +1,208 @@
+"""A base's attention module turned into denoising attention in place: what all kinds share, and cross-attention.
+
+A spec (``specs.py``) says where a module's projections, widths and scale are; one forward serves all architectures. A
+module keeps its parameters, names and hooks: only its class changes, to a subclass of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import EncoderDecoderCache
+
+from ..layers.denoising_attention import HALF_PRECISION, append_bias, denoising_attention, unpack
+from ..versions import CACHE, installed_and_tested
+from .specs import AttentionSpec
+
+
+class ConvertedAttention(nn.Module):
+    """Mixed in before an attention's own class; ``nvib_spec`` says what its parts are called."""
+
+    nvib_spec: AttentionSpec
+    nvib_arguments: tuple[str, ...]
+
+    def _key_value(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``(B, H, N, E)`` of vectors ``(B, N, P)``."""
+        spec = self.nvib_spec
+        if joint := spec.key_value or spec.query_key_value:
+            key, value = getattr(self, joint)(vectors).chunk(3 if spec.query_key_value else 2, dim=-1)[-2:]
+        else:
+            key, value = getattr(self, spec.key)(vectors), getattr(self, spec.value)(vectors)
+        return self._by_head(key), self._by_head(value)
+
+    def _matrices(self, vectors: Tensor) -> dict[str, Tensor]:
+        """``W_k`` and ``W_v`` ``(H, E, P)``."""
+        spec = self.nvib_spec
+        if joint := spec.key_value or spec.query_key_value:
+            weights = projection_matrix(getattr(self, joint), vectors).chunk(3 if spec.query_key_value else 2)[-2:]
+        else:
+            weights = [projection_matrix(getattr(self, name), vectors) for name in (spec.key, spec.value)]
+        key, value = (weight.unflatten(0, (-1, getattr(self, spec.head_dim))) for weight in weights)
+        return {"key_weight": key, "value_weight": value}
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        """``(B, N, H * E)`` to ``(B, H, N, E)``."""
+        return x.view(*x.shape[:-1], -1, getattr(self, self.nvib_spec.head_dim)).transpose(1, 2)
+
+    def _joined(self, output: Tensor) -> Tensor:
+        """``(B, H, N, E)`` to what the module returns of it, ``(B, N, C)``."""
+        spec, output = self.nvib_spec, output.transpose(1, 2).flatten(2)
+        if spec.output is not None:
+            output = getattr(self, spec.output)(output)
+        if spec.output_dropout is not None:
+            dropout = getattr(self, spec.output_dropout)
+            output = dropout(output) if isinstance(dropout, nn.Module) else F.dropout(output, dropout, self.training)
+        return output
+
+    def _weights_arguments(self, inputs: dict) -> dict:
+        """Arguments of :func:`denoising_attention`: the dropout of the weights, and whether they are returned."""
+        config, dropout = getattr(self, "config", None), getattr(self, self.nvib_spec.dropout)
+        dropout = dropout.p if isinstance(dropout, nn.Dropout) else dropout
+        return {
+            "dropout_p": dropout if self.training else 0.0,
+            "need_weights": inputs.get("output_attentions") or getattr(config, "_attn_implementation", "") == "eager",
+        }
+
+
+def projection_matrix(projection: nn.Module, like: Tensor) -> Tensor:
+    """The matrix ``(out, P)`` of a linear map.
+
+    A plain ``nn.Linear`` is read. Anything else (LoRA, quantised weights, Conv1D, offloaded weights) is applied to
+    the identity, so that whatever it does counts.
+    """
+    plain = type(projection) is nn.Linear and type(projection.weight) is nn.Parameter
+    hooked = hasattr(projection, "_hf_hook") or projection._forward_hooks or projection._forward_pre_hooks
+    if plain and not hooked and projection.weight.dtype == like.dtype:
+        return projection.weight
+    eye = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)[None]
+    return (projection(eye) - projection(torch.zeros_like(eye[:, :1]))).squeeze(0).transpose(0, 1)
+
+
+@functools.cache
+def converted_class(mixin: type[ConvertedAttention], base: type[nn.Module], spec: AttentionSpec) -> type[nn.Module]:
+    """A subclass of ``base`` that computes ``mixin``'s attention."""
+    names = tuple(inspect.signature(base.forward).parameters)[1:]
+    fields = {"nvib_spec": spec, "nvib_arguments": names, "__module__": base.__module__}
+    return type(f"Denoising{base.__name__}", (mixin, base), fields)
+
+
+def own_class(module: ConvertedAttention) -> type[nn.Module]:
+    """The class that a module had before it was converted."""
+    return type(module).__bases__[1]
+
+
+def set_class(module: nn.Module, module_class: type[nn.Module]) -> None:
+    """Change the class, also beneath a hook of accelerate, which keeps the ``forward`` it calls on the instance."""
+    module.__class__ = module_class
+    if "_old_forward" in vars(module):
+        module._old_forward = module_class.forward.__get__(module)
+
+
+class DenoisingCrossAttention(ConvertedAttention):
+    """Mixed in before a cross-attention's own class by :func:`convert_cross_attention`."""
+
+    nvib_width: int  # of latent vectors
+    nvib_scale: float
+    nvib_exact: bool
+
+    def forward(self, *args, **kwargs):
+        spec, inputs = self.nvib_spec, dict(zip(self.nvib_arguments, args, strict=False)) | kwargs
+        hidden_states, packed = inputs[spec.hidden_states], inputs.get(spec.memory)
+        if packed is None:
+            raise ValueError(f"{type(self).__name__} got no {spec.memory}: the latent is missing.")
+        if spec.time_major:
+            hidden_states, packed = hidden_states.transpose(0, 1), packed.transpose(0, 1)
+        query = self._by_head(getattr(self, spec.query)(hidden_states))
+        rows, sources = hidden_states.shape[0], packed.shape[0]
+        if rows != sources:
+            query = fold_rows(query, sources)
+        output, weights = denoising_attention(
+            query,
+            **self._projected(packed, hidden_states.dtype, inputs.get(spec.cache)),
+            scale=self.nvib_scale,
+            exact=self.nvib_exact,
+            softcap=getattr(self, spec.softcap) if spec.softcap else None,
+            **self._weights_arguments(inputs),
+        )
+        if rows != sources:
+            output = unfold_rows(output, rows)
+            weights = None if weights is None else unfold_rows(weights, rows)
+        output = self._joined(output)
+        inputs["output"] = output.transpose(0, 1) if spec.time_major else output
+        inputs["weights"] = weights
+        return tuple(inputs.get(name) for name in spec.returns)
+
+    def _projected(self, packed: Tensor, dtype: torch.dtype, cache) -> dict[str, Tensor]:
+        """What attention reads of a latent in this layer, once per source: later steps find it in the cache.
+
+        ``key``, ``value`` ``(B, H, Nl, E)`` and ``bias``; of a mixture also ``shrinkage`` and the matrices.
+        """
+        has_cache = isinstance(cache, EncoderDecoderCache)
+        if has_cache and cache.is_updated.get(self.layer_idx):
+            layer = cache.cross_attention_cache.layers[self.layer_idx]
+            return {"key": layer.keys, "value": layer.values, **layer.nvib_beside}
+        latent = unpack(packed, self.nvib_width)
+        vectors = latent.vectors.to(dtype)
+        if not torch.is_grad_enabled():  # which would keep the copy: each projection of a slice takes 7 % longer
+            vectors = vectors.contiguous()
+        key, value = self._key_value(vectors)
+        beside = {"bias": latent.bias}
+        if latent.shrinkage is not None:
+            beside |= {"shrinkage": latent.shrinkage.to(dtype), **self._matrices(vectors)}
+        if has_cache:
+            plain = latent.shrinkage is None and self.nvib_spec.softcap is None
+            if plain and dtype in HALF_PRECISION:  # once, not at every step, for which fp32 has a mask
+                key, value = append_bias(key, value, beside["bias"], self.nvib_scale)
+            key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
+            cache.is_updated[self.layer_idx] = True
+            cache.cross_attention_cache.layers[self.layer_idx].nvib_beside = beside
+        return {"key": key, "value": value, **beside}
+
+
+def fold_rows(x: Tensor, sources: int) -> Tensor:
+    """A source's rows (its beams, side by side) as further queries: ``(S * K, H, Nt, E)`` to ``(S, H, K * Nt, E)``.
+
+    So its keys and values are stored once, however many beams there are.
+    """
+    if len(x) % sources:
+        raise ValueError(f"There are {sources} latents but {len(x)} decoder inputs. Pass one latent for each row.")
+    return x.unflatten(0, (sources, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def unfold_rows(x: Tensor, rows: int) -> Tensor:
+    """The inverse of :func:`fold_rows`."""
+    return x.unflatten(2, (rows // len(x), -1)).transpose(1, 2).flatten(0, 1)
+
+
+def convert_cross_attention(
+    modules: list[tuple[nn.Module, AttentionSpec]], width: int, scale: float, exact: bool = False
+) -> None:
+    """Turn cross-attention modules into denoising attention for latents ``width`` wide, in place."""
+    for module, spec in modules:
+        set_class(module, converted_class(DenoisingCrossAttention, type(module), spec))
+        module.nvib_width, module.nvib_scale, module.nvib_exact = width, scale, exact
+
+
+def restore_cross_attention(model: nn.Module) -> None:
+    """Undo :func:`convert_cross_attention` in the whole model."""
+    for module in model.modules():
+        if isinstance(module, DenoisingCrossAttention):
+            set_class(module, own_class(module))
+            del module.nvib_width, module.nvib_scale, module.nvib_exact
+
+
+def check_cache_was_found(cache: object, layers: tuple[int, ...]) -> None:
+    """Raise RuntimeError if a decoder was given a cache that its cross-attention in ``layers`` did not see.
+
+    It would decode on, from keys and values of every step anew.
+    """
+    if isinstance(cache, EncoderDecoderCache) and not all(cache.is_updated.get(layer) for layer in layers):
+        missed = [layer for layer in layers if not cache.is_updated.get(layer)]
+        raise RuntimeError(
+            f"The cache did not reach the cross-attention of layers {missed}: the decoder hands it on under a name "
+            f"that is not {CACHE!r}. {installed_and_tested()}. Install a tested version, or pass use_cache=False."
+        )

@@ -1,0 +1,197 @@
+"""Markdown of cards and reports."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import fields
+
+from huggingface_hub import ModelCard, ModelCardData
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from ..configuration_nvib import NvibConfig, is_hub_id, setting_names
+
+
+def markdown_table(titles: Sequence[object], *rows: Sequence[object]) -> str:
+    """A table of cells that are Markdown already."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def verbatim(text: str) -> str:
+    """A model's text on one line of Markdown, where it reads as it stands."""
+    return re.sub(r"([\\`*_|<>\[\]#])", r"\\\1", " ".join(text.split())) or "*(nothing)*"
+
+
+PACKAGE = "https://pypi.org/project/nvib-hf/"
+
+TASKS = {"input_ids": "text2text-generation", "pixel_values": "image-to-text"}  # others: speech
+
+READ_TEXT = """\
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+inputs = tokenizer(["The first text.", "Another text."], padding=True, return_tensors="pt")"""
+
+READ_SPEECH = """\
+import numpy as np
+from transformers import AutoFeatureExtractor, AutoModelForSeq2SeqLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+processor = AutoFeatureExtractor.from_pretrained("{name}", trust_remote_code=True)
+sounds = [np.zeros(16_000), np.zeros(16_000)]  # put your own here, at 16 kHz
+inputs = processor(sounds, sampling_rate=16_000, return_tensors="pt")"""
+
+READ_IMAGE = """\
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForSeq2SeqLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+processor = AutoImageProcessor.from_pretrained("{name}", trust_remote_code=True)
+images = [Image.new("RGB", (224, 224)), Image.new("RGB", (224, 224))]  # put your own here
+inputs = processor(images, return_tensors="pt")"""
+
+USE = """\
+model = AutoModelForSeq2SeqLM.from_pretrained("{name}", trust_remote_code=True)
+
+
+def decode(latents):
+    tokens = model.generate(encoder_outputs=latents, max_new_tokens=32)
+    return tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+
+latents = model.encode(**inputs)
+print(decode(latents))
+print(decode(model.sample_latents(num_samples=2, num_vectors=8)))  # drawn from the prior
+print(decode(model.interpolate_latents(latents[:1], latents[1:], weight=0.5)))  # needs the package POT"""
+
+CITATION = """\
+@inproceedings{henderson2023vae,
+  title = {A {VAE} for Transformers with Nonparametric Variational Information Bottleneck},
+  author = {Henderson, James and Fehr, Fabio},
+  booktitle = {The Eleventh International Conference on Learning Representations},
+  year = {2023}
+}
+
+@inproceedings{fehr2024nonparametric,
+  title = {Nonparametric Variational Regularisation of Pretrained Transformers},
+  author = {Fehr, Fabio and Henderson, James},
+  booktitle = {The First Conference on Language Modeling},
+  year = {2024}
+}"""
+
+TEXT = """\
+# {title}
+
+{base} with a nonparametric variational information bottleneck (NVIB) between encoder and decoder{inside}.
+
+The encoder's vectors become a distribution over weighted sets of vectors. Training decodes a sample of it, while two
+KL terms, one for the vectors and one for their weights, limit what passes. Each input thus has a latent that can be
+decoded, and latents can also be drawn from the prior or lie between those of two inputs.
+
+## Use
+
+```python
+{snippet}
+```
+
+`trust_remote_code=True` runs the code that lies beside the weights: nothing has to be installed but PyTorch and
+Transformers. It can be left out where [nvib_hf]({package}), with which this model was made, is installed and imported.
+
+## Settings
+
+{settings}
+
+{training}## Citation
+
+```bibtex
+{citation}
+```
+"""
+
+
+def model_card(model, name: str, training: str = "", **metadata) -> ModelCard:
+    """The card of an NVIB model.
+
+    Args:
+        model: the :class:`~nvib_hf.NvibForConditionalGeneration`.
+        name: repository or folder that the snippet loads.
+        training: a section on its training.
+        metadata: further fields of the card's header (``license``, ``language``, ``datasets``, ...), before those of
+            ``model.card_metadata``. The licence is for the user to say: a base's is not always known.
+    """
+    read = {"input_ids": READ_TEXT, "pixel_values": READ_IMAGE}.get(model.main_input_name, READ_SPEECH)
+    data = {
+        "library_name": "transformers",
+        "pipeline_tag": TASKS.get(model.main_input_name, "automatic-speech-recognition"),
+        "base_model": base_ids(model.config) or None,
+        **{field: value for field, value in {**model.card_metadata, **metadata}.items() if value},
+    }
+    data["tags"] = list(dict.fromkeys([*(model.model_tags or []), *data.get("tags", [])]))
+    text = TEXT.format(
+        title=name.rsplit("/", 1)[-1],
+        base=_base(model.config),
+        inside=_inside(model.config),
+        snippet=f"{read}\n\n{USE}".format(name=name),
+        settings=markdown_table(("setting", "value"), *((f"`{k}`", value) for k, value in _settings(model).items())),
+        training=training and f"## Training\n\n{training.strip()}\n\n",
+        package=PACKAGE,
+        citation=CITATION,
+    )
+    return ModelCard(f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{text}")
+
+
+def base_ids(config: NvibConfig) -> list[str]:
+    """Repositories of what the model was made of: an NVIB model that was trained on, or the base, or its halves."""
+    for parts in ([config], [config.base_config], _halves(config)):
+        if found := [part.name_or_path for part in parts if is_hub_id(part.name_or_path)]:
+            return found
+    return []
+
+
+def _halves(config: NvibConfig) -> list[PreTrainedConfig]:
+    """Encoder's and decoder's configuration, where the base has one of each."""
+    halves = [getattr(config.base_config, name, None) for name in ("encoder", "decoder")]
+    return halves if all(isinstance(half, PreTrainedConfig) for half in halves) else []
+
+
+def _base(config: NvibConfig) -> str:
+    """The base model in words."""
+    kinds = " and ".join(f"`{half.model_type}`" for half in _halves(config))
+    architecture = f"`{config.base_architecture}`" + (f" of {kinds}" if kinds else "")
+    links = " and ".join(f"[{name}](https://huggingface.co/{name})" for name in base_ids(config))
+    return f"{links} ({architecture})" if links else f"A {architecture}"
+
+
+def _inside(config: NvibConfig) -> str:
+    """Which self-attentions have NVIB too, in words."""
+    where = []
+    for kind, layers in config.attentions.items():
+        if kind != "cross":
+            some = "all layers" if layers == "all" else f"layers {', '.join(map(str, layers))}"
+            where.append(f"the {kind}'s self-attention ({some})")
+    return f", and in {' and '.join(where)}" if where else ""
+
+
+def _settings(model) -> dict[str, str]:
+    """The bottleneck's settings, with the prior that the layer has."""
+    config, layer = model.config, model.nvib
+    given = {f.name: getattr(config, f.name) for f in fields(config) if f.name in setting_names()}
+    settings = {name: f"`{value!r}`" for name, value in given.items() if value is not None}
+    if not layer.prior_mu.is_meta:
+        settings["prior_mu"] = _summary(layer.prior_mu)
+        settings["prior_var"] = _summary(layer.prior_logvar.exp())
+        settings["threshold_share"] = f"`{layer.threshold_share.item():.4g}`"
+        log_alpha = layer.prior_log_alpha.item()
+        settings["prior_alpha"] = f"`{math.exp(log_alpha):.4g}`" if log_alpha < 20 else f"exp(`{log_alpha:.4g}`)"
+    return settings
+
+
+def _summary(values: Tensor) -> str:
+    """One number for all channels, or what there is to say of many."""
+    low, high = values.min().item(), values.max().item()
+    if low == high:
+        return f"`{low:.4g}`"
+    return f"{values.numel()} values, `{low:.4g}` to `{high:.4g}`"

@@ -1,0 +1,321 @@
+"""Self-attention of every architecture of the table, turned into denoising attention in place.
+
+A converted module has an NVIB layer of its own, ``nvib``, between its input and its keys and values. The base's masks,
+position biases and caches stay what they are: the prior's component stands in front of all keys, visible to every
+query, and what attention needs to know of a position beside its key travels in the cache as further channels of it.
+
+What belongs to one pass through the model (its random generator, the posteriors of its layers) is in a
+:class:`ForwardPass` and never on a module.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import EncoderDecoderCache
+
+from ..configuration_nvib import NvibConfig
+from ..layers.denoising_attention import (
+    HALF_PRECISION,
+    AttendedLatent,
+    additive_mask,
+    denoising_attention,
+    three_summands,
+)
+from ..layers.distributions import Posterior
+from ..layers.nvib import SelfAttentionNvibLayer
+from .cross_attention import ConvertedAttention, converted_class, own_class, set_class
+from .specs import AttentionSpec
+
+
+# -------------------------------------------------------------------------------------------- one forward pass
+class LayerRecord(NamedTuple):
+    """What a self-attention saw in one pass: enough to charge it for.
+
+    ``visible`` ``(B, N)`` is True where a position is no padding, ``None`` if there is none; ``sources`` ``(B,)`` says
+    of how many vectors the kept ones are a share, ``None`` for the visible ones.
+    """
+
+    posterior: Posterior
+    visible: Tensor | None
+    sources: Tensor | None = None
+
+
+class HandedOn(NamedTuple):
+    """What an encoder layer that drops vectors or adds up pseudo-counts tells the layers above it.
+
+    ``by`` is the attention that says so. ``gone`` ``(B, N')`` is True where no vector is left. ``places`` ``(B, N')``
+    are positions in the encoder's input, ``None`` while all of it is there; ``order`` ``(B, N')`` are positions in
+    this layer's own input. ``length`` is that of the encoder's input, ``sources`` ``(B,)`` counts its vectors.
+    """
+
+    by: nn.Module
+    gone: Tensor
+    places: Tensor | None
+    order: Tensor | None
+    log_alpha: Tensor
+    length: int
+    sources: Tensor
+
+
+class ForwardPass:
+    """One pass through a model, or through its encoder: all that its self-attentions share beside tensors.
+
+    As a context manager it is the current pass of this thread, and of no other. A call inside a call has a pass of its
+    own, and an exception ends one as a return does.
+
+    Args:
+        generator: for the draws of training.
+        shortens: whether vectors that an encoder layer drops leave the sequence, where the architecture allows it.
+        records: ``{}`` to have every self-attention leave a :class:`LayerRecord`; ``None`` for none.
+        encoder: of a pass through the encoder alone, that module.
+    """
+
+    def __init__(
+        self,
+        generator: torch.Generator | None = None,
+        shortens: bool = False,
+        records: dict[nn.Module, LayerRecord] | None = None,
+        encoder: nn.Module | None = None,
+    ) -> None:
+        self.generator, self.shortens, self.records, self.encoder = generator, shortens, records, encoder
+        self.handed_on: HandedOn | None = None  # by the layer that ran last
+        self.left: tuple[Tensor, Tensor] | None = None  # what the encoder left of its input: see stacked_encoder.py
+        self._outer: ForwardPass | None = None
+
+    def __enter__(self) -> Self:
+        self._outer = current_pass()
+        _set_current(self)
+        return self
+
+    def __exit__(self, *error) -> None:
+        _set_current(self._outer)
+
+
+class _Traced:
+    """The current pass while ``torch.compile`` traces: it cannot set a ContextVar, but traces one pass at a time."""
+
+    current: ForwardPass | None = None
+
+
+_CURRENT: ContextVar[ForwardPass | None] = ContextVar("nvib_forward_pass", default=None)
+_TRACED = _Traced()
+
+
+def current_pass() -> ForwardPass | None:
+    """The pass that this thread is in; ``None`` outside of one, as where checkpointing runs a layer again."""
+    return _TRACED.current if torch.compiler.is_compiling() else _CURRENT.get()
+
+
+def _set_current(this_pass: ForwardPass | None) -> None:
+    if torch.compiler.is_compiling():
+        _TRACED.current = this_pass
+    else:
+        _CURRENT.set(this_pass)
+
+
+# ------------------------------------------------------------------------------------------------ the attention
+class DenoisingSelfAttention(ConvertedAttention):
+    """Mixed in before a self-attention's own class by :func:`convert_self_attention`."""
+
+    nvib: SelfAttentionNvibLayer
+    nvib_config: NvibConfig
+
+    def forward(self, *args, **kwargs):
+        spec, inputs = self.nvib_spec, dict(zip(self.nvib_arguments, args, strict=False)) | kwargs
+        hidden_states, mask = self.states_and_mask(args, kwargs)
+        check_mask(mask, type(self).__name__)
+        cache = inputs.get(spec.cache) if spec.cache else None
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.self_attention_cache
+        past = 0 if cache is None else cache.get_seq_length(self.layer_idx)
+        if isinstance(past, Tensor):
+            past = past.clone()  # a static cache's own counter
+        this_pass, below = current_pass(), self.handed_on_below()
+        latent, posterior = self.nvib(
+            hidden_states,
+            self.nvib_config.evaluation,
+            None if this_pass is None else this_pass.generator,
+            below.log_alpha if below is not None and self.nvib_config.accumulate_alpha else None,
+        )
+        self._leave(this_pass, posterior, self.visible(mask, hidden_states, below), below)
+        query = self._query(hidden_states)
+        read = self._projected(latent, hidden_states.dtype, cache, past)
+        num_keys = read["key"].shape[2] - 1  # without the prior's
+        position_bias = self._position_bias(inputs, *self._lengths(query, num_keys, below), past)
+        mask, bias = self._of_what_is_left(mask, position_bias, below)
+        output, weights = denoising_attention(
+            query,
+            **read,
+            scale=self.nvib.scale,
+            exact=self.nvib_config.exact_attention,
+            attention_mask=self._scores_mask(mask, inputs.get("is_causal"), bias, query, num_keys),
+            **self._weights_arguments(inputs),
+        )
+        inputs |= {"output": self._joined(output), "weights": weights, "position_bias": position_bias}
+        return tuple(inputs.get(name) for name in spec.returns)
+
+    def handed_on_below(self) -> HandedOn | None:
+        """What the layers below left; ``None`` where they leave everything."""
+        return None
+
+    def visible(self, mask: Tensor | None, hidden_states: Tensor, below: HandedOn | None) -> Tensor | None:
+        """Positions ``(B, N)`` that a query sees; ``None`` if those are all."""
+        return visible_keys(mask, hidden_states)
+
+    def _leave(
+        self, this_pass: ForwardPass | None, posterior: Posterior, visible: Tensor | None, below: HandedOn | None
+    ) -> None:
+        """Tell the pass what there is to charge this layer for."""
+        if this_pass is not None and this_pass.records is not None:
+            this_pass.records[self] = LayerRecord(posterior, visible)
+
+    def _lengths(self, query: Tensor, num_keys: int, below: HandedOn | None) -> tuple[int, int]:
+        """Of the queries and keys that a position bias is made for."""
+        return query.shape[2], num_keys
+
+    def _of_what_is_left(
+        self, mask: Tensor | None, position_bias: Tensor | None, below: HandedOn | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Mask and position bias of what the layers below left."""
+        return mask, position_bias
+
+    def states_and_mask(self, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor | None]:
+        """Of a call's arguments."""
+        inputs = dict(zip(self.nvib_arguments, args, strict=False)) | kwargs
+        return inputs[self.nvib_spec.hidden_states], inputs.get(self.nvib_spec.mask)
+
+    def _query(self, hidden_states: Tensor) -> Tensor:
+        spec = self.nvib_spec
+        if spec.query_key_value is None:
+            return self._by_head(getattr(self, spec.query)(hidden_states))
+        return self._by_head(getattr(self, spec.query_key_value)(hidden_states).chunk(3, dim=-1)[0])
+
+    def _projected(self, latent: AttendedLatent, dtype: torch.dtype, cache, past: int | Tensor) -> dict[str, Tensor]:
+        """What attention reads: ``key``, ``value`` ``(B, H, 1 + Nk, E)`` and ``bias``, the prior's first.
+
+        Of a mixture also ``shrinkage`` and the matrices.
+        """
+        vectors, bias, shrinkage = latent.vectors.to(dtype), latent.bias, latent.shrinkage
+        matrices = {}
+        if shrinkage is not None:
+            shrinkage = shrinkage.to(dtype)
+            matrices = self._matrices(vectors)
+        if cache is None:
+            key, value = self._key_value(vectors)
+        else:
+            # The prior's component is projected once: the first time, or always beside a counter on the device.
+            first = isinstance(past, Tensor) or past == 0
+            key, value = self._key_value(vectors if first else vectors[:, 1:])
+            wide = carried(
+                key, bias if first else bias[:, 1:], shrinkage if first or shrinkage is None else shrinkage[:, 1:]
+            )
+            prior = None
+            if first:
+                prior, wide, value = (wide[:1, :, :1], value[:1, :, :1]), wide[:, :, 1:], value[:, :, 1:]
+            wide, value = cache.update(wide, value, self.layer_idx)
+            layer = cache.layers[self.layer_idx]
+            if prior is not None:
+                layer.nvib_prior = prior
+            prior_wide, prior_value = (x.expand(len(wide), -1, -1, -1) for x in layer.nvib_prior)
+            wide, value = torch.cat([prior_wide, wide], dim=2), torch.cat([prior_value, value], dim=2)
+            width = getattr(self, self.nvib_spec.head_dim)
+            key, bias, shrinkage = separated(wide, width, None if shrinkage is None else self.nvib.size_out)
+        beside = {} if shrinkage is None else {"shrinkage": shrinkage, **matrices}
+        return {"key": key, "value": value, "bias": bias, **beside}
+
+    def _position_bias(self, inputs: dict, queries: int, keys: int, past: int | Tensor) -> Tensor | None:
+        """What the base adds to the scores, ``(1, H, Nt, Nk)``: its own, or that of a layer below."""
+        if not self.nvib_spec.has_position_bias:
+            return None
+        given = inputs.get("position_bias")
+        if given is not None or not self.has_relative_attention_bias:
+            return given
+        return self.compute_bias(
+            queries, keys, device=inputs[self.nvib_spec.hidden_states].device, past_seen_tokens=past
+        )
+
+    def _scores_mask(
+        self, mask: Tensor | None, is_causal: bool | None, position_bias: Tensor | None, query: Tensor, keys: int
+    ) -> Tensor | None:
+        """The base's mask and position bias, to be added to the scores, with a column for the prior's component."""
+        queries = query.shape[2]
+        is_causal = self.is_causal if is_causal is None else is_causal
+        if mask is None and is_causal and queries > 1:  # as in the base, whose kernels take a flag for it
+            positions = torch.arange(keys, device=query.device)
+            mask = (positions <= positions[-queries:, None])[None, None]
+        if mask is not None:
+            mask = F.pad(mask[..., :keys], (1, 0), value=True if mask.dtype == torch.bool else 0.0)
+        if position_bias is None:
+            return mask
+        position_bias = F.pad(position_bias, (1, 0))
+        return position_bias if mask is None else position_bias + additive_mask(mask, position_bias.dtype)
+
+
+def check_mask(mask: object, name: str) -> None:
+    """Raise ValueError for a mask that is none of scores: other implementations of attention have their own kinds."""
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 4):
+        raise ValueError(
+            f"{name} adds a bias to its scores, which the attention implementation of this model cannot. Call "
+            "model.set_attn_implementation('sdpa'), or 'eager'."
+        )
+
+
+def visible_keys(mask: Tensor | None, hidden_states: Tensor) -> Tensor | None:
+    """Positions that any query sees, ``(B, N)``: what is no padding. ``None`` without a mask."""
+    if mask is None:
+        return None
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return seen.any(dim=1).any(dim=1).expand(len(hidden_states), -1)
+
+
+def carried(key: Tensor, bias: Tensor, shrinkage: Tensor | None) -> Tensor:
+    """Keys ``(B, H, N, E)`` with what belongs to them in further channels, for a base's cache.
+
+    First the bias ``(B, N)``, in half precision as three summands that it does not round; then of the shrinkage
+    ``(B, N, P)`` a slice for each head.
+    """
+    heads = key.shape[1]
+    channels = three_summands(bias, shift=False) if key.dtype in HALF_PRECISION else bias[..., None]
+    channels = channels.clamp(min=torch.finfo(key.dtype).min).to(key.dtype)
+    parts = [key, channels[:, None].expand(-1, heads, -1, -1)]
+    if shrinkage is not None:
+        missing = -shrinkage.shape[-1] % heads
+        shrinkage = F.pad(shrinkage, (0, missing)).unflatten(-1, (heads, -1)).transpose(1, 2)
+        parts.append(shrinkage.to(key.dtype))  # under autocast its own may be wider, and would be that of all channels
+    return torch.cat(parts, dim=-1)
+
+
+def separated(wide: Tensor, width: int, size: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys of ``width``, bias and shrinkage (of ``size`` ``P``, ``None`` for none) of what :func:`carried` made."""
+    beyond = width + (3 if wide.dtype in HALF_PRECISION else 1)
+    bias = wide[:, 0, :, width:beyond]
+    bias = (bias.float() if bias.dtype in HALF_PRECISION else bias).sum(-1)
+    shrinkage = None if size is None else wide[..., beyond:].transpose(1, 2).flatten(2)[..., :size]
+    return wide[..., :width], bias, shrinkage
+
+
+def convert_self_attention(
+    module: nn.Module,
+    spec: AttentionSpec,
+    layer: SelfAttentionNvibLayer,
+    config: NvibConfig,
+    mixin: type[DenoisingSelfAttention] = DenoisingSelfAttention,
+) -> None:
+    """Turn a self-attention module into denoising attention, in place, with an NVIB layer of its own."""
+    set_class(module, converted_class(mixin, type(module), spec))
+    module.nvib, module.nvib_config = layer, config
+
+
+def restore_self_attention(model: nn.Module) -> None:
+    """Undo :func:`convert_self_attention` in the whole model."""
+    for module in list(model.modules()):
+        if isinstance(module, DenoisingSelfAttention):
+            set_class(module, own_class(module))
+            del module.nvib
+            for name in [name for name in vars(module) if name.startswith("nvib_")]:
+                delattr(module, name)

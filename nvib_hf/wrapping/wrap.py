@@ -1,0 +1,223 @@
+"""From a base model to an NVIB model."""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..configuration_nvib import NvibConfig, refuse_misspelt_settings, setting_names
+from ..layers.nvib import NvibLayer, SelfAttentionNvibLayer
+from .base import check_decoder_call
+from .cross_attention import ConvertedAttention
+from .self_attention import DenoisingSelfAttention, convert_self_attention
+from .specs import (
+    AttentionSpec,
+    attended_width,
+    attention_scale,
+    check_names,
+    find_cross_attention,
+    find_self_attention,
+)
+from .stacked_encoder import StackedSelfAttention, stack
+
+
+class CrossAttentionOf(NamedTuple):
+    """What NVIB needs to know of a base's cross-attention.
+
+    Its modules with their specs; the width ``P`` of the vectors they read; their scale ``s``; their places in the
+    cache.
+    """
+
+    modules: list[tuple[nn.Module, AttentionSpec]]
+    width: int
+    scale: float
+    cached_layers: tuple[int, ...]
+
+
+def cross_attention_of(base: PreTrainedModel) -> CrossAttentionOf:
+    """Cross-attention of a base that has not been converted.
+
+    Raises:
+        ValueError: it is not what the table of architectures says; layers of different scales.
+    """
+    found = find_cross_attention(base)
+    for module, spec in found:
+        check_names(module, spec)
+    cached_layers = tuple(module.layer_idx for module, spec in found if spec.cache)
+    check_decoder_call(base, cached=bool(cached_layers))
+    check_one_scale(type(base).__name__, {attention_scale(*module_and_spec) for module_and_spec in found})
+    return CrossAttentionOf(found, attended_width(*found[0]), attention_scale(*found[0]), cached_layers)
+
+
+def make_layer(config: NvibConfig, width: int, scale: float) -> NvibLayer:
+    """The NVIB layer between encoder and decoder; its prior is set when its weights are initialised."""
+    return NvibLayer(
+        width, width, kappa=config.kappa, scale=scale, **dropping_settings(config), **layer_settings(config)
+    )
+
+
+def layer_settings(config: NvibConfig) -> dict:
+    """What a configuration says of all NVIB layers."""
+    return {"delta": config.delta, "alpha_activation": config.alpha_activation, "kl_weights": config.kl_weights}
+
+
+def dropping_settings(config: NvibConfig) -> dict:
+    """What a configuration says of the layers that can drop vectors."""
+    return {
+        "dropping": config.dropping,
+        "alpha_threshold": config.alpha_threshold,
+        "threshold_share": config.threshold_share,
+    }
+
+
+def put_into_self_attention(base: PreTrainedModel, halves: dict[str, nn.Module], config: NvibConfig) -> dict[str, str]:
+    """Turn the self-attentions that ``config.attentions`` names into denoising attention, in place.
+
+    Args:
+        halves: the base's ``"encoder"``, and its ``"decoder"`` if it has one.
+
+    Returns:
+        The modules' names in the base by those of their layers, ``{"encoder.0": ...}``, from below to above.
+
+    Raises:
+        ValueError: an attention that the table does not know, or the number of a layer that there is not. Nothing has
+            been changed then.
+    """
+    found = {}
+    for kind, half in halves.items():
+        if kind in config.attentions:
+            found |= chosen(half, kind, config)
+    names = {id(module): name for name, module in base.named_modules()}
+    stacked = is_stacked(config)
+    for layer, (module, spec) in found.items():
+        in_encoder, width = layer.startswith("encoder"), attended_width(module, spec)
+        dropping = dropping_settings(config) if in_encoder else {}
+        scale = attention_scale(module, spec)
+        made = SelfAttentionNvibLayer(width, width, scale=scale, **dropping, **layer_settings(config))
+        mixin = StackedSelfAttention if stacked and in_encoder else DenoisingSelfAttention
+        convert_self_attention(module, spec, made, config, mixin)
+    if stacked:
+        stack(halves["encoder"], [module for layer, (module, _) in found.items() if layer.startswith("encoder")])
+    return {layer: names[id(module)] for layer, (module, _) in found.items()}
+
+
+def is_stacked(config: NvibConfig) -> bool:
+    """Whether the encoder's layers hand on to each other what they dropped, or their pseudo-counts."""
+    return "encoder" in config.attentions and (config.drops or config.accumulate_alpha)
+
+
+def chosen(half: nn.Module, kind: str, config: NvibConfig) -> dict[str, tuple[nn.Module, AttentionSpec]]:
+    """The self-attentions of an encoder or decoder that ``config.attentions`` names, by the names of their layers.
+
+    Raises:
+        ValueError: an attention that the table does not know; the number of a layer that there is not; where vectors
+            are dropped, layers that do not go on to the last.
+    """
+    layers, modules = config.attentions[kind], find_self_attention(half, kind)
+    if layers == "all":
+        layers = list(range(len(modules)))
+    if layers[-1] >= len(modules):
+        raise ValueError(
+            f"attentions[{kind!r}] names layer {layers[-1]}, but {type(half).__name__} has {len(modules)}, "
+            "counted from 0."
+        )
+    if kind == "encoder" and is_stacked(config) and layers != list(range(layers[0], len(modules))):
+        raise ValueError(
+            f"attentions['encoder'] is {layers}, but what a layer drops is gone from all layers above it, and "
+            f"accumulated pseudo-counts go from each layer to the next: name all of them from one on, for instance "
+            f"{list(range(layers[0], len(modules)))}."
+        )
+    if kind == "encoder" and config.drops and config.dropping == "relaxed":
+        raise ValueError(
+            "dropping='relaxed' keeps every vector in training, at a smaller weight that layers above do not see. "
+            "Set dropping='threshold' and an alpha_threshold, or leave the encoder out of attentions."
+        )
+    return {f"{kind}.{number}": modules[number] for number in layers}
+
+
+def wrap(model_class: type[PreTrainedModel], base: PreTrainedModel, settings: dict) -> PreTrainedModel:
+    """A model of ``model_class`` around a base, which is changed in place, on its device and in its mode."""
+    config = NvibConfig(base_config=base.config, base_architecture=type(base).__name__, **settings)
+    model = model_class(config, base=base)
+    # Not the base's name: whoever loads by it (an adapter does) would get the bare base.
+    model.name_or_path = config.name_or_path = ""
+    for layer in model.nvib_layers().values():
+        layer.to(base.device, base.dtype)
+    model.kl_beta = model.kl_beta.to(base.device)
+    carry_quantisation(base, model)
+    return model.train(base.training)
+
+
+def carry_quantisation(base: PreTrainedModel, model: PreTrainedModel) -> None:
+    """A base that was loaded quantised makes a quantised model, all but its NVIB layer, that can be saved."""
+    quantizer = getattr(base, "hf_quantizer", None)
+    if quantizer is None:
+        return
+    for name in ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_8bit", "is_loaded_in_4bit"):
+        if hasattr(base, name):
+            setattr(model, name, getattr(base, name))
+    settings = copy.deepcopy(quantizer.quantization_config)
+    name = "llm_int8_skip_modules" if hasattr(settings, "llm_int8_skip_modules") else "modules_to_not_convert"
+    setattr(settings, name, [*quantizer.modules_to_not_convert, "nvib"])
+    model.config.quantization_config = settings
+
+
+def split_settings(kwargs: dict) -> tuple[dict, dict]:
+    """Keyword arguments that are settings of :class:`NvibConfig`, and the others."""
+    names = setting_names()
+    settings = {name: value for name, value in kwargs.items() if name in names}
+    others = {name: value for name, value in kwargs.items() if name not in names}
+    refuse_misspelt_settings(others)
+    return settings, others
+
+
+# Wrapping and loading
+
+
+def check_base(base: PreTrainedModel) -> None:
+    """Raise ValueError unless a model can be wrapped: nothing has been changed by then."""
+    check_unwrapped(base)
+    find_cross_attention(base)
+    if not base.config.is_encoder_decoder or not base.can_generate():
+        raise ValueError(
+            f"{type(base).__name__} is no encoder-decoder model that generates, so there is nothing to put NVIB "
+            "between. Pass a ...ForConditionalGeneration, or join an encoder and a decoder with "
+            "NvibForConditionalGeneration.from_encoder_decoder_pretrained(encoder, decoder)."
+        )
+
+
+def check_unwrapped(base: PreTrainedModel) -> None:
+    """Raise ValueError for a model that has NVIB in it, or lies on several devices."""
+    name = type(base).__name__
+    if any(isinstance(module, ConvertedAttention) for module in base.modules()):
+        raise ValueError(
+            f"{name} is part of an NVIB model already, or one itself. Wrap another base, or call unwrap() on that "
+            "model first."
+        )
+    if len(set((getattr(base, "hf_device_map", None) or {}).values())) > 1:
+        raise ValueError(
+            f"{name} is spread over several devices by its device_map. Load it on one, wrap it, save it with "
+            "save_pretrained, and load that with from_pretrained(..., device_map=...) of the NVIB model."
+        )
+
+
+def check_attentions(attentions: dict | None) -> dict:
+    """The attentions of an encoder-decoder, by default the cross-attention; ValueError if they lack that."""
+    if attentions is not None and "cross" not in attentions:
+        raise ValueError(
+            f"attentions are {list(attentions)}, but the latents of an encoder-decoder are what its cross-attention "
+            "reads: name 'cross' too. As it is initialised it computes what the base computes."
+        )
+    return {"cross": "all"} if attentions is None else attentions
+
+
+def check_one_scale(name: str, scales: set[float]) -> None:
+    """Raise ValueError unless all layers of the model ``name`` have the same scale."""
+    if len(scales) > 1:
+        raise ValueError(
+            f"The cross-attention layers of {name} have different scales ({sorted(scales)}), but one latent with one "
+            "norm term serves them all. For GPT-2 set scale_attn_by_inverse_layer_idx=False."
+        )
