@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nvib_hf import merging
-from nvib_hf.merging import merge, naive_merge
+from nvib_hf.layers import merging
+from nvib_hf.layers.merging import merge, naive_merge
 
 SCALE = 0.5
 
@@ -166,6 +166,18 @@ def test_cost_is_where_it_stops(power):
         parts = merge(z[inside][None], log_mass[inside][None], num_vectors=2, power=power)
         if inside.sum() > 1:
             assert cost(parts.z[0], parts.log_mass[0], power) <= 2.0 * 1.2  # in another order of rounds
+
+
+@pytest.mark.parametrize("order", merging.ORDERS)
+def test_no_pair_is_left_under_the_cost(order):
+    """Costs within a step of the limit, on either side of it: one that is too dear keeps nobody from one that is not."""
+    for seed in range(40):
+        torch.manual_seed(seed)
+        z = torch.arange(12.0)[:, None] + 0.003 * torch.randn(12, 1)  # all steps cost about the same
+        made = merge(z[None], torch.zeros(1, 12), cost=0.5**0.5, order=order)
+        z, log_mass = made.z[0].double(), made.log_mass[0].double()
+        pairs = [(i, i + 1) for i in range(len(z) - 1)]
+        assert 1 < len(z) < 12 and min(cost(z[[i, j]], log_mass[[i, j]], 0.5) for i, j in pairs) > 0.5**0.5 - 1e-5
 
 
 def test_the_normaliser_and_the_length_do_not_matter():

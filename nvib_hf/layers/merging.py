@@ -25,13 +25,14 @@ from torch.nn import functional as F
 
 from .denoising_attention import at_least_float32
 from .distributions import log_of_positive
-from .validation import check_choice
+from .settings import check_choice
 
 ORDERS = ("neighbours", "any")
 # Costs count as equal in a round within a step of their logarithm, and equal ones are told apart by a number of the
 # pair that looks random: else every pair of a slope, or of equal vectors, waits for its neighbour, a round each.
 STEP = 0.03
 LOWEST = -1000.0  # logarithm of a cost, that of equal vectors: further down fp32 would round the number away
+ROUNDING = 16  # of a distance that is a difference of products, in units of the norms' last place
 SPREAD = (0.754878, 0.863156)  # irrational, and their sum is the golden ratio's, which scatters neighbours best
 
 
@@ -85,7 +86,9 @@ def merge(
             given, as a number or one per row.
         logvar: log-variances ``(B, Nl, P)``, ``-inf`` for 0: the spread of what is merged is added.
         fixed: ``(B, Nl)``, True = never merged, nor counted (the prior's component).
-        order: ``"neighbours"`` merges what is next to each other, between vectors that may merge; ``"any"`` any two.
+        order: ``"neighbours"`` merges what is next to each other, between vectors that may merge; ``"any"`` any two,
+            which compares all pairs in every round, and needs many rounds where few are each other's nearest (random
+            vectors of many dimensions: a minute for 1500).
         power: :math:`p`; 1 is Ward's criterion, the increase of the spread; less lets heavy vectors merge sooner.
 
     Raises:
@@ -200,7 +203,7 @@ def _groups(
     while z.shape[1] > 1:
         position = torch.arange(z.shape[1], device=z.device)
         present = position < count[:, None]
-        key, partner, log_cost = nearest(z, log_mass, present, power)
+        key, partner, log_cost = nearest(z, log_mass, present, highest_cost[:, None], power)
         rank = key.argsort(dim=-1, stable=True).argsort(dim=-1)
         # The lowest key of a row is that of a pair who are each other's nearest: as long as one may merge, one does.
         mutual = (partner.gather(1, partner) == position) & key.isfinite()
@@ -244,12 +247,15 @@ def _key(log_cost: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return (log_cost.clamp(min=LOWEST) / STEP).floor() + scattered
 
 
-def _nearest_neighbours(z: Tensor, log_mass: Tensor, present: Tensor, power: float) -> tuple[Tensor, Tensor, Tensor]:
+def _nearest_neighbours(
+    z: Tensor, log_mass: Tensor, present: Tensor, highest_cost: Tensor, power: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Of each vector its nearer neighbour, as ``_nearest_of_any`` returns it."""
     position = torch.arange(z.shape[1], device=z.device)
     distance = torch.linalg.vector_norm(z[:, 1:] - z[:, :-1], dim=-1).square()
     log_cost = _log_cost(distance, log_mass[:, :-1], log_mass[:, 1:], power)
-    key = _key(log_cost, position[:-1], position[1:]).masked_fill(~present[:, 1:], float("inf"))
+    barred = ~present[:, 1:] | (log_cost > highest_cost)
+    key = _key(log_cost, position[:-1], position[1:]).masked_fill(barred, float("inf"))
     before, after = F.pad(key, (1, 0), value=float("inf")), F.pad(key, (0, 1), value=float("inf"))
     backward = before <= after
     partner = torch.where(backward, position - 1, position + 1).clamp(min=0)
@@ -260,22 +266,30 @@ def _nearest_neighbours(z: Tensor, log_mass: Tensor, present: Tensor, power: flo
     )
 
 
-def _nearest_of_any(z: Tensor, log_mass: Tensor, present: Tensor, power: float) -> tuple[Tensor, Tensor, Tensor]:
+def _nearest_of_any(
+    z: Tensor, log_mass: Tensor, present: Tensor, highest_cost: Tensor, power: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Of each vector the nearest other: its key, ``inf`` if there is none, its position and the logarithm of its cost.
 
     The key is symmetric, so that two can be each other's nearest, and the lower position wins where keys are equal.
+    What costs more than ``highest_cost`` ``(B, 1)`` is no partner, or it would keep one from a pair that costs less.
     """
     position = torch.arange(z.shape[1], device=z.device)
     centred = z - z.mean(1, keepdim=True)  # products round by the norms
     products = centred @ centred.transpose(1, 2)
     norms = products.diagonal(dim1=1, dim2=2)
-    distance = (norms[:, :, None] + norms[:, None] - products - products.transpose(1, 2)).clamp(min=0)
+    both = norms[:, :, None] + norms[:, None]
+    distance = (both - products - products.transpose(1, 2)).clamp(min=0)
+    log_cost = _log_cost(distance, log_mass[:, :, None], log_mass[:, None], power)
     keys = _key(
-        _log_cost(distance, log_mass[:, :, None], log_mass[:, None], power),
+        log_cost,
         torch.minimum(position[:, None], position),
         torch.maximum(position[:, None], position),
     )
     other = present[:, :, None] & present[:, None] & (position[:, None] != position)
+    # Where the limit is below what the products resolve, the exact cost decides, of the partner alone.
+    resolved = distance > ROUNDING * torch.finfo(z.dtype).eps * both
+    other &= ~(resolved & (log_cost > highest_cost[:, :, None]))
     key, partner = keys.masked_fill(~other, float("inf")).min(-1)
     exact = torch.linalg.vector_norm(z - _rows(z, partner), dim=-1).square()
     return key, partner, _log_cost(exact, log_mass, log_mass.gather(1, partner), power)
