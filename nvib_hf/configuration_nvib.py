@@ -13,7 +13,16 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .layers.settings import EVALUATIONS, KINDS, KL_WEIGHTS, check_choice, check_prior, check_settings, check_taus
+from .layers.settings import (
+    EVALUATIONS,
+    KINDS,
+    KL_WEIGHTS,
+    check_choice,
+    check_merge_share,
+    check_prior,
+    check_settings,
+    check_taus,
+)
 from .versions import CACHE
 from .wrapping.hub import auto_map_entry, save_code
 
@@ -25,6 +34,7 @@ NUMBERS = (
     "kappa",
     "alpha_threshold",
     "threshold_share",
+    "merge_share",
     "lambda_gaussian",
     "lambda_dirichlet",
     "lambda_vectors",
@@ -109,6 +119,12 @@ class NvibConfig(PreTrainedConfig):
         threshold_share: the share of the training examples in which vectors are dropped, so that one can come back
             through the others; 0 turns dropping off, in evaluation too. Where training starts: a callback may move
             it.
+        merge_share: the share of its vectors that a latent is merged to, in (0, 1], in training and evaluation: those
+            next to each other that cost least are replaced by their mean, with the mass of all
+            (:meth:`~nvib_hf.NvibForConditionalGeneration.merge_latents`). 1 merges nothing. Read at every step.
+        encode_sound_only: for Whisper: where ``attention_mask`` says how long the sound is, the encoder runs over it and
+            half a second more, and stored vectors of silence stand for the rest of the window, with its mass
+            (:meth:`~nvib_hf.NvibForConditionalGeneration.store_silence`). They are not merged.
         tau_alpha, tau_sigma, tau_mu: identity initialisation. The defaults compute the base model's function;
             smaller ``tau_alpha`` and larger ``tau_sigma`` regularise it. A number, or one for each kind of attention:
             ``{"encoder": 5.0}`` leaves the others at the default.
@@ -174,6 +190,8 @@ class NvibConfig(PreTrainedConfig):
     dropping: str = "threshold"
     alpha_threshold: float = 0.0
     threshold_share: float = 1.0
+    merge_share: float = 1.0
+    encode_sound_only: bool = False
     tau_alpha: float | dict[str, float] = TAUS["tau_alpha"]
     tau_sigma: float | dict[str, float] = TAUS["tau_sigma"]
     tau_mu: float | dict[str, float] = TAUS["tau_mu"]
@@ -232,6 +250,7 @@ class NvibConfig(PreTrainedConfig):
             self.alpha_threshold,
             self.threshold_share,
         )
+        check_merge_share(self.merge_share)
         self.kappa = int(self.kappa)
         self.attentions = attentions_by_kind(self.attentions)
         for kind in KINDS:

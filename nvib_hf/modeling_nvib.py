@@ -22,6 +22,7 @@ from transformers.utils import can_return_tuple
 from .configuration_nvib import NvibConfig
 from .generation_nvib import NvibGenerationMixin
 from .latents.latents import NvibLatents, check_latents, refuse_batch
+from .latents.merging import merge_share_of, merged, sharing
 from .latents.sampling import NvibLatentsMixin
 from .layers.cross_entropy import IGNORED
 from .layers.denoising_attention import pack
@@ -46,13 +47,12 @@ from .wrapping.base import (
     resize_token_embeddings,
     run_decoder,
     run_decoder_over_source,
-    run_encoder,
-    shortened_mask,
 )
 from .wrapping.cross_attention import check_cache_was_found, convert_cross_attention
 from .wrapping.pretrained import NvibPreTrainedModel
-from .wrapping.self_attention import ForwardPass, current_pass
-from .wrapping.stacked_encoder import check_length_is_left, check_states_are_whole
+from .wrapping.self_attention import ForwardPass
+from .wrapping.sound import SoundMixin
+from .wrapping.source import read_source
 from .wrapping.wrap import (
     check_attentions,
     check_base,
@@ -76,7 +76,7 @@ FOLLOWS_THE_BASE = (
 OF_THE_DECODER = {"use_cache", CACHE, "encoder_hidden_states", "encoder_attention_mask"}
 
 
-class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGenerationMixin):
+class NvibForConditionalGeneration(NvibLatentsMixin, SoundMixin, NvibPreTrainedModel, NvibGenerationMixin):
     r"""An encoder-decoder model whose decoder reads a distribution instead of the encoder's vectors.
 
     The NVIB layer turns the encoder's output into a posterior over mixtures; training samples from it, evaluation
@@ -140,6 +140,8 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
         self._self_attention_names = {layer: f"base.{name}" for layer, name in names.items()}
         self._has_stacked_encoder = is_stacked(config)
         self.register_buffer("kl_beta", torch.ones(3))  # of lambda_gaussian, lambda_dirichlet, lambda_vectors
+        if config.encode_sound_only:
+            self.make_silence()
         convert_cross_attention(cross_attention, width, self.scale, config.exact_attention)
         freeze_unused(base)
         # Read once: a forward pass that inspects signatures cannot be compiled.
@@ -177,6 +179,7 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
         *,
         sample: bool | None = None,
         generator: torch.Generator | None = None,
+        merge_share: float | None = None,
         **inputs,
     ) -> NvibLatents:
         """Inputs to latents.
@@ -189,11 +192,13 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
                 default as in training or evaluation, whichever mode the model is in. (In the encoder's own attentions
                 the mode decides.)
             generator: for the draws.
+            merge_share: the share of their vectors that the latents are merged to, by default ``config.merge_share``.
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
         inputs = {name: value for name, value in inputs.items() if value is not None}
         check_known(inputs, type(self).__name__, self._argument_names)
-        return self._encode_alone(inputs, sample, generator)[0]
+        with sharing(merge_share):
+            return self._encode_alone(inputs, sample, generator)[0]
 
     def _encode_alone(
         self,
@@ -214,26 +219,20 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
         decode_only: bool = False,
     ) -> tuple[NvibLatents, BaseModelOutput]:
         """Latents, and the encoder's own output; with ``decode_only`` what decoding reads of them, and can see."""
-        states = inputs.get(STATES)
-        if states is None:
-            given = {k: v for k, v in inputs.items() if k in self._encoder_argument_names and v is not None}
-            outputs, mask = run_encoder(self.base, given)
-        else:
-            check_states_are_whole(self._has_stacked_encoder)
-            outputs, mask = BaseModelOutput(last_hidden_state=states), inputs.get("attention_mask")
-        vectors, left = outputs.last_hidden_state, current_pass().left if self._has_stacked_encoder else None
-        if mask is not None and mask.shape[1] != vectors.shape[1]:
-            mask = shortened_mask(self.base.get_encoder(), mask, vectors.shape[1])
-        padding = None if mask is None else mask == 0
-        if left is not None:
-            padding, share = left
-            check_length_is_left(padding, vectors)
-        latents = NvibLatents.of(self.nvib(vectors, padding, sample, generator, decode_only))
-        if left is not None and latents.prop_vectors is not None:
-            latents.prop_vectors = latents.prop_vectors * share  # of the source, not of what its layers left of it
+        source, share = read_source(self, inputs), merge_share_of(self.config)
+        # Which vectors are stored ones has to be known for merging: they stay where they are.
+        alone = decode_only and not (source.stored and share < 1)
+        made = self.nvib(source.vectors, source.padding, sample, generator, alone, log_mass=source.log_mass)
+        latents = NvibLatents.of(made)
+        if source.share is not None and latents.prop_vectors is not None:
+            latents.prop_vectors = latents.prop_vectors * source.share
+        if share < 1:
+            kappa = 1 if latents.logvar is not None else self.nvib.kappa
+            places = {"first": kappa, "last": kappa * source.stored}
+            latents = merged(latents, self.scale, self.config.evaluation, share=share, **places)
         if decode_only and latents.logvar is None:  # of a sample, draws decide what there is to see
             latents = latents.compact()
-        return latents, outputs
+        return latents, source.outputs
 
     def _packed(self, latents: NvibLatents, states: BaseModelOutput | None = None) -> LatentOutput:
         """What the decoder reads of latents, in the place of the encoder's output, with its other ``states``."""

@@ -88,6 +88,20 @@ def check_settings(
         raise ValueError(f"scale must be positive, but got {scale}: it is the attention's scale s.")
 
 
+def check_merge_share(merge_share: float) -> None:
+    """Raise ValueError unless it is a share of vectors that can be left; TypeError if it is no number."""
+    if isinstance(merge_share, bool) or not isinstance(merge_share, (int, float)):
+        raise TypeError(
+            f"merge_share must be one number, but got {merge_share!r}. For one per row call "
+            "merge_latents(encode(...), share=[...])."
+        )
+    if not 0 < merge_share <= 1:
+        raise ValueError(
+            f"merge_share must be in (0, 1], but got {merge_share}: it is the share of the vectors that is left, 1 "
+            "merges nothing."
+        )
+
+
 def check_taus(tau_alpha: float, tau_sigma: float, tau_mu: float) -> None:
     """Raise ValueError for a setting of the identity initialisation outside its range."""
     if not tau_sigma >= 0:
