@@ -36,9 +36,9 @@ from transformers.utils import logging
 from whisper_base import load_packaged_whisper
 
 from nvib_hf import NvibForConditionalGeneration, NvibLatents
-from nvib_hf.wrapping.model_card import markdown_table
-from nvib_hf.layers.merging import merge
 from nvib_hf.evaluation.samples import word_edits
+from nvib_hf.layers.merging import merge
+from nvib_hf.wrapping.model_card import markdown_table
 
 BATCH = 8
 VECTORS_PER_SECOND = 50
