@@ -24,7 +24,10 @@ from nvib_hf.evaluation.report import result_tables
 
 # ---------------------------------------------------------------------------------------------- printing
 def print_results(name: str, results: dict) -> None:
-    title(f"{name}, {results['settings']['texts']} held-out texts")
+    settings = results["settings"]
+    title(
+        f"{name}, {settings['texts']} held-out texts, {settings['texts_cut']} cut to {settings['max_length']} tokens"
+    )
     for table in result_tables(results):
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         for label, *values in table:
@@ -80,12 +83,14 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+", metavar="MODEL", help="trained folders; several make a curve")
     parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="held-out texts, one per line")
+    parser.add_argument("--targets", type=Path, metavar="FILE", help="what to write of each text (default: itself)")
     parser.add_argument("--training-text", type=Path, metavar="FILE", help="to see what samples copy")
     parser.add_argument("--language-model", metavar="NAME", help="judge of fluency: smollm2, a folder or a hub name")
     parser.add_argument("--language-model-cache", type=Path, metavar="DIR", help="keeps smollm2 as it is when read")
     parser.add_argument("--output", type=Path, default=Path("evaluation"), metavar="DIR", help="default: evaluation")
     parser.add_argument("--samples", type=int, default=200, help="latents drawn from the prior (default: 200)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--max-length", type=int, metavar="TOKENS", help="longer texts are cut (default: the model's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="16 texts and 8 samples: everything runs")
     return parser.parse_args()
@@ -94,10 +99,12 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     start = time.perf_counter()
-    texts = read_texts(args.text)
-    settings = {"num_samples": args.samples, "seed": args.seed}
+    texts, targets = read_texts(args.text), None
+    if args.targets is not None:  # line by line, so none is left out
+        texts, targets = (path.read_text(encoding="utf-8").splitlines() for path in (args.text, args.targets))
+    settings = {"num_samples": args.samples, "seed": args.seed, "max_length": args.max_length}
     if args.quick:
-        texts = texts[:16]
+        texts, targets = texts[:16], targets and targets[:16]
         settings |= {"num_samples": 8, "num_pairs": 4, "importance_samples": 2}
     if args.training_text is not None:
         settings["training_texts"] = read_texts(args.training_text)
@@ -111,7 +118,7 @@ def main() -> None:
         name = Path(folder).name if Path(folder).name not in results else str(folder)
         model = AutoModelForSeq2SeqLM.from_pretrained(folder).to(args.device).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        results[name] = evaluate(model, tokenizer, texts, **settings)
+        results[name] = evaluate(model, tokenizer, texts, targets, **settings)
         print_results(name, results[name])
         if (Path(folder) / "README.md").exists():
             add_to_model_card(folder, results[name])

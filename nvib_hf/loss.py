@@ -78,8 +78,8 @@ def layer_terms(
         statistics = posterior.statistics()
         share = statistics["prop_vec"] if sources is None else statistics["num_vec"] / sources.clamp(min=1)
         terms.prop_vectors[name] = share
-        if posterior.keep_logit is not None:
-            terms.relaxed_prop_vectors[name] = module.nvib.relaxed_share(posterior)
+        if (relaxed := module.nvib.relaxed_share(posterior)) is not None:
+            terms.relaxed_prop_vectors[name] = relaxed
     if latents is not None and latents.kl_gaussian is not None and latents.kl_dirichlet is not None:
         for field in LayerTerms._fields:
             if (value := getattr(latents, field)) is not None:
@@ -91,7 +91,7 @@ def layer_terms(
     return terms, Charged(**means)
 
 
-def regulariser(charged: Charged, beta: Tensor, config: NvibConfig) -> Tensor | None:
+def regulariser(charged: Charged, beta: Tensor | None, config: NvibConfig) -> Tensor | None:
     r"""What one target token of an example pays for its latent, ``(B,)``; ``None`` for latents of no text.
 
     .. math::
@@ -101,14 +101,14 @@ def regulariser(charged: Charged, beta: Tensor, config: NvibConfig) -> Tensor | 
 
     Args:
         charged: the terms; latents with their KLs do as well.
-        beta: the current weights ``(3,)`` of the terms, which a callback anneals or controls.
+        beta: the current weights ``(3,)`` of the terms, which a callback anneals or controls; ``None`` for 1 each.
         config: of the model, for ``lambda_*`` and ``free_bits_*``.
 
     Source: Henderson & Fehr (ICLR 2023), section 3.3; free bits, Kingma et al. (NeurIPS 2016), here by example.
     """
     if charged.kl_gaussian is None or charged.kl_dirichlet is None:
         return None
-    beta = beta.to(charged.kl_gaussian.dtype)
+    beta = [1.0] * len(TERMS) if beta is None else beta.to(charged.kl_gaussian.dtype)
     total = beta[0] * config.lambda_gaussian * charged.kl_gaussian.clamp(min=config.free_bits_gaussian)
     total = total + beta[1] * config.lambda_dirichlet * charged.kl_dirichlet.clamp(min=config.free_bits_dirichlet)
     if config.lambda_vectors > 0 and charged.relaxed_prop_vectors is not None:
@@ -135,7 +135,7 @@ def nvib_loss(
         logits: ``(B, Nt, V)``.
         labels: ``(B, Nt)``; -100 is ignored.
         regularisation: ``k``, ``(B,)``, of :func:`regulariser`.
-        num_items_in_batch: ``N``; by default the target tokens of this batch.
+        num_items_in_batch: ``N``; by default the target tokens of this batch. Without any, the loss is 0.
         label_smoothing: of the cross-entropy's targets.
     """
     labels = labels.to(logits.device)
@@ -143,5 +143,17 @@ def nvib_loss(
     tokens = (labels != IGNORED).sum(-1)  # (B,)
     own = tokens.sum().clamp(min=1)
     total = nll if regularisation is None else nll + (tokens * regularisation.to(nll.device)).sum()
-    of_step = own if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=nll.device)
+    of_step = own if num_items_in_batch is None else count_of_step(num_items_in_batch, nll.device)
     return total / of_step, nll / own
+
+
+def count_of_step(items: int | Tensor, device: torch.device) -> Tensor:
+    """The target tokens of an optimisation step to divide by: 1 where there are none, whose sum is 0 anyway.
+
+    Raises:
+        ValueError: a negative number; of one on a device, which would have to be waited for, it is not known.
+    """
+    is_known = not isinstance(items, Tensor) or (items.device.type == "cpu" and not torch.compiler.is_compiling())
+    if is_known and not items >= 0:
+        raise ValueError(f"num_items_in_batch must be the number of target tokens of the step, but got {items}.")
+    return torch.as_tensor(items, device=device).clamp(min=1)

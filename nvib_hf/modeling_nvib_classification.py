@@ -18,9 +18,11 @@ from transformers import (
 from transformers.utils import can_return_tuple, logging
 
 from .configuration_nvib import NvibConfig
+from .layers.cross_entropy import IGNORED
 from .loss import layer_terms, regulariser
 from .outputs import NvibClassifierOutput
 from .versions import warn_if_untested
+from .wrapping.architecture import architecture_class, architecture_name
 from .wrapping.base import load_base
 from .wrapping.pretrained import NvibPreTrainedModel
 from .wrapping.self_attention import ForwardPass
@@ -33,14 +35,16 @@ def classifier_class(
     """The class of the classifier that a configuration belongs to.
 
     Args:
-        autos: where to look, in order; first for a class of the name ``architecture``, or one that the configuration
-            names.
+        autos: where to look, in order; first for one that the configuration names.
+        architecture: the name of the class, where it is known.
 
     Raises:
         ValueError: there is none.
     """
+    if architecture is not None:
+        return architecture_class(architecture)
     found = [auto._model_mapping[type(config)] for auto in autos if type(config) in auto._model_mapping]
-    named = {architecture, *(config.architectures or ())} - {None}
+    named = config.architectures or ()
     for model_class in found:
         if model_class.__name__ in named:
             return model_class
@@ -96,7 +100,7 @@ class NvibEncoderModel(NvibPreTrainedModel):
                 module._is_hf_initialized = True  # post_init would draw the weights of modules it does not know anew
         config.attentions, config.is_encoder_decoder = attentions, False
         # The live configuration, so that a change of attention implementation is seen on both sides.
-        config.base_config, config.base_architecture = base.config, type(base).__name__
+        config.base_config, config.base_architecture = base.config, architecture_name(type(base))
         self.main_input_name = base.main_input_name
         self._auto_name = auto_class(base, self._autos)
         self.base = base
@@ -142,13 +146,21 @@ class NvibEncoderModel(NvibPreTrainedModel):
             "labels": labels,
         }
         given = {name: value for name, value in inputs.items() if value is not None}
+        is_target = None
+        if labels is not None and not labels.is_floating_point():
+            is_target = (labels != IGNORED).any()  # without one, the base's mean over them would be nan
+            given["labels"] = torch.where(is_target, labels, 0)
         with ForwardPass(generator, records={}) as this_pass:
             outputs = self.base(**given, **kwargs, return_dict=True)
         terms, charged = layer_terms(None, self._self_attentions(), this_pass.records)
         loss = outputs.loss
-        regularisation = regulariser(charged, self.kl_beta, self.config)  # None where layer drop skipped all of them
+        regularisation = regulariser(
+            charged, self.kl_beta if self.training else None, self.config
+        )  # None where layer drop skipped all of them
+        cross_entropy = loss if loss is None or is_target is None else loss * is_target
         if loss is not None and regularisation is not None:
             loss = loss + regularisation.mean()
+            loss = loss if is_target is None else loss * is_target
         elif loss is None and self.training and torch.is_grad_enabled():
             warn_of_a_loss_without_terms(self.config)
         return NvibClassifierOutput(
@@ -156,7 +168,7 @@ class NvibEncoderModel(NvibPreTrainedModel):
             logits=outputs.logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            cross_entropy=outputs.loss,
+            cross_entropy=cross_entropy,
             kl_gaussian=charged.kl_gaussian,
             kl_dirichlet=charged.kl_dirichlet,
             layer_kl_gaussian=terms.kl_gaussian,

@@ -16,6 +16,13 @@ TESTED_TRANSFORMERS = ">=5.23,<5.25"
 # `past_key_values` until 5.23, `cache` since.
 CACHE = "cache" if "cache" in Seq2SeqLMOutput.__dataclass_fields__ else "past_key_values"
 
+# Where the package is installed from, "https://.../nvib_hf": the one place to fill in. Until then the code of a saved
+# model comes with its weights.
+ADDRESS = ""
+UPDATE = f"Update with `pip install -U {f'git+{ADDRESS}' if ADDRESS else '.'}`" + (
+    "." if ADDRESS else " in its newer source."
+)
+
 
 def installed_and_tested() -> str:
     """For a message: which version is installed and which ones are tested."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,13 +20,15 @@ from .samples import (
     sample_texts,
 )
 from .texts import (
-    MAX_LENGTH,
     as_read,
+    check_targets,
     check_texts,
     kept_by_frequency,
     kept_by_length,
     kept_by_position,
     kept_tokens,
+    length_limit,
+    num_cut,
     reconstruct,
     reconstruction_scores,
 )
@@ -35,6 +38,7 @@ def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
+    targets: Sequence[str] | None = None,
     *,
     training_texts: Sequence[str] | None = None,
     language_model: PreTrainedModel | None = None,
@@ -46,7 +50,7 @@ def evaluate(
     importance_samples: int = 10,
     seed: int = 0,
     batch_size: int = 64,
-    max_length: int = MAX_LENGTH,
+    max_length: int | None = None,
 ) -> dict:
     """Reconstruction, rate and distortion, tokens kept, samples and interpolations, for ``json.dump``.
 
@@ -55,7 +59,9 @@ def evaluate(
 
     Args:
         texts: held-out texts, as the model would be given them.
-        training_texts: to see what samples copy.
+        targets: what it should write of each, such as a translation; by default the text itself. Samples and
+            interpolations are then texts of that side.
+        training_texts: to see what samples copy; targets, where there are any.
         language_model, lm_tokenizer: a causal language model that judges how fluent texts are.
         num_samples: latents drawn from the prior, 0 for none.
         decodings: the ways in which each of them is written, by name: arguments of ``generate()``. By default
@@ -63,6 +69,8 @@ def evaluate(
         num_pairs: pairs of texts to interpolate, 0 for none.
         methods: how, of those that ``model.interpolate_latents`` has.
         importance_samples: draws for the importance-weighted likelihood, 0 for none.
+        max_length: tokens; longer texts and targets are cut, and measured as they are cut: ``settings`` say how many
+            were. By default as many as the tokenizer and the model take, as in :func:`~nvib_hf.encode_texts`.
 
     Returns:
         A nested dict: ``settings``, ``reconstruction``, ``rate_distortion``, ``kept`` (``by_length``,
@@ -72,17 +80,27 @@ def evaluate(
         ImportError: without sacrebleu; without POT, unless ``num_pairs`` is 0 or ``methods`` have no ``"transport"``.
     """
     texts = check_texts(texts)
+    right = texts if targets is None else check_targets(targets, texts)
+    max_length = max_length or length_limit(model, tokenizer)
     if num_pairs and "transport" in methods and hasattr(model, "encode"):
         pot()  # is missed now rather than after everything else
     sizes = {"batch_size": batch_size, "max_length": max_length}
     judge = {"language_model": language_model, "lm_tokenizer": lm_tokenizer}
-    references = as_read(tokenizer, texts, max_length)
+    is_target = targets is not None
+    references = as_read(tokenizer, right, max_length, is_target)
     written = reconstruct(model, tokenizer, texts, **sizes)
-    results = {
-        "settings": {"texts": len(texts), "importance_samples": importance_samples, "seed": seed, **sizes},
+    results: dict[str, Any] = {
+        "settings": {
+            "texts": len(texts),
+            "texts_cut": num_cut(tokenizer, texts, max_length),
+            **({"targets_cut": num_cut(tokenizer, right, max_length, is_target)} if is_target else {}),
+            "importance_samples": importance_samples,
+            "seed": seed,
+            **sizes,
+        },
         "reconstruction": reconstruction_scores(written, references),
         "rate_distortion": rate_distortion(
-            model, tokenizer, texts, importance_samples=importance_samples, seed=seed, **sizes
+            model, tokenizer, texts, targets, importance_samples=importance_samples, seed=seed, **sizes
         ),
     }
     if hasattr(model, "encode"):
@@ -98,11 +116,12 @@ def evaluate(
                 name: sample_texts(model, tokenizer, num_samples, lengths, seed, **sizes, **options)
                 for name, options in decodings.items()
             }
-            known = None if training_texts is None else as_read(tokenizer, training_texts, max_length)
+            known = None if training_texts is None else as_read(tokenizer, training_texts, max_length, is_target)
             results["samples"] = sample_scores(samples, references, known, seed=seed, **judge)
         pairs = list(zip(texts[::2], texts[1::2], strict=False))[:num_pairs]
         if pairs:
-            embed = mean_encoder_embedding(model, tokenizer, max_length)
+            # The encoder knows the sources' side alone.
+            embed = None if is_target else mean_encoder_embedding(model, tokenizer, max_length)
             results["interpolation"] = {}
             for method in methods:
                 paths = interpolations(model, tokenizer, pairs, method=method, max_length=max_length)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from ..layers.nvib import NvibLayer
 from ..training.collapse import ChannelMoments
 from .texts import (
     MAX_LENGTH,
+    check_targets,
     check_texts,
     encode_texts,
     encoder_inputs,
@@ -33,6 +35,7 @@ def rate_distortion(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
+    targets: Sequence[str] | None = None,
     *,
     importance_samples: int = 0,
     seed: int = 0,
@@ -66,11 +69,13 @@ def rate_distortion(
     the vectors that the decoder sees, all of them drawn, and :math:`n'` is the number of these.
 
     Args:
+        targets: what the decoder writes of each text; by default the text itself.
         importance_samples: draws for the likelihood, 0 for none.
         seed: of all draws.
         max_length: tokens; longer texts are cut.
     """
     texts = check_texts(texts)
+    right = texts if targets is None else check_targets(targets, texts)
     sums = Sums()
     has_latents = hasattr(model, "encode")
     generator = torch.Generator(model.device).manual_seed(seed)
@@ -79,7 +84,7 @@ def rate_distortion(
         for batch in length_batches(token_lengths(tokenizer, texts, max_length), batch_size):
             some = [texts[i] for i in batch]
             inputs = encoder_inputs(model, tokenizer, some, max_length)
-            labels = labels_of(model, tokenizer, some, max_length)
+            labels = labels_of(model, tokenizer, [right[i] for i in batch], max_length)
             tokens = (labels != IGNORED).sum(-1)
             sums.add("tokens", tokens)
             if not has_latents:
@@ -98,7 +103,9 @@ def rate_distortion(
     results = sums.results()
     if has_latents:
         results["active_units"] = sums.moments.active_units(model.nvib.prior_logvar.exp())
-        results["mutual_information"] = mutual_information(model, tokenizer, texts, seed=seed, max_length=max_length)
+        results["mutual_information"] = mutual_information(
+            model, tokenizer, texts, targets, seed=seed, max_length=max_length
+        )
     return results
 
 
@@ -108,7 +115,7 @@ class Sums:
     PER_TEXT = ("prop_vectors", "num_vectors", "effective_vectors")
 
     def __init__(self) -> None:
-        self.sums: Counter[str] = Counter()
+        self.sums: defaultdict[str, float] = defaultdict(float)
         self.texts, self.moments = 0, ChannelMoments()
 
     def add(self, name: str, values: Tensor) -> None:
@@ -137,9 +144,9 @@ class Sums:
         tokens = sums.pop("tokens")
         results = {name: value / (self.texts if name in self.PER_TEXT else tokens) for name, value in sums.items()}
         for rate, gaussian in (("rate", "kl_gaussian"), ("rate_published", "kl_gaussian_published")):
-            terms = [sums.get(f"{name}_per_token") for name in (gaussian, "kl_dirichlet")]
-            if None not in terms:
-                results[rate] = sum(terms) / self.texts
+            terms = [f"{name}_per_token" for name in (gaussian, "kl_dirichlet")]
+            if all(name in sums for name in terms):
+                results[rate] = sum(sums[name] for name in terms) / self.texts
         if "rate" in results:
             results["elbo"] = -results["cross_entropy_sampled"] - results["rate"] * self.texts / tokens
         return results
@@ -165,10 +172,15 @@ def divergences(layer: NvibLayer, latents: NvibLatents) -> dict[str, Tensor]:
     visible, channels = latents.log_pi > -math.inf, latents.z.shape[-1]
     gaussian, components = {"kl_gaussian": latents.kl_gaussian}, visible.sum(-1)
     if latents.log_alpha is not None and latents.logvar is not None:
-        posterior = {"mu": latents.z, "logvar": latents.logvar, "log_alpha": latents.log_alpha, "batch_first": True}
-        masks = {"memory_key_padding_mask": ~latents.attention_mask, "keep": visible}
+        posterior: dict[str, Any] = {
+            "mu": latents.z,
+            "logvar": latents.logvar,
+            "log_alpha": latents.log_alpha,
+            "batch_first": True,
+        }
+        masks: dict[str, Any] = {"memory_key_padding_mask": ~latents.attention_mask, "keep": visible}
         weights = {"kl_gaussian": "drawn", "kl_gaussian_published": "pseudo_counts"}
-        prior = {"prior_mu": layer.prior_mu, "prior_var": layer.prior_logvar.exp()}
+        prior: dict[str, Any] = {"prior_mu": layer.prior_mu, "prior_var": layer.prior_logvar.exp()}
         gaussian = {k: kl_gaussian(weights=w, **posterior, **masks, **prior) for k, w in weights.items()}
         components = latents.attention_mask.sum(-1)
     nats = {name: components * channels * kl for name, kl in gaussian.items() if kl is not None}
@@ -206,7 +218,7 @@ def draw_and_log_ratio(
         latents: posteriors, as ``encode(sample=False)`` returns them.
         generator: on the CPU, where the draw is made in float64.
     """
-    mu, logvar, log_pi = (x.detach().double().cpu() for x in (latents.z, latents.logvar, latents.log_pi))
+    mu, logvar, log_pi = (latents[name].detach().double().cpu() for name in ("z", "logvar", "log_pi"))
     keep = log_pi > -math.inf
     prior_mu, prior_logvar = layer.prior_mu.double().cpu(), layer.prior_logvar.double().cpu()
 
@@ -274,6 +286,7 @@ def mutual_information(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
+    targets: Sequence[str] | None = None,
     *,
     num_texts: int = 128,
     group_size: int = 32,
@@ -289,22 +302,26 @@ def mutual_information(
     a value there says that the latents tell the texts of a group apart, one near 0 that the decoder ignores them.
 
     Args:
+        targets: what stands for :math:`x_i` in the decoder, one for each text; by default the text.
         num_texts: how many are used, drawn from ``texts``.
         group_size: ``N``; each text is scored against so many latents.
 
     Source: van den Oord, Li & Vinyals (2018); Poole et al. (ICML 2019).
     """
     texts = check_texts(texts)
+    right = texts if targets is None else check_targets(targets, texts)
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()[:num_texts]
     size = min(group_size, len(order))
     generator = torch.Generator(model.device).manual_seed(seed)
     bounds = []
     with evaluating(model):
         for first in range(0, len(order) - size + 1, size):
-            group = [texts[i] for i in order[first : first + size]]
-            labels = labels_of(model, tokenizer, group, max_length)
-            options = {"max_length": max_length, "batch_size": size, "sample": True, "generator": generator}
-            latents = encode_texts(model, tokenizer, group, **options)
+            members = order[first : first + size]
+            group = [texts[i] for i in members]
+            labels = labels_of(model, tokenizer, [right[i] for i in members], max_length)
+            latents = encode_texts(
+                model, tokenizer, group, max_length=max_length, batch_size=size, sample=True, generator=generator
+            )
             own = torch.arange(size)
             critic = torch.stack(  # (N, N): at 0 the text's own latent, then those of the others
                 [

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from ..files import write_whole
 from ..wrapping.model_card import markdown_table, verbatim
 
 BEGIN, END = "<!-- evaluation of nvib_hf: begin -->", "<!-- evaluation of nvib_hf: end -->"
@@ -101,7 +102,7 @@ def evaluation_section(results: dict) -> str:
     settings, samples, paths = results["settings"], results.get("samples", {}), results.get("interpolation", {})
     first, *others = result_tables(results)
     parts = [
-        f"Over {settings['texts']} held-out texts (greedy decoding, seed {settings['seed']}):",
+        f"Over {settings['texts']} held-out texts{_cut(settings)} (greedy decoding, seed {settings['seed']}):",
         markdown_table(*first),
     ]
     for name, title in KEPT.items():
@@ -121,6 +122,13 @@ def evaluation_section(results: dict) -> str:
     return "\n\n".join(parts)
 
 
+def _cut(settings: dict) -> str:
+    """How many texts were measured without their end."""
+    counts = {what: settings.get(f"{what}_cut") for what in ("texts", "targets")}
+    said = [f"{count} {what}" for what, count in counts.items() if count]
+    return f", {' and '.join(said)} cut to {settings['max_length']} tokens" if said else ""
+
+
 def add_to_model_card(folder: str | os.PathLike, results: dict) -> None:
     """Put results into ``folder/README.md``, in the place of earlier ones; the rest of the card stays as it is.
 
@@ -135,7 +143,7 @@ def add_to_model_card(folder: str | os.PathLike, results: dict) -> None:
         raise FileNotFoundError(f"{path} does not exist. model.save_pretrained({str(folder)!r}) writes a card.")
     card = path.read_text(encoding="utf-8")
     section = f"{BEGIN}\n## Evaluation\n\n{evaluation_section(results)}\n{END}\n"
-    path.write_text(with_evaluation(card, section), encoding="utf-8")
+    write_whole(path, with_evaluation(card, section))
 
 
 def with_evaluation(card: str, section: str | None) -> str:

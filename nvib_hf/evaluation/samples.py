@@ -46,8 +46,8 @@ def fluency(
     """
     start = lm_tokenizer.bos_token_id if lm_tokenizer.bos_token_id is not None else lm_tokenizer.eos_token_id
     tokens = lm_tokenizer(check_texts(texts), add_special_tokens=False, truncation=True, max_length=max_length)
-    rows = [ids if start is None else [start, *ids] for ids in tokens.input_ids]
-    rows = [torch.tensor(ids) for ids in rows if len(ids) > 1]
+    started = [ids if start is None else [start, *ids] for ids in tokens.input_ids]
+    rows = [torch.tensor(ids) for ids in started if len(ids) > 1]
     if not rows:
         return math.nan
     nll = count = 0.0
@@ -100,7 +100,7 @@ def copied(texts: Sequence[str], training_texts: Sequence[str]) -> float:
 
 
 # Ways to write a text of a latent, and generate()'s arguments for them: fluency alone can be bought with sameness.
-DECODINGS = {
+DECODINGS: dict[str, dict] = {
     "greedy": {},
     "beam": {"num_beams": 4},
     "nucleus": {"do_sample": True, "top_p": 0.9, "top_k": 0},
@@ -228,7 +228,7 @@ def sample_scores(
         training texts). By kind also ``num_samples`` and some ``examples``.
     """
 
-    def measured(texts: list[str]) -> dict:
+    def measured(texts: Sequence[str]) -> dict:
         scores = {} if language_model is None else {"fluency": fluency(language_model, lm_tokenizer, texts)}
         if len(texts) > 1:
             scores["self_bleu"] = self_bleu(texts, seed=seed)

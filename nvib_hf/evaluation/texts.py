@@ -46,6 +46,18 @@ def check_texts(texts: Sequence[str], name: str = "texts") -> list[str]:
     return list(texts)
 
 
+def check_targets(targets: Sequence[str], texts: Sequence[str]) -> list[str]:
+    """The targets as a list, one for each text.
+
+    Raises:
+        ValueError: another number of them.
+    """
+    targets = check_texts(targets, "targets")
+    if len(targets) != len(texts):
+        raise ValueError(f"There are {len(targets)} targets, but {len(texts)} texts. Pass one target for each text.")
+    return targets
+
+
 def length_batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     """Indices in batches of similar length."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
@@ -242,13 +254,22 @@ def decoded(tokenizer: PreTrainedTokenizerBase, ids: Tensor | list[list[int]]) -
     return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
-def as_read(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int | None = None) -> list[str]:
+def as_read(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int | None = None, is_target: bool = False
+) -> list[str]:
     """The texts as the tokenizer gives them back: cut, and without the capitals that it does not know.
 
-    By default they are cut where the tokenizer cuts them.
+    By default they are cut where the tokenizer cuts them. ``is_target``: of texts that the decoder writes.
     """
     max_length = max_length or min(tokenizer.model_max_length, UNLIMITED)
-    return decoded(tokenizer, tokenizer(check_texts(texts), truncation=True, max_length=max_length).input_ids)
+    given = {"text_target" if is_target else "text": check_texts(texts)}
+    return decoded(tokenizer, tokenizer(**given, truncation=True, max_length=max_length).input_ids)
+
+
+def num_cut(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int, is_target: bool = False) -> int:
+    """How many texts have more tokens than ``max_length``, and lose their end."""
+    given = {"text_target" if is_target else "text": check_texts(texts)}
+    return sum(len(ids) > max_length for ids in tokenizer(**given, verbose=False).input_ids)
 
 
 def negative_log_likelihood(model: PreTrainedModel, labels: Tensor, **inputs) -> Tensor:
@@ -297,7 +318,8 @@ def kept_tokens(
     texts = check_texts(texts)
     encodings = [tokenizer(text, truncation=True, max_length=max_length).input_ids for text in texts]
     frequency = Counter(id for ids in encodings for id in ids)
-    special, records = set(tokenizer.all_special_ids), [[] for _ in texts]
+    special = set(tokenizer.all_special_ids)
+    records: list[list[dict]] = [[] for _ in texts]
     with evaluating(model):
         for batch in length_batches([len(ids) for ids in encodings], batch_size):
             latents = encode_texts(model, tokenizer, [texts[i] for i in batch], max_length=max_length)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..layers.merging import merge
-from ..layers.settings import check_merge_share
+from ..layers.settings import checked
 from .latents import NvibLatents
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def merged(
     result = NvibLatents(made.z, made.log_mass, there, made.logvar)
     log_pi = made.log_mass - _bias_without_weight(result, scale, evaluation)
     result.log_pi = log_pi.log_softmax(-1) + latents.log_pi.logsumexp(-1, keepdim=True)
-    for name in ("kl_gaussian", "kl_dirichlet", "relaxed_prop_vectors", "kappa"):
+    for name in ("kl_gaussian", "kl_dirichlet", "relaxed_prop_vectors", "kappa", "scale"):
         setattr(result, name, getattr(latents, name))
     if latents.log_alpha is not None:
         alphas = latents.log_alpha.masked_fill(~before, float("-inf")).logsumexp(-1, keepdim=True)
@@ -101,7 +101,7 @@ def _bias_without_weight(latents: NvibLatents, scale: float, evaluation: str) ->
     return dataclasses.replace(latents, log_pi=torch.zeros_like(latents.log_pi)).attended(scale, evaluation).bias
 
 
-# The share of a call of encode() or generate(), in whatever the call runs: Whisper's generate() encodes in many places.
+# The share of a call of encode() or generate(), wherever in it something is encoded: Whisper's generate() does often.
 _SHARE: ContextVar[float | None] = ContextVar("nvib_merge_share", default=None)
 
 
@@ -110,11 +110,9 @@ def sharing(share: float | None) -> Iterator[None]:
     """Everything that is encoded inside is merged to this share; ``None`` leaves it to the configuration.
 
     Raises:
-        ValueError: a share outside (0, 1].
+        ValueError: a share outside (0, 1]. TypeError: it is not one number.
     """
-    if share is not None:
-        check_merge_share(share)
-    token = _SHARE.set(_SHARE.get() if share is None else share)
+    token = _SHARE.set(_SHARE.get() if share is None else checked("merge_share", share))
     try:
         yield
     finally:

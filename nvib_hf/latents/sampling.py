@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..layers.distributions import gaussian_sample, log_dirichlet_sample
 from ..layers.settings import check_choice
-from .latents import NvibLatents, check_latents, interpolate
+from .checks import check_count, check_latents, check_number
+from .latents import NvibLatents, interpolate
 from .merging import Limit, merged
 from .transport import interpolate_by_transport
 
@@ -55,12 +56,12 @@ def sample_from_prior(
 
     Source: Henderson & Fehr (ICLR 2023).
     """
-    counts = torch.as_tensor(num_vectors, device=model.device)
-    check_counts(num_samples, num_vectors, counts)
-    counts = counts.expand(num_samples)
+    check_count("num_samples", num_samples)
+    counts = check_counts(num_samples, num_vectors).to(model.device).expand(num_samples)
     padding = torch.arange(int(counts.max()), device=model.device) >= counts[:, None]
     z, log_pi = model.nvib.sample_prior(padding, generator)
-    return NvibLatents(z=z.to(model.dtype), log_pi=log_pi, attention_mask=~padding)
+    scale = torch.full_like(log_pi[:, 0], model.nvib.scale)
+    return NvibLatents(z=z.to(model.dtype), log_pi=log_pi, attention_mask=~padding, scale=scale)
 
 
 def vary(
@@ -84,6 +85,7 @@ def vary(
         ValueError: a temperature below 0 or infinite; latents without variances, or without pseudo-counts where the
             weights shall be drawn.
     """
+    temperature = check_number("temperature", temperature)
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be 0 or positive, but got {temperature}.")
     if latents.logvar is None:
@@ -98,7 +100,7 @@ def vary(
     log_tau = math.log(temperature) if temperature > 0 else -math.inf
     z = gaussian_sample(latents.z, latents["logvar"] + 2 * log_tau, seen, generator)
     log_pi = log_dirichlet_sample(latents["log_alpha"], seen, generator) if redraw_weights else latents.log_pi
-    return NvibLatents(z=z, log_pi=log_pi, attention_mask=seen)
+    return NvibLatents(z=z, log_pi=log_pi, attention_mask=seen, scale=latents.scale)
 
 
 def blend(
@@ -122,8 +124,7 @@ def blend(
         ValueError: counts that are too small, or more parents than latents.
     """
     for name, value, least in (("num_samples", num_samples, 1), ("num_parents", num_parents, 2)):
-        if value != int(value) or value < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}, but got {value}.")
+        check_count(name, value, least)
     if num_parents > latents.batch_size:
         raise ValueError(
             f"num_parents is {num_parents}, but there are only {latents.batch_size} latents to choose from."
@@ -236,13 +237,17 @@ class NvibLatentsMixin:
         return blend(latents, num_samples, num_parents, generator)
 
 
-def check_counts(num_samples: int, num_vectors: int | Sequence[int] | Tensor, counts: Tensor) -> None:
-    """Raise ValueError for numbers of latents or of their vectors, as given and as a tensor, that nothing can have."""
-    if num_samples != int(num_samples) or num_samples < 1:
-        raise ValueError(f"num_samples must be a whole number of at least 1, but got {num_samples}.")
-    if counts.is_floating_point() or (counts < 1).any():
-        raise ValueError(f"num_vectors must be whole numbers of at least 1, but got {num_vectors}.")
+def check_counts(num_samples: int, num_vectors: int | Sequence[int] | Tensor) -> Tensor:
+    """Numbers of vectors as a tensor, of one for all latents or one for each; ValueError for what they cannot be."""
+    try:
+        counts = torch.as_tensor(num_vectors)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        counts = torch.zeros(1)
+    whole = not counts.is_floating_point() and counts.dtype != torch.bool
+    if not whole or (counts < 1).any() or (counts >= 2**31).any():
+        raise ValueError(f"num_vectors must be whole numbers of at least 1, but got {num_vectors!r}.")
     if counts.dim() > 1 or (counts.dim() == 1 and len(counts) != num_samples):
         raise ValueError(
             f"num_vectors must be one number or one for each of num_samples={num_samples}, but got {num_vectors}."
         )
+    return counts

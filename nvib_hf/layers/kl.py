@@ -98,7 +98,8 @@ def gaussian_divergence(mu: Tensor, logvar: Tensor, prior_mu: Tensor, prior_var:
     log_v = logvar - prior_var.log()
     mean_log_v = log_v.mean(-1)
     # In place, as half of the time goes to fresh memory: 0.9 ms for 1.7 ms at (4, 513, 256) on a CPU.
-    return 0.5 * (log_v.expm1_().mean(-1) - mean_log_v + distance.square() / mu.shape[-1])
+    divergence: Tensor = 0.5 * (log_v.expm1_().mean(-1) - mean_log_v + distance.square() / mu.shape[-1])
+    return divergence
 
 
 def prior_log_total(prior_log_alpha: Tensor, delta: float, length: Tensor) -> Tensor:

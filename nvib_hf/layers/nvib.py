@@ -24,7 +24,7 @@ from .dropping import (
 )
 from .initialisation import PriorMixin, identity_parameters
 from .kl import component_weights, dirichlet_divergence, gaussian_divergence
-from .settings import KL_WEIGHTS, check_choice, check_prior, check_settings
+from .settings import check_dropping, check_prior, checked
 
 HALF = 2  # bytes: less than single precision
 
@@ -116,14 +116,22 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
         scale: float | None = None,
     ) -> None:
         super().__init__()
-        check_prior(prior_mu, prior_var, prior_alpha, size_out)
-        check_settings(delta, kappa, alpha_activation, dropping, alpha_threshold, threshold_share, scale)
-        check_choice("kl_weights", kl_weights, KL_WEIGHTS)
+        size_in, size_out = checked("size_in", size_in), checked("size_out", size_out)
         self.size_in, self.size_out = size_in, size_out
-        self.delta, self.kappa = delta, int(kappa)
+        check_prior(prior_mu, prior_var, prior_alpha, size_out)
+        self.delta, self.kappa = checked("delta", delta), checked("kappa", kappa)
+        for name, value in (
+            ("alpha_activation", alpha_activation),
+            ("dropping", dropping),
+            ("alpha_threshold", alpha_threshold),
+            ("threshold_share", threshold_share),
+            ("kl_weights", kl_weights),
+        ):
+            checked(name, value)
+        check_dropping(dropping, alpha_threshold)
         self.alpha_activation, self.dropping, self.alpha_threshold = alpha_activation, dropping, alpha_threshold
         self.kl_weights = kl_weights
-        self.scale = size_out**-0.5 if scale is None else scale
+        self.scale = size_out**-0.5 if scale is None else checked("scale", scale)
         self._log_zero = LOG_ZERO if alpha_activation == "relu" else -math.inf
 
         self.mu_logvar = nn.Linear(size_in, 2 * size_out)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import torch
 from torch import Tensor, nn
 
 from ..configuration_nvib import NvibConfig
-from ..evaluation.texts import evaluating
 from ..layers.cross_entropy import IGNORED
+from ..layers.settings import check_number, check_whole
+from .held_out import evaluated
 from .recording import MeasuringCallback
 
 REMEDY = (
-    "Lower lambda_gaussian and lambda_dirichlet or let them rise later (KLAnnealingCallback), state the "
-    "reconstruction you accept (ConstraintCallback), or give the latent free_bits_gaussian and the decoder "
-    "word_dropout."
+    "Lower lambda_gaussian and lambda_dirichlet or let them rise later (KLAnnealingCallback), or give the latent "
+    "free_bits_gaussian and the decoder word_dropout. ConstraintCallback stops before that where texts are held out: "
+    "give the Trainer an eval_dataset, and accept a lower cross_entropy."
 )
 
 
@@ -35,7 +37,9 @@ class ChannelMoments:
     """First and second moments of the posteriors' means by channel, over the vectors of all batches, in float64."""
 
     def __init__(self) -> None:
-        self.count, self.mean, self.square = 0, 0.0, 0.0
+        self.count = 0
+        self.mean: Tensor | float = 0.0
+        self.square: Tensor | float = 0.0
 
     def add(self, mu: Tensor, mask: Tensor) -> None:
         """A batch ``(B, Nl, P)``; mask: ``(B, Nl)``, True = a vector that counts."""
@@ -56,7 +60,7 @@ class ChannelMoments:
         """
         if self.count < 2:
             return 0.0
-        variance = self.square / self.count - (self.mean / self.count).square()
+        variance = torch.as_tensor(self.square / self.count - (self.mean / self.count) ** 2)
         prior_var = torch.as_tensor(prior_var).cpu().double()
         return (variance > ACTIVE_VARIANCE * prior_var).double().mean().item()
 
@@ -114,7 +118,7 @@ class CollapseCallback(MeasuringCallback):
         interval: steps between two looks at a batch.
 
     Raises:
-        ValueError: an ``interval`` below 1.
+        ValueError: an argument that is no such number, or an ``interval`` below 1.
     """
 
     kept_in_checkpoints = ("warned", "seen", "evaluation_cross_entropy")
@@ -136,8 +140,9 @@ class CollapseCallback(MeasuringCallback):
                 "interval": interval,
             }
         )
-        if interval < 1:
-            raise ValueError(f"interval must be at least 1 step, but got {interval}.")
+        for name in ("min_nats", "min_prop_vectors", "min_active_units", "max_gap"):
+            check_number(name, self.arguments[name], least=0)
+        check_whole("interval", interval, unit=" step")
         self.min_nats, self.min_prop_vectors = min_nats, min_prop_vectors
         self.min_active_units, self.max_gap, self.interval = min_active_units, max_gap, interval
         self.warned: list[str] = []
@@ -165,23 +170,16 @@ class CollapseCallback(MeasuringCallback):
 
         sums = torch.zeros(3, device=args.device)
         if cross_entropy is not None and inputs.get("encoder_outputs") is None:  # else latents take the texts' place
-            outputs = self._outputs(args, inputs)
+            outputs = evaluated(self._model, inputs, args)
             units = self._active_units(outputs.latents)
             self._warn_below(state, "active units", "of the channels", units, self.min_active_units)
             both = torch.stack([cross_entropy.to(args.device), outputs.cross_entropy.to(args.device)]).float()
             tokens = (inputs["labels"] != IGNORED).sum().to(args.device)
             sums = torch.cat([both * tokens, tokens[None]])
         training, evaluation, tokens = reduce(sums, "sum").tolist()
-        if tokens:
+        if tokens and math.isfinite(training) and math.isfinite(evaluation):
             training, self.evaluation_cross_entropy = training / tokens, evaluation / tokens
             self._warn_of_gap(state, training, self.evaluation_cross_entropy)
-
-    def _outputs(self, args, inputs: dict):
-        model = self._model
-        inputs = {name: x.to(model.device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
-        dtype = torch.float16 if args.fp16 else torch.bfloat16
-        with evaluating(model), torch.autocast(model.device.type, dtype, enabled=args.fp16 or args.bf16):
-            return model(**inputs)
 
     def _active_units(self, latents) -> float:
         source = latents.attention_mask.clone()
@@ -196,8 +194,9 @@ class CollapseCallback(MeasuringCallback):
             return
         self.evaluation_cross_entropy = None
         if means := self.measured(args.device):
-            nats = self._model.nvib.size_out * means["kl_gaussian"] + means["kl_dirichlet"]
-            self._warn_below(state, "KL terms", "nats per vector", nats, self.min_nats)
+            if "kl_gaussian" in means:  # there were targets, over which it is a mean
+                nats = self._model.nvib.size_out * means["kl_gaussian"] + means["kl_dirichlet"]
+                self._warn_below(state, "KL terms", "nats per vector", nats, self.min_nats)
             self._warn_below(state, "vectors kept", "of the source", means["prop_vectors"], self.min_prop_vectors)
 
     def trace(self) -> dict[str, float]:

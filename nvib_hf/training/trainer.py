@@ -6,15 +6,23 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
+from torch.utils.data import DataLoader
+from torch.utils.hooks import RemovableHandle
 from transformers import Seq2SeqTrainer, TrainerState
 from transformers.modelcard import TrainingSummary
+from transformers.trainer_utils import default_compute_objective
+from transformers.utils import logging
 
 from ..evaluation.report import evaluation_of, with_evaluation
+from ..files import write_whole
 from ..loss import SMOOTHING
 from ..wrapping.model_card import base_ids, markdown_table, model_card
 from .collapse import CollapseCallback
+from .constraint import ConstraintCallback
 from .recording import MeasuringCallback, Recorder, nvib_model_in
 
 NAMELESS = (
@@ -22,10 +30,19 @@ NAMELESS = (
     "save_pretrained on the model before get_peft_model, or wrap the base again for PeftModel.from_pretrained."
 )
 
+NO_TARGET = "An evaluation had no target, as all labels were -100. So it has no eval_loss. Give it labels."
+
+logger = logging.get_logger(__name__)
+
 NOT_RESULTS = {"runtime", "samples_per_second", "steps_per_second", "epoch", "step", "learning_rate", "grad_norm"}
 
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer  # what the mixin stands before
+else:
+    _Trainer = object
 
-class NvibTrainerMixin:
+
+class NvibTrainerMixin(_Trainer):
     """Adds the terms of the loss to a Trainer's logs, in training and evaluation, and results to the model card.
 
     Warns of a posterior collapse, and of texts that are decoded in training alone
@@ -34,8 +51,13 @@ class NvibTrainerMixin:
     ``cross_entropy``, ``kl_gaussian`` and ``kl_dirichlet`` (nats, means over target tokens), ``num_vectors``,
     ``prop_vectors`` and ``effective_vectors`` (means over examples): since the last log, over all processes.
     ``eval_loss``, of plain models too, is a mean over target tokens as well, where other Trainers take that of the
-    batches' means, which depends on the batch size. Where self-attentions have NVIB, ``kl_gaussian``, ``kl_dirichlet``
-    and ``prop_vectors`` of each layer, too (``kl_gaussian_encoder.0``).
+    batches' means, which depends on the batch size. It is the cross-entropy and the terms by their ``lambda_*``,
+    without the multipliers of callbacks, so it can be compared over a training. Selecting by it suits fixed and
+    annealed weights. Under a ``ConstraintCallback``, which trades it for compression on purpose, take the last
+    checkpoint, or select by a result of your ``compute_metrics``.
+
+    Where self-attentions have NVIB, ``kl_gaussian``, ``kl_dirichlet`` and ``prop_vectors`` of each layer, too
+    (``kl_gaussian_encoder.0``).
 
     Example:
         >>> class MyTrainer(NvibTrainerMixin, Seq2SeqTrainer): ...
@@ -57,6 +79,9 @@ class NvibTrainerMixin:
         layers = () if model is None else model.nvib_layers()
         layers = layers if len(layers) > 1 else ()  # one layer's terms are the loss's
         self._nvib_recorders = {training: Recorder(layers) for training in (True, False)}
+        self._nvib_records: bool | None = None  # into which of them: that of training, of evaluation, or none
+        self._nvib_hooks: dict[nn.Module, RemovableHandle] = {}
+        self._nvib_loops = 0
 
     def training_step(self, model, *args, **kwargs):
         with self._recording(model, training=True):
@@ -77,18 +102,59 @@ class NvibTrainerMixin:
     @contextmanager
     def _recording(self, model: nn.Module, training: bool) -> Iterator[None]:
         """Sees what the model returns, whoever calls it: Trainer, Seq2SeqTrainer or a loss of the user's own."""
-        handle = model.register_forward_hook(self._nvib_recorders[training].hook, with_kwargs=True)
+        with self._loop():
+            if model not in self._nvib_hooks:
+                self._nvib_hooks[model] = model.register_forward_hook(self._see, with_kwargs=True)
+            before, self._nvib_records = self._nvib_records, training
+            try:
+                yield
+            finally:
+                self._nvib_records = before
+
+    @contextmanager
+    def _loop(self) -> Iterator[None]:
+        """Hooks stay until the outermost loop ends: a model with a new one for each step is compiled for each."""
+        self._nvib_loops += 1
         try:
             yield
         finally:
-            handle.remove()
+            self._nvib_loops -= 1
+            if not self._nvib_loops:
+                for hook in self._nvib_hooks.values():
+                    hook.remove()
+                self._nvib_hooks.clear()
+
+    @torch.compiler.disable
+    def _see(self, *seen) -> None:
+        if self._nvib_records is not None:
+            self._nvib_recorders[self._nvib_records].hook(*seen)
 
     def _read(self, training: bool) -> dict[str, float]:
         return self._nvib_recorders[training].read(self.args.device)
 
     def train(self, *args, **kwargs):
         self._nvib_recorders[True].clear()  # what an earlier training did not log
-        return super().train(*args, **kwargs)
+        if any(isinstance(callback, ConstraintCallback) for callback in self.callback_handler.callbacks):
+            self.callback_handler.eval_dataloader = self._held_out_dataloader()
+        with self._loop():
+            return super().train(*args, **kwargs)
+
+    def _held_out_dataloader(self) -> DataLoader | None:
+        """Of the data that is held out: the first, where there are several."""
+        data = next(iter(self.eval_dataset), None) if isinstance(self.eval_dataset, dict) else self.eval_dataset
+        return None if data is None else self.get_eval_dataloader(data)
+
+    def hyperparameter_search(self, hp_space=None, compute_objective=None, *args, **kwargs):
+        """As in ``Trainer``, whose default objective would be the sum of the loss's terms and of numbers of vectors.
+
+        By default ``eval_loss``, or the sum of what your ``compute_metrics`` returns if you have one. A search over
+        the ``lambda_*``, of which the loss consists, needs an objective of your own.
+        """
+        return super().hyperparameter_search(hp_space, compute_objective or self._objective, *args, **kwargs)
+
+    def _objective(self, metrics: dict[str, float]) -> float:
+        own = self._nvib_recorders[False].names - {"loss"}
+        return default_compute_objective({k: v for k, v in metrics.items() if k.removeprefix("eval_") not in own})
 
     def log(self, logs, *args, **kwargs) -> None:
         if "loss" in logs:
@@ -99,9 +165,14 @@ class NvibTrainerMixin:
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        self._nvib_recorders[False].clear()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        recorder = self._nvib_recorders[False]
+        recorder.clear()
+        with self._loop():
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         read = self._read(training=False)
+        if recorder.saw_no_target:
+            output.metrics.pop(f"{metric_key_prefix}_loss", None)
+            logger.warning_once(NO_TARGET)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in read.items()})
         return output
 
@@ -120,7 +191,8 @@ class NvibTrainerMixin:
             path = Path(self.args.output_dir) / "README.md"
             earlier = path.read_text(encoding="utf-8") if path.exists() else ""
             card.content = with_evaluation(card.content, evaluation_of(earlier))
-            card.save(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, str(card))
         return None
 
 

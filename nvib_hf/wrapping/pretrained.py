@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Self
 
@@ -17,23 +17,25 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from ..configuration_nvib import TAUS, NvibConfig
+from ..files import write_whole
 from ..layers.initialisation import EmpiricalPrior, PriorStatistics, prior_buffers
 from ..layers.nvib import NvibLayer, SinglePrecisionMixin
+from .architecture import warn_if_not_found
 from .base import check_known, damage_explained
 from .cross_attention import restore_cross_attention
-from .hub import auto_map_entry, save_code
+from .hub import auto_map_entry, put_in_place, save_code, written_last
 from .model_card import model_card
 from .self_attention import DenoisingSelfAttention, restore_self_attention
 from .stacked_encoder import unstack
-from .wrap import split_settings, wrap
+from .wrap import hand_back, split_settings, wrap
 
 
 class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
     """A model of Transformers around a ``base``, with NVIB layers in it.
 
     Subclasses set ``base``, ``config`` and ``_self_attention_names`` (the modules' names in the model by those of
-    their layers). ``_load_base`` loads a base by its name, ``_read`` runs what reads the inputs of a batch,
-    ``_auto_name`` is the Auto class that loads them; with ``_has_card`` a model card is saved, too.
+    their layers), load a base by its name in ``_load_base``, run what reads the inputs of a batch in ``_read``, and
+    name the Auto class that loads them in ``_auto_name``; with ``_has_card`` a model card is saved, too.
     """
 
     config_class = NvibConfig
@@ -47,6 +49,7 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
 
     base: PreTrainedModel
     config: NvibConfig
+    kl_beta: Tensor
     _self_attention_names: dict[str, str]
     _load_base: Callable[..., PreTrainedModel]
     _auto_name: str
@@ -76,10 +79,14 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
         return wrap(cls, base, settings)
 
     def unwrap(self) -> PreTrainedModel:
-        """The base model with its trained weights and its own cross-attention. This model is spent afterwards."""
+        """The base model with its trained weights and its own cross-attention. This model is spent afterwards.
+
+        It generates as this model is set to, and has its tags.
+        """
         restore_cross_attention(self.base)
         unstack(self.base)
         restore_self_attention(self.base)
+        hand_back(self, self.base)
         return self.base
 
     def freeze_base(self) -> Self:
@@ -137,38 +144,46 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
         if output_loading_info:
             return model, info
         if state_dict is None and not kwargs.get("ignore_mismatched_sizes"):
-            check_nothing_is_missing(pretrained_model_name_or_path, info["missing_keys"])
+            check_weights_fit(pretrained_model_name_or_path, info["missing_keys"], info["unexpected_keys"])
         return model
 
     # -------------------------------------------------------------------------------------------------- saving
     @classmethod
     def register_for_auto_class(cls, auto_class: object = "AutoModel") -> None:
-        """Does nothing: a saved model brings its code anyway, from all folders of the package."""
+        """Nothing to do: a saved model brings its code, which Transformers would save from one folder alone."""
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, is_main_process: bool = True, *args, **kwargs
     ) -> None:
         """As in ``PreTrainedModel``. The folder gets the model's code and, if it has none yet, a model card.
 
+        The configuration is written last, and an older one removed first: a folder in which saving was interrupted has
+        none, and does not load.
+
         ``model.name_or_path`` is from then on where it was saved or pushed to: what an adapter takes for its base.
         """
-        self.config.auto_map = {
-            **(getattr(self.config, "auto_map", None) or {}),
-            self._auto_name: auto_map_entry(type(self)),
-        }
-        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        known = getattr(self.config, "auto_map", None) or {}
+        self.config.auto_map = {**known, self._auto_name: auto_map_entry(type(self))}
         folder = Path(save_directory)
         if self._holds_an_adapter():
+            super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
             return
+        warn_if_not_found(self.config.base_architecture)
+        saves = self.should_save_on_this_rank(is_main_process) and not folder.is_file()
+        with written_last(folder / "config.json") if saves else nullcontext():
+            super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+            if saves:
+                save_code(type(self), folder)
         self.name_or_path = str(save_directory)
-        if folder.is_dir() and self.should_save_on_this_rank(is_main_process):
-            save_code(type(self), folder)
-            if not (folder / "README.md").exists():
-                self._save_card(folder, folder.resolve().name)
+        if saves and not (folder / "README.md").exists():
+            self._save_card(folder, folder.resolve().name)
 
     def _upload_modified_files(self, working_dir, repo_id, files_timestamps, *args, **kwargs):
         """The last step of each push. A repository without a card gets this model's, not an empty form."""
         path = Path(working_dir) / "README.md"
+        if not self._holds_an_adapter():
+            save_code(type(self), working_dir)
+            put_in_place(path.with_name("config.json"))
         if "README.md" not in files_timestamps and not file_exists(repo_id, "README.md", token=kwargs.get("token")):
             tags = ModelCard.load(path).data.tags if path.exists() else None
             self._save_card(path.parent, repo_id, tags=tags)
@@ -183,7 +198,7 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
 
     def _save_card(self, folder: Path, name: str, **metadata) -> None:
         if self._has_card and not self._holds_an_adapter():
-            model_card(self, name, **metadata).save(folder / "README.md")
+            write_whole(folder / "README.md", str(model_card(self, name, **metadata)))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base.get_input_embeddings()
@@ -316,11 +331,20 @@ def check_name_to_load(name: object, state_dict: dict | None) -> None:
         )
 
 
-def check_nothing_is_missing(name: object, missing: Iterable[str]) -> None:
-    """Raise OSError for a checkpoint that lacks weights."""
+def check_weights_fit(name: object, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Raise OSError for a checkpoint that lacks weights, or has weights of NVIB that the model has no place for."""
     if missing := sorted(missing):
         raise OSError(
-            f"The checkpoint {name} lacks {len(missing)} of the model's weights "
-            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}). Fetch it again, or pass "
-            "ignore_mismatched_sizes=True to start those weights afresh."
+            f"The checkpoint {name} lacks {len(missing)} of the model's weights ({_some(missing)}). Fetch it again, "
+            "or pass ignore_mismatched_sizes=True to start those weights afresh."
         )
+    if unexpected := sorted(key for key in unexpected if "nvib" in key.split(".")):
+        raise OSError(
+            f"The checkpoint {name} has {len(unexpected)} weights of NVIB that its configuration has no place for "
+            f"({_some(unexpected)}), so the two are not of one model. Fetch both again, or pass "
+            "ignore_mismatched_sizes=True to leave those weights out."
+        )
+
+
+def _some(names: list[str]) -> str:
+    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"

@@ -111,14 +111,14 @@ def mark_end(segment: Tensor, frames: Tensor) -> Tensor:
 
 
 def with_silence(features: Tensor) -> Tensor:
-    """Features in which what is NaN is as quiet as the quietest of the row, which is silence: Whisper's have a floor."""
+    """Features with the quietest of a row in place of its NaN: Whisper's have a floor, which is silence."""
     floor = features.nan_to_num(math.inf).amin((1, 2), keepdim=True)
     floor = floor.masked_fill(floor == math.inf, NO_SOUND)  # nothing was heard
     return torch.where(features.isnan(), floor, features)
 
 
 def heard_frames(features: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """How many frames of features ``(B, mels, T)`` are heard, ``(B,)``: what no mark hides, and the mask's and a margin."""
+    """How many frames of features ``(B, mels, T)`` are heard, ``(B,)``: without a mark, and of a mask and a margin."""
     frames = (~features[:, 0].isnan()).sum(-1)
     if attention_mask is None or attention_mask.shape != features[:, 0].shape:
         return frames

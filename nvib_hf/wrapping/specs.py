@@ -282,7 +282,9 @@ def attention_scale(module: nn.Module, spec: AttentionSpec) -> float:
 
 def attended_width(module: nn.Module, spec: AttentionSpec) -> int:
     """Width ``P`` of the vectors that an attention makes keys and values of."""
-    projection = getattr(module, spec.key or spec.key_value or spec.query_key_value)
+    name = spec.key or spec.key_value or spec.query_key_value
+    assert name is not None, f"{spec} names no projection to keys"
+    projection = getattr(module, name)
     return projection.nx if isinstance(projection, Conv1D) else projection.in_features
 
 

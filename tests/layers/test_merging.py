@@ -170,8 +170,8 @@ def test_cost_is_where_it_stops(power):
 
 @pytest.mark.parametrize("order", merging.ORDERS)
 def test_no_pair_is_left_under_the_cost(order):
-    """Costs within a step of the limit, on either side of it: one that is too dear keeps nobody from one that is not."""
-    for seed in range(40):
+    """Costs within a step of the limit, on either side: what is too dear keeps nobody from what is not."""
+    for seed in range(12):
         torch.manual_seed(seed)
         z = torch.arange(12.0)[:, None] + 0.003 * torch.randn(12, 1)  # all steps cost about the same
         made = merge(z[None], torch.zeros(1, 12), cost=0.5**0.5, order=order)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_text import tiny_collator
 from tiny_training import TRAINERS, WITH_COMPILE, tiny_model, trainer_of
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 
 from nvib_hf import CollapseCallback, ConstraintCallback, NvibTrainer, ThresholdCallback
 
@@ -43,7 +43,7 @@ def simulate(
     to. Dropping is a cliff: what was dropped comes back ten times as slowly as it went.
     """
     model = model or tiny_model(**DROPPING)
-    state = SimpleNamespace(global_step=0, stateful_callbacks={}, log_history=[{}])
+    state = TrainerState(max_steps=10**6, log_history=[{}])
     args = SimpleNamespace(device="cpu")
     callback.on_train_begin(args, state, None, model=model)
     noises = torch.randn(steps, 2, generator=torch.Generator().manual_seed(0)) * noise * torch.tensor([1.0, 0.05])
@@ -187,9 +187,12 @@ def test_settles_at_the_share_of_vectors(start):
 @pytest.mark.parametrize("share", [None, 0.5])
 def test_a_metric_moves_the_tolerance(share):
     callback = ConstraintCallback(cross_entropy=0.1, metric="eval_bleu", metric_target=90.0, target_prop_vectors=share)
-    callback.on_evaluate(None, None, None, metrics={"eval_bleu": 50.0})
-    assert callback.tolerance == 0.1  # nothing is compressed yet
+    callback.on_evaluate(None, None, None, metrics={"eval_bleu": 95.0})
     simulate(callback, 20, lambda step, beta, share: 0.05, is_over=False)
+    callback.on_evaluate(None, None, None, metrics={"eval_bleu": 81.0})
+    assert callback.tolerance == 0.1 and not callback.started  # nothing is compressed yet
+    callback.on_evaluate(None, None, None, metrics={"eval_bleu": 90.0})
+    assert callback.tolerance == 0.1 and callback.started
     callback.on_evaluate(None, None, None, metrics={"eval_bleu": 81.0})
     assert callback.tolerance == pytest.approx(0.1 * math.exp(-0.5))
     callback.on_evaluate(None, None, None, metrics={"eval_bleu": 90.9})
@@ -232,7 +235,7 @@ def test_a_step_that_mixed_precision_skips_is_not_measured():
 def test_threshold_callback_leaves_the_weights():
     model = tiny_model(alpha_threshold=0.1)
     callback = ThresholdCallback(cross_entropy=0.2, threshold_share=0.5)
-    state = SimpleNamespace(global_step=0, stateful_callbacks={})
+    state = TrainerState(max_steps=10**6)
     args = SimpleNamespace(device="cpu")
     callback.on_train_begin(args, state, None, model=model)
     assert model.nvib.threshold_share == 0
@@ -362,7 +365,7 @@ def test_a_training_that_was_broken_off_leaves_nothing_behind(tmp_path):
         ({"start_beta": -1.0}, "start_beta must be a positive number, but got -1.0"),
         ({"rate": 0.0}, "rate must be a positive number"),
         ({"gain": -1.0}, "gain must be 0 or positive, but got -1.0"),
-        ({"interval": 0}, "interval must be a positive number, but got 0"),
+        ({"interval": 0}, "interval must be at least 1 step, but got 0"),
         ({"threshold_share": 0.0}, "threshold_share must be in .* but got 0.0"),
         ({"target_prop_vectors": 1.0}, "target_prop_vectors must be in .* but got 1.0"),
         ({"metric": "eval_bleu"}, "metric='eval_bleu' and metric_target=None belong together"),

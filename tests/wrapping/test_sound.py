@@ -183,10 +183,16 @@ def test_nothing_at_all_is_heard(model):
 @torch.no_grad()
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"language": ["en", "de", "fr"]}, {"return_timestamps": True, "language": "en"}, {"num_beams": 3, "language": "en"},
-     {"merge_share": 0.25, "language": "en"}, {"prompt_ids": torch.tensor([35, 7, 9]), "language": "fr"}],
+    [
+        {},
+        {"language": ["en", "de", "fr"]},
+        {"return_timestamps": True, "language": "en"},
+        {"num_beams": 3, "language": "en"},
+        {"merge_share": 0.25, "language": "en"},
+        {"prompt_ids": torch.tensor([35, 7, 9]), "language": "fr"},
+    ],
     ids=lambda settings: "-".join(settings) or "detection",
-)  # fmt: skip
+)
 def test_rows_are_written_by_themselves(model, settings):
     x, mask = features(), mask_of(LENGTHS)
     together = model.generate(x, attention_mask=mask, **settings)
@@ -283,7 +289,7 @@ def test_training_reaches_the_encoder(base):
 
 
 def test_others_are_refused(base):
-    with pytest.raises(ValueError, match="encode_sound_only is for Whisper, .* but the encoder is a BartEncoder"):
+    with pytest.raises(ValueError, match=r"encode_sound_only is for Whisper, .* but the encoder is a BartEncoder"):
         wrapped(tiny_base("bart"))
     with pytest.raises(ValueError, match="does not go with an encoder whose layers drop vectors"):
         wrapped(base, attentions=["cross", "encoder"], alpha_threshold=0.1)
