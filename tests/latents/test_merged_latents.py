@@ -24,6 +24,7 @@ def texts() -> NvibLatents:
     """As of texts, with a dropped vector in the first."""
     latents = mixture(length=9)
     latents.log_pi[0, 4] = -INF
+    latents.log_pi = latents.log_pi.log_softmax(-1)
     return latents
 
 
@@ -52,6 +53,7 @@ def test_equal_vectors_merge_exactly(evaluation):
         latents = model.encode(**tiny_inputs("bart"))
         order = torch.arange(latents.z.shape[1]).repeat_interleave(3)[2:]  # the prior's once
         fields = {name: x[:, order] if x.dim() > 1 else x for name, x in latents.items()}
+        fields["log_pi"] = fields["log_pi"].log_softmax(-1)
         made = model.merge_latents(NvibLatents(**fields), cost=0)
         assert made.z.shape == latents.z.shape
         torch.testing.assert_close(made.z, latents.z)
