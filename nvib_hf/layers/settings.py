@@ -42,6 +42,9 @@ RANGES: dict[str, Range] = {
     "kappa": COUNT,
     "alpha_threshold": NOT_NEGATIVE._replace(words="0 (drop nothing) or positive"),
     "threshold_share": SHARE._replace(what="it is the share of the training examples in which vectors are dropped."),
+    "merge_share": Range(
+        "in (0, 1]", lambda x: 0 < x <= 1, "it is the share of the vectors that merging leaves, and 1 merges nothing."
+    ),
     "tau_alpha": Range("finite", math.isfinite),
     "tau_sigma": NOT_NEGATIVE,
     "tau_mu": SHARE,
@@ -66,7 +69,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "kl_weights": KL_WEIGHTS,
 }
 
-SWITCHES = ("accumulate_alpha", "exact_attention", "is_encoder_decoder")
+SWITCHES = ("accumulate_alpha", "encode_sound_only", "exact_attention", "is_encoder_decoder")
 
 
 def is_number(value: object) -> TypeGuard[float]:

@@ -130,6 +130,8 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if module is self:
             init.ones_(self.kl_beta)
+            if hasattr(self, "silence"):
+                init.zeros_(self.silence)
         else:
             super()._init_weights(module)
 
