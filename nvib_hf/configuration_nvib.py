@@ -15,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .layers.latent_prior import checked_sizes
 from .layers.settings import (
     CHOICES,
     KINDS,
@@ -130,6 +131,8 @@ class NvibConfig(PreTrainedConfig):
         kl_weights: how KL_G weighs the components. ``"drawn"``: each as one, since training draws ``kappa`` vectors
             of every component; what a threshold drops costs nothing. ``"pseudo_counts"``: by their pseudo-counts, as
             published, which lets vectors of small pseudo-count carry information that is not paid for.
+        latent_prior: sizes of a learned prior, of :data:`~nvib_hf.layers.latent_prior.SIZES` those that differ, ``{}``
+            for none. :meth:`~nvib_hf.NvibForConditionalGeneration.fit_latent_prior` trains it, and sets this.
         exact_attention: keep the query-norm term of the mixture's score, as exact Bayes has it. The published
             score leaves it out.
 
@@ -194,6 +197,7 @@ class NvibConfig(PreTrainedConfig):
     evaluation: str = "means"
     kl_weights: str = "drawn"
     exact_attention: bool = False
+    latent_prior: dict[str, int] | None = None
     is_encoder_decoder: bool = True
     config_version: int = CONFIG_VERSION
 
@@ -253,6 +257,8 @@ class NvibConfig(PreTrainedConfig):
             setattr(self, name, {kind: float(tau) for kind, tau in value.items()} if by_kind else float(value))
         self.is_encoder_decoder = checked("is_encoder_decoder", self.is_encoder_decoder)
         self.attentions = attentions_by_kind(self.attentions)
+        if self.latent_prior is not None:
+            self.latent_prior = checked_sizes(self.latent_prior)
         if not isinstance(self.base_config, (PreTrainedConfig, dict, type(None))):
             raise TypeError(
                 f"base_config must be a configuration or a dict, but got {self.base_config!r}. Pass model.config, or "

@@ -27,6 +27,7 @@ from .latents.merging import merge_share_of, merged, sharing
 from .latents.sampling import NvibLatentsMixin
 from .layers.cross_entropy import IGNORED
 from .layers.denoising_attention import pack
+from .layers.latent_prior import LatentPrior
 from .layers.nvib import NvibLayer
 from .layers.settings import check_prior
 from .loss import LABELS_WERE_TAKEN, layer_terms, nvib_loss, regulariser
@@ -110,6 +111,7 @@ class NvibForConditionalGeneration(
     """
 
     nvib: NvibLayer
+    latent_prior: LatentPrior | None
     accepts_loss_kwargs = True  # the Trainer passes num_items_in_batch and leaves the scaling to the loss
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -144,6 +146,9 @@ class NvibForConditionalGeneration(
             self.nvib = make_layer(config, width, self.scale)
             halves = {"encoder": base.get_encoder(), "decoder": base.get_decoder()}
             names = put_into_self_attention(base, halves, config)
+        self.latent_prior = None
+        if config.latent_prior is not None:
+            self.latent_prior = LatentPrior(width, **config.latent_prior).float()
         self._self_attention_names = {layer: f"base.{name}" for layer, name in names.items()}
         self._has_stacked_encoder = is_stacked(config)
         self.register_buffer("kl_beta", torch.ones(3))  # of lambda_gaussian, lambda_dirichlet, lambda_vectors

@@ -19,6 +19,7 @@ from transformers import initialization as init
 from ..configuration_nvib import TAUS, NvibConfig
 from ..files import write_whole
 from ..layers.initialisation import EmpiricalPrior, PriorStatistics, prior_buffers
+from ..layers.latent_prior import LatentPrior
 from ..layers.nvib import NvibLayer, SinglePrecisionMixin
 from .adapters import check_is_bare
 from .architecture import warn_if_not_found
@@ -47,7 +48,12 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
     _supports_sdpa = True
     # s / 2 * ||x||^2 in the pseudo-counts must cancel to the last bit against the attention's bias. When loading;
     # afterwards see SinglePrecisionMixin.
-    _keep_in_fp32_modules_strict = [r"nvib\.(alpha|keep|prior)_\w+", "nvib.threshold_share", "kl_beta"]
+    _keep_in_fp32_modules_strict = [
+        r"nvib\.(alpha|keep|prior)_\w+",
+        "nvib.threshold_share",
+        "kl_beta",
+        r"latent_prior\.(?!is_fitted)\w+",
+    ]
 
     base: PreTrainedModel
     config: NvibConfig
@@ -112,6 +118,8 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
                 self._initialize_nvib(layer, self.config.taus(name.partition(".")[0]))
         self.base.initialize_weights()
         super().initialize_weights()
+        if (prior := getattr(self, "latent_prior", None)) is not None:
+            prior.requires_grad_(False)  # it is trained by a call of its own
 
     @torch.no_grad()
     def _initialize_nvib(self, layer: NvibLayer, taus: dict[str, float]) -> None:
@@ -132,6 +140,9 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
             init.ones_(self.kl_beta)
             if hasattr(self, "silence"):
                 init.zeros_(self.silence)
+        elif isinstance(module, LatentPrior):
+            init.zeros_(module.is_fitted)
+            init.zeros_(module.code_bias)
         else:
             super()._init_weights(module)
 
