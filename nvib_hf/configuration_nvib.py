@@ -108,6 +108,12 @@ class NvibConfig(PreTrainedConfig):
         threshold_share: the share of the training examples in which vectors are dropped, so that one can come back
             through the others; 0 turns dropping off, in evaluation too. Where training starts: a callback may move
             it.
+        merge_share: the share of its vectors that a latent is merged to, in (0, 1], in training and evaluation: those
+            next to each other that cost least are replaced by their mean, with the mass of all
+            (:meth:`~nvib_hf.NvibForConditionalGeneration.merge_latents`). 1 merges nothing. Read at every step.
+        encode_sound_only: for Whisper: where ``attention_mask`` says how long the sound is, the encoder runs over it
+            and half a second more, and stored vectors of silence stand for the rest of the window, with its mass
+            (:meth:`~nvib_hf.NvibForConditionalGeneration.store_silence`). They are not merged.
         tau_alpha, tau_sigma, tau_mu: identity initialisation. The defaults compute the base model's function;
             smaller ``tau_alpha`` and larger ``tau_sigma`` regularise it. A number, or one for each kind of attention:
             ``{"encoder": 5.0}`` leaves the others at the default.
@@ -175,6 +181,8 @@ class NvibConfig(PreTrainedConfig):
     dropping: str = "threshold"
     alpha_threshold: float = 0.0
     threshold_share: float = 1.0
+    merge_share: float = 1.0
+    encode_sound_only: bool = False
     tau_alpha: float | dict[str, float] = TAUS["tau_alpha"]
     tau_sigma: float | dict[str, float] = TAUS["tau_sigma"]
     tau_mu: float | dict[str, float] = TAUS["tau_mu"]

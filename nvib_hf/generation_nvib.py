@@ -13,7 +13,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from .latents.checks import check_latents, refuse_batch
 from .latents.latents import NvibLatents
+from .latents.merging import sharing
 from .wrapping.base import STATES, LatentOutput
+from .wrapping.sound import heard_frames, mark_end, mark_unheard
 
 TOKEN_IDS = ("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
 # What is read instead of each other: of a base's own kind or refused.
@@ -30,8 +32,17 @@ class NvibGenerationMixin(GenerationMixin):
         ``train()``; likewise from ``encoder_last_hidden_state``, which ``encode`` takes too, with the
         ``attention_mask`` that belongs to it. Whisper generates by its own ``generate()``, with its arguments
         (``language``, ``task``, ``return_timestamps``), unless ``decoder_input_ids`` say what to begin with; Pop2Piano
-        by its own from sound (``composer``).
+        by its own from sound (``composer``). ``merge_share`` is the share of their vectors that inputs are merged to,
+        by default ``config.merge_share``.
         """
+        if (share := kwargs.pop("merge_share", None)) is not None:
+            if kwargs.get("encoder_outputs") is not None:
+                raise ValueError(
+                    f"merge_share={share} merges what generate() encodes, but encoder_outputs are encoded already. "
+                    f"Pass encoder_outputs=model.merge_latents(latents, share={share})."
+                )
+            with sharing(share):
+                return self.generate(inputs, generation_config, **kwargs)
         self._check_inputs(kwargs)
         as_base = self._has_a_generate_for(inputs, kwargs)
         for name, own in () if as_base else self._renamed.items():
@@ -173,7 +184,19 @@ class LatentView:
         if self.packed is not None:
             return {**model_kwargs, "encoder_outputs": self._of_rows(inputs_tensor)}
         prepare = self.model_of_latents._prepare_text_encoder_decoder_kwargs_for_generation
-        return prepare(inputs_tensor, model_kwargs, *args, **kwargs)
+        if not self.model_of_latents.config.encode_sound_only:
+            return prepare(inputs_tensor, model_kwargs, *args, **kwargs)
+        # The mask is of all rows and of all of the sound; these rows' own length is marked in them.
+        prepared = prepare(inputs_tensor, {**model_kwargs, "attention_mask": None}, *args, **kwargs)
+        return {**prepared, "attention_mask": model_kwargs.get("attention_mask")}
+
+    def _get_input_segment(self, **window):
+        """A window cut out of long sound. Whisper's loop fills it up with zeros, which are no silence."""
+        segment = super()._get_input_segment(**window)
+        if segment is None or not self.model_of_latents.config.encode_sound_only or self.packed is not None:
+            return segment
+        rows = window["batch_idx_map"][: window["cur_bsz"]]
+        return mark_end(segment, window["seek_num_frames"][rows])
 
     def _expand_inputs_for_generation(self, *args, **kwargs):
         return self.model_of_latents._expand_inputs_for_generation(*args, **kwargs)
@@ -214,7 +237,10 @@ def generate_as_base(model, inputs=None, generation_config: GenerationConfig | N
             "return_token_timestamps=True reads times off cross-attention to every frame, which a latent lacks. Pass "
             "return_timestamps=True for the times of segments."
         )
-    packed = kwargs.pop("encoder_outputs", None)
+    packed, mask = kwargs.pop("encoder_outputs", None), kwargs.get("attention_mask")
+    if model.config.encode_sound_only and packed is None and mask is not None:
+        inputs = kwargs.pop("input_features", None) if inputs is None else inputs
+        inputs = mark_unheard(inputs, heard_frames(inputs, mask))
     if packed is not None:
         inputs = sound_for_rows(packed.last_hidden_state, model.base.config)
         kwargs.pop("input_features", None)

@@ -23,6 +23,7 @@ from .configuration_nvib import NvibConfig
 from .generation_nvib import NvibGenerationMixin
 from .latents.checks import check_latents, refuse_batch
 from .latents.latents import NvibLatents
+from .latents.merging import merge_share_of, merged, sharing
 from .latents.sampling import NvibLatentsMixin
 from .layers.cross_entropy import IGNORED
 from .layers.denoising_attention import pack
@@ -41,7 +42,6 @@ from .wrapping.base import (
     argument_names,
     base_class,
     check_known,
-    check_mask_of_states,
     decoder_positions,
     drop_words,
     freeze_unused,
@@ -51,14 +51,13 @@ from .wrapping.base import (
     other_names_of_the_source,
     run_decoder,
     run_decoder_over_source,
-    run_encoder,
-    shortened_mask,
 )
 from .wrapping.cross_attention import check_cache_was_found, convert_cross_attention
 from .wrapping.halves import BaseHalvesMixin
 from .wrapping.pretrained import NvibPreTrainedModel
-from .wrapping.self_attention import ForwardPass, current_pass
-from .wrapping.stacked_encoder import check_length_is_left, check_states_are_whole
+from .wrapping.self_attention import ForwardPass
+from .wrapping.sound import SoundMixin
+from .wrapping.source import read_source
 from .wrapping.wrap import (
     check_attentions,
     check_base,
@@ -82,7 +81,9 @@ FOLLOWS_THE_BASE = (
 OF_THE_DECODER = {"use_cache", CACHE, "encoder_hidden_states", "encoder_attention_mask"}
 
 
-class NvibForConditionalGeneration(NvibLatentsMixin, BaseHalvesMixin, NvibPreTrainedModel, NvibGenerationMixin):
+class NvibForConditionalGeneration(
+    NvibLatentsMixin, SoundMixin, BaseHalvesMixin, NvibPreTrainedModel, NvibGenerationMixin
+):
     r"""An encoder-decoder model whose decoder reads a distribution instead of the encoder's vectors.
 
     The NVIB layer turns the encoder's output into a posterior over mixtures; training samples from it, evaluation
@@ -151,6 +152,8 @@ class NvibForConditionalGeneration(NvibLatentsMixin, BaseHalvesMixin, NvibPreTra
         self._self_attention_names = {layer: f"base.{name}" for layer, name in names.items()}
         self._has_stacked_encoder = is_stacked(config)
         self.register_buffer("kl_beta", torch.ones(3))  # of lambda_gaussian, lambda_dirichlet, lambda_vectors
+        if config.encode_sound_only:
+            self.make_silence()
         convert_cross_attention(cross_attention, width, self.scale, config.exact_attention)
         freeze_unused(base)
         # Read once: a forward pass that inspects signatures cannot be compiled.
@@ -192,6 +195,7 @@ class NvibForConditionalGeneration(NvibLatentsMixin, BaseHalvesMixin, NvibPreTra
         *,
         sample: bool | None = None,
         generator: torch.Generator | None = None,
+        merge_share: float | None = None,
         **inputs,
     ) -> NvibLatents:
         """Inputs to latents: with a graph in ``train()``, in ``eval()`` without, unless an input requires gradients.
@@ -204,13 +208,14 @@ class NvibForConditionalGeneration(NvibLatentsMixin, BaseHalvesMixin, NvibPreTra
                 default as in training or evaluation, whichever mode the model is in. (In the encoder's own attentions
                 the mode decides.)
             generator: for the draws.
+            merge_share: the share of their vectors that the latents are merged to, by default ``config.merge_share``.
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
         inputs = {name: value for name, value in inputs.items() if value is not None}
         check_known(inputs, type(self).__name__, self._argument_names)
         # Outside of training nobody asks for gradients, and the latents of a corpus would keep its graph.
         with_graph = self.training or any(isinstance(x, Tensor) and x.requires_grad for x in inputs.values())
-        with nullcontext() if with_graph else torch.no_grad():
+        with sharing(merge_share), nullcontext() if with_graph else torch.no_grad():
             return self._encode_alone(inputs, sample, generator)[0]
 
     def _encode_alone(
@@ -232,30 +237,21 @@ class NvibForConditionalGeneration(NvibLatentsMixin, BaseHalvesMixin, NvibPreTra
         decode_only: bool = False,
     ) -> tuple[NvibLatents, BaseModelOutput]:
         """Latents, and the encoder's own output; with ``decode_only`` what decoding reads of them, and can see."""
-        states = inputs.get(STATES)
-        if states is None:
-            read = {self._renamed.get(name, name): value for name, value in inputs.items() if value is not None}
-            given = {name: value for name, value in read.items() if name in self._encoder_argument_names}
-            outputs, mask = run_encoder(self.base, given)
-        else:
-            check_states_are_whole(self._has_stacked_encoder)
-            outputs, mask = BaseModelOutput(last_hidden_state=states), inputs.get("attention_mask")
-            if mask is not None:
-                check_mask_of_states(self.base, mask, states)
-        vectors, left = outputs.last_hidden_state, current_pass().left if self._has_stacked_encoder else None
-        if left is not None:
-            padding, share = left
-            check_length_is_left(padding, vectors)
-        else:
-            if mask is not None and mask.shape[1] != vectors.shape[1]:
-                mask = shortened_mask(self.base.get_encoder(), mask, vectors.shape[1])
-            padding = None if mask is None else mask == 0
-        latents = NvibLatents.of(self.nvib(vectors, padding, sample, generator, decode_only), self.scale)
-        if left is not None and latents.prop_vectors is not None:
-            latents.prop_vectors = latents.prop_vectors * share  # of the source, not of what its layers left of it
+        source, share = read_source(self, inputs), merge_share_of(self.config)
+        # Which vectors are stored ones has to be known for merging: they stay where they are.
+        alone = decode_only and not (source.stored and share < 1)
+        mass = {} if source.log_mass is None else {"log_mass": source.log_mass}
+        made = self.nvib(source.vectors, source.padding, sample, generator, alone, **mass)
+        latents = NvibLatents.of(made, self.scale)
+        if source.share is not None and latents.prop_vectors is not None:
+            latents.prop_vectors = latents.prop_vectors * source.share
+        if share < 1:
+            kappa = 1 if latents.logvar is not None else getattr(self.nvib, "kappa", 1)
+            places = {"first": kappa, "last": kappa * source.stored}
+            latents = merged(latents, self.scale, self.config.evaluation, share=share, **places)
         if decode_only and latents.logvar is None:  # of a sample, draws decide what there is to see
             latents = latents.compact()
-        return latents, outputs
+        return latents, source.outputs
 
     def _packed(self, latents: NvibLatents, states: BaseModelOutput | None = None) -> LatentOutput:
         """What the decoder reads of latents, in the place of the encoder's output, with its other ``states``."""

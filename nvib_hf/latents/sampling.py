@@ -1,4 +1,4 @@
-"""Latents from the prior."""
+"""Latents from the prior, around others, between them, and in fewer vectors."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from ..layers.settings import check_choice
 from .checks import check_count, check_latents, check_number
 from .latents import NvibLatents, interpolate
 from .learned import HasLatentPrior, LearnedPriorMixin, sample_from_learned_prior
+from .merging import Limit, merged
 from .transport import interpolate_by_transport
 
 if TYPE_CHECKING:
+    from ..configuration_nvib import NvibConfig
     from ..layers.nvib import NvibLayer
 
 
@@ -29,6 +31,13 @@ class HasNvib(Protocol):
     def device(self) -> torch.device: ...
     @property
     def dtype(self) -> torch.dtype: ...
+
+
+class HasAttention(HasNvib, Protocol):
+    """What merging needs beside: how the decoder's attention reads latents."""
+
+    scale: float
+    config: NvibConfig
 
 
 def sample_from_prior(
@@ -210,6 +219,41 @@ class NvibLatentsMixin(LearnedPriorMixin):
         """New text close to old one: a draw around each latent; see :func:`~nvib_hf.latents.sampling.vary`."""
         check_latents(latents, self.nvib)
         return vary(latents, temperature, redraw_weights, generator)
+
+    def merge_latents(
+        self: HasAttention,
+        latents: NvibLatents,
+        *,
+        num_vectors: int | Sequence[int] | Tensor | None = None,
+        share: Limit | None = None,
+        cost: Limit | None = None,
+        order: str = "neighbours",
+    ) -> NvibLatents:
+        """The same latents in fewer vectors: what is close is replaced by its mean, with the mass of all.
+
+        Dropping a vector loses its mass, merging it does not. Exact for equal vectors, else to first order of
+        attention; differentiable in the vectors. Works for posteriors and samples, of any model, without training.
+
+        Args:
+            num_vectors: how many to leave in each row; more than there are leave all.
+            share: of each row's vectors to leave, in (0, 1].
+            cost: merge as long as a pair costs at most this; 0 merges equal vectors alone. Exactly one of the three is
+                given, as a number or one per row. Padding, dropped vectors and the prior's component do not count, and
+                stay out; in latents that come from no text all may be merged.
+            order: ``"neighbours"`` merges what is next to each other, ``"any"`` any two, which takes longer.
+
+        Returns:
+            Latents of which ``num_vectors`` counts merged vectors and ``prop_vectors`` their share of the source
+            length. The KLs are those that were charged.
+
+        Raises:
+            ValueError: none or several of the three; values outside their range; latents of another model.
+
+        Source: :func:`nvib_hf.layers.merging.merge`.
+        """
+        check_latents(latents, self.nvib)
+        limits = {"num_vectors": num_vectors, "share": share, "cost": cost}
+        return merged(latents, self.scale, self.config.evaluation, **limits, order=order)
 
     @torch.no_grad()
     def blend_latents(

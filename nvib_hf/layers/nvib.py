@@ -97,6 +97,8 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
     """
 
     threshold_share: Tensor
+    kappa: int
+    scale: float
 
     def __init__(
         self,
@@ -199,6 +201,7 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
         generator: torch.Generator | None = None,
         decode_only: bool = False,
         with_kl: bool = True,
+        log_mass: Tensor | None = None,
     ) -> NvibOutput:
         """Vectors to a latent.
 
@@ -210,9 +213,10 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
             decode_only: for what decoding reads alone: no divergences, and of the means nothing for vectors that are
                 dropped, which costs no projection of them. Reads a length from the device.
             with_kl: compute the divergences.
+            log_mass: of vectors that stand for many, ``(B, Ns)``: added to their log pseudo-counts.
         """
         sample = self.training if sample is None else sample
-        posterior = self.posterior(hidden_states, padding_mask, kept_only=decode_only and not sample)
+        posterior = self.posterior(hidden_states, padding_mask, decode_only and not sample, log_mass)
         if sample:
             z, log_pi, drawn = self.sample_posterior(posterior, generator)
         else:

@@ -122,13 +122,15 @@ def check_mask_of_states(base: PreTrainedModel, mask: Tensor, states: Tensor) ->
         )
 
 
-def run_encoder(base: PreTrainedModel, inputs: dict) -> tuple[BaseModelOutput, Tensor | None]:
+def run_encoder(
+    base: PreTrainedModel, inputs: dict, encoder: nn.Module | None = None
+) -> tuple[BaseModelOutput, Tensor | None]:
     """The encoder's output, projected to the decoder's width, and its mask or that of its inputs, or ``None``.
 
-    ``inputs`` are the encoder's, by name. The mask may be as long as the input where the encoder shortens that:
-    :func:`shortened_mask`.
+    ``inputs`` are the encoder's, by name; ``encoder`` runs in its place. The mask may be as long as the input where
+    the encoder shortens that: :func:`shortened_mask`.
     """
-    encoder = base.get_encoder()
+    encoder = base.get_encoder() if encoder is None else encoder
     if base.training and "input_features" in inputs and hasattr(base.base_model, "_mask_input_features"):
         # Whisper's SpecAugment, which works in place
         sound, mask = inputs["input_features"].clone(), inputs.get("attention_mask")

@@ -138,6 +138,8 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if module is self:
             init.ones_(self.kl_beta)
+            if hasattr(self, "silence"):
+                init.zeros_(self.silence)
         elif isinstance(module, LatentPrior):
             init.zeros_(module.is_fitted)
             init.zeros_(module.code_bias)

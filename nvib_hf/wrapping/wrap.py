@@ -148,6 +148,8 @@ def wrap(model_class: type[PreTrainedModel], base: PreTrainedModel, settings: di
     for layer in model.nvib_layers().values():
         layer.to(base.device, base.dtype)
     model.kl_beta = model.kl_beta.to(base.device)
+    if config.encode_sound_only:
+        model.store_silence()
     carry_quantisation(base, model)
     return model.train(base.training)
 
