@@ -235,9 +235,7 @@ def one(settings: dict, cache: Path) -> dict:
             how = (tokenizer.bos_token_id, tokenizer.eos_token_id, sampling["temperature"], sampling["top_p"], seed)
             made[name] = decoded(tokenizer, timed(name, lambda how=how: language_model.sample(count, *how)))
     judge = load_or_tiny(settings["judge"], texts, cache)
-    scores = sample_scores(
-        made, references, texts, reverse_steps=0, seed=seed, language_model=judge[0], lm_tokenizer=judge[1]
-    )
+    scores = sample_scores(made, references, texts, seed=seed, language_model=judge[0], lm_tokenizer=judge[1])
     for name, written in made.items():
         again = reconstruct(model, tokenizer, [text or " " for text in written])
         scores[name]["agreement"] = sum(map(str.__eq__, again, written)) / count
