@@ -8,12 +8,14 @@ import os
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .layers.latent_prior import checked_sizes
 from .layers.settings import (
     CHOICES,
     KINDS,
@@ -26,6 +28,7 @@ from .layers.settings import (
     checked_tau,
 )
 from .versions import CACHE, UPDATE
+from .wrapping.adapters import READ_BY_PEFT, SIZES, default_targets
 from .wrapping.hub import auto_map_entry, name_until_finished, save_code
 
 CONFIG_VERSION = 1
@@ -33,11 +36,11 @@ CONFIG_VERSION = 1
 TAUS = {"tau_alpha": 10.0, "tau_sigma": 0.0, "tau_mu": 1.0}  # which compute the base model's function
 
 
-def _of_base(name: str) -> property:
+def _of_base(name: str, *default: object) -> property:
     """A setting of the base configuration, read and written there. Values set before it exists are applied later."""
 
     def read(config: NvibConfig):
-        return getattr(vars(config).get("base_config"), name, None)
+        return getattr(vars(config).get("base_config"), name, *default)
 
     def write(config: NvibConfig, value) -> None:
         base = vars(config).get("base_config")
@@ -128,6 +131,8 @@ class NvibConfig(PreTrainedConfig):
         kl_weights: how KL_G weighs the components. ``"drawn"``: each as one, since training draws ``kappa`` vectors
             of every component; what a threshold drops costs nothing. ``"pseudo_counts"``: by their pseudo-counts, as
             published, which lets vectors of small pseudo-count carry information that is not paid for.
+        latent_prior: sizes of a learned prior, of :data:`~nvib_hf.layers.latent_prior.SIZES` those that differ, ``{}``
+            for none. :meth:`~nvib_hf.NvibForConditionalGeneration.fit_latent_prior` trains it, and sets this.
         exact_attention: keep the query-norm term of the mixture's score, as exact Bayes has it. The published
             score leaves it out.
 
@@ -192,19 +197,20 @@ class NvibConfig(PreTrainedConfig):
     evaluation: str = "means"
     kl_weights: str = "drawn"
     exact_attention: bool = False
+    latent_prior: dict[str, int] | None = None
     is_encoder_decoder: bool = True
     config_version: int = CONFIG_VERSION
 
-    vocab_size = _of_base("vocab_size")
-    hidden_size = _of_base("hidden_size")
-    pad_token_id = _of_base("pad_token_id")
-    bos_token_id = _of_base("bos_token_id")
-    eos_token_id = _of_base("eos_token_id")
-    decoder_start_token_id = _of_base("decoder_start_token_id")
-    tie_word_embeddings = _of_base("tie_word_embeddings")
-    id2label = _of_base("id2label")
-    label2id = _of_base("label2id")
-    problem_type = _of_base("problem_type")
+    vocab_size = _of_base("vocab_size", None)
+    hidden_size = _of_base("hidden_size", None)
+    pad_token_id = _of_base("pad_token_id", None)
+    bos_token_id = _of_base("bos_token_id", None)
+    eos_token_id = _of_base("eos_token_id", None)
+    decoder_start_token_id = _of_base("decoder_start_token_id", None)
+    tie_word_embeddings = _of_base("tie_word_embeddings", None)
+    id2label = _of_base("id2label", None)
+    label2id = _of_base("label2id", None)
+    problem_type = _of_base("problem_type", None)
 
     def __post_init__(self, **kwargs) -> None:
         self.config_version = checked("config_version", self.config_version)
@@ -251,6 +257,8 @@ class NvibConfig(PreTrainedConfig):
             setattr(self, name, {kind: float(tau) for kind, tau in value.items()} if by_kind else float(value))
         self.is_encoder_decoder = checked("is_encoder_decoder", self.is_encoder_decoder)
         self.attentions = attentions_by_kind(self.attentions)
+        if self.latent_prior is not None:
+            self.latent_prior = checked_sizes(self.latent_prior)
         if not isinstance(self.base_config, (PreTrainedConfig, dict, type(None))):
             raise TypeError(
                 f"base_config must be a configuration or a dict, but got {self.base_config!r}. Pass model.config, or "
@@ -324,9 +332,21 @@ class NvibConfig(PreTrainedConfig):
         """As in the base class; under another name while the model that it belongs to is being saved."""
         super().to_json_file(name_until_finished(Path(json_file_path)), *args, **kwargs)
 
+    def _upload_modified_files(self, working_dir: str | os.PathLike, *args, **kwargs):
+        """The last step of each push, also of one by ``save_pretrained``, which has not written the code by then."""
+        save_code(type(self), working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """As in the base class. What is the base's is in its part alone."""
+        return {name: value for name, value in super().to_diff_dict().items() if name not in READ_BY_PEFT}
+
     def to_dict(self) -> dict:
         """As in the base class. Folders from which the model or parts of it were loaded are not named."""
         config = super().to_dict()
+        base = config["base_config"]
+        config |= {name: base[name] for name in READ_BY_PEFT if name in base}  # which PEFT reads
+        default_targets(self.model_type, base.get("model_type", ""))
         parts = [config]
         for part in parts:
             parts += [value for value in part.values() if isinstance(value, dict)]
@@ -337,6 +357,10 @@ class NvibConfig(PreTrainedConfig):
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The base configuration's text part: caches, masks and embeddings are made after it."""
         return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
+
+
+for _name in SIZES:
+    setattr(NvibConfig, _name, _of_base(_name))
 
 
 def setting_names() -> set[str]:

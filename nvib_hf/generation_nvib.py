@@ -17,9 +17,9 @@ from .latents.merging import sharing
 from .wrapping.base import STATES, LatentOutput
 from .wrapping.sound import heard_frames, mark_end, mark_unheard
 
+TOKEN_IDS = ("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
 # What is read instead of each other: of a base's own kind or refused.
 MODALITIES = frozenset({"input_ids", "inputs_embeds", "input_features", "input_values", "pixel_values"})
-TOKEN_IDS = ("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class NvibGenerationMixin(GenerationMixin):
@@ -61,6 +61,16 @@ class NvibGenerationMixin(GenerationMixin):
             return generate_as_base(self, inputs, generation_config, **kwargs)
         return super().generate(inputs, generation_config, **kwargs)
 
+    def adjust_generation_fn(self, *args, **kwargs) -> None:
+        """As loading does. Where no file says which tokens to use, the base's configuration does, which is nested."""
+        of_base = self.generation_config.to_dict()
+        super().adjust_generation_fn(*args, **kwargs)
+        loaded = self.generation_config
+        if all(getattr(loaded, name) is None for name in TOKEN_IDS):
+            for name, value in of_base.items():
+                if getattr(loaded, name, None) is None:
+                    setattr(loaded, name, value)
+
     def _check_inputs(self, kwargs: dict[str, Any]) -> None:
         """Raise ValueError for what reads another modality than the base, as the base does."""
         others = (MODALITIES - self._argument_names).intersection(kwargs)
@@ -86,16 +96,6 @@ class NvibGenerationMixin(GenerationMixin):
             from_latents = any(kwargs.get(name) is not None for name in ("encoder_outputs", STATES))
             return not from_latents and (inputs is not None or kwargs.get("input_features") is not None)
         return kwargs.get("decoder_input_ids") is None and has_prompts(self.generation_config)
-
-    def adjust_generation_fn(self, *args, **kwargs) -> None:
-        """As loading does. Where no file says which tokens to use, the base's configuration does, which is nested."""
-        of_base = self.generation_config.to_dict()
-        super().adjust_generation_fn(*args, **kwargs)
-        loaded = self.generation_config
-        if all(getattr(loaded, name) is None for name in TOKEN_IDS):
-            for name, value in of_base.items():
-                if getattr(loaded, name, None) is None:
-                    setattr(loaded, name, value)
 
     def _packed_encoder_outputs(self, latents: NvibLatents | BaseModelOutput) -> BaseModelOutput:
         """What decoding reads of the latents. What is packed already is handed on: nothing changes it in place."""

@@ -27,11 +27,12 @@ from .latents.merging import merge_share_of, merged, sharing
 from .latents.sampling import NvibLatentsMixin
 from .layers.cross_entropy import IGNORED
 from .layers.denoising_attention import pack
+from .layers.latent_prior import LatentPrior
 from .layers.nvib import NvibLayer
 from .layers.settings import check_prior
 from .loss import LABELS_WERE_TAKEN, layer_terms, nvib_loss, regulariser
 from .outputs import NvibSeq2SeqLMOutput
-from .versions import CACHE, warn_if_untested
+from .versions import CACHE, old_name_of_the_cache, warn_if_untested
 from .wrapping.architecture import architecture_name
 from .wrapping.base import (
     JOINED,
@@ -110,6 +111,7 @@ class NvibForConditionalGeneration(
     """
 
     nvib: NvibLayer
+    latent_prior: LatentPrior | None
     accepts_loss_kwargs = True  # the Trainer passes num_items_in_batch and leaves the scaling to the loss
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -144,6 +146,9 @@ class NvibForConditionalGeneration(
             self.nvib = make_layer(config, width, self.scale)
             halves = {"encoder": base.get_encoder(), "decoder": base.get_decoder()}
             names = put_into_self_attention(base, halves, config)
+        self.latent_prior = None
+        if config.latent_prior is not None:
+            self.latent_prior = LatentPrior(width, **config.latent_prior).float()
         self._self_attention_names = {layer: f"base.{name}" for layer, name in names.items()}
         self._has_stacked_encoder = is_stacked(config)
         self.register_buffer("kl_beta", torch.ones(3))  # of lambda_gaussian, lambda_dirichlet, lambda_vectors
@@ -257,6 +262,7 @@ class NvibForConditionalGeneration(
 
     # -------------------------------------------------------------------------------------------------- forward
     @can_return_tuple
+    @old_name_of_the_cache
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -316,8 +322,6 @@ class NvibForConditionalGeneration(
             check_known(given, type(self).__name__, self._argument_names)
         if labels is None and num_items_in_batch is not None:
             raise ValueError(LABELS_WERE_TAKEN)
-        if cache is not None and past_key_values is not None:
-            raise ValueError("The cache was given twice, as cache and as past_key_values. Pass one of them.")
         if generator is not None:
             self._check_generator(generator)
         recorded = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}

@@ -90,6 +90,8 @@ class NvibEncoderModel(NvibPreTrainedModel):
                 f"attentions are {list(attentions)}, but an encoder with a head has 'encoder' alone. Leave it out for "
                 "all layers, or pass {'encoder': [...]}."
             )
+        if config.latent_prior is not None:
+            raise ValueError("latent_prior is of latents that are decoded, and an encoder with a head has none.")
         super().__init__(config)
         if base is None:
             architecture = classifier_class(config.base_config, self._autos, config.base_architecture)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 
 import transformers
 from packaging.version import Version
@@ -22,6 +23,15 @@ ADDRESS = ""
 UPDATE = f"Update with `pip install -U {f'git+{ADDRESS}' if ADDRESS else '.'}`" + (
     "." if ADDRESS else " in its newer source."
 )
+
+
+def old_name_of_the_cache(forward: Callable) -> Callable:
+    """Let a forward take ``past_key_values`` where that is an old name, with the warning that the base gives."""
+    if CACHE == "past_key_values":
+        return forward
+    from transformers.utils.deprecation import deprecate_kwarg
+
+    return deprecate_kwarg("past_key_values", "5.40.0", new_name=CACHE)(forward)
 
 
 def installed_and_tested() -> str:

@@ -34,7 +34,7 @@ class Neighbours(NamedTuple):
     """For each of ``N`` latents its ``k`` nearest of a corpus, the nearest first: both ``(N, k)``."""
 
     distance: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # in the place of tuple.index
 
 
 class _Points(NamedTuple):
@@ -145,7 +145,8 @@ def _costs(ours: _Points, row: int, theirs: _Points, columns: list[int]) -> Tens
     own = ours.points[row, : ours.counts[row]]
     others = theirs.points[columns]
     squared = torch.cdist(own, others.flatten(0, 1)).square()
-    return squared.unflatten(1, others.shape[:2]).transpose(0, 1)
+    by_latent: Tensor = squared.unflatten(1, others.shape[:2])
+    return by_latent.transpose(0, 1)
 
 
 def _relaxed(ours: _Points, row: int, theirs: _Points, columns: list[int], costs: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from ..layers.distributions import gaussian_sample, log_dirichlet_sample
 from ..layers.settings import check_choice
 from .checks import check_count, check_latents, check_number
 from .latents import NvibLatents, interpolate
+from .learned import HasLatentPrior, LearnedPriorMixin, sample_from_learned_prior
 from .merging import Limit, merged
 from .transport import interpolate_by_transport
 
@@ -143,17 +144,47 @@ def blend(
 INTERPOLATIONS = {"transport": interpolate_by_transport, "mixture": interpolate}
 
 
-class NvibLatentsMixin:
+class NvibLatentsMixin(LearnedPriorMixin):
     """For a model whose NVIB layer is ``nvib``."""
 
     @torch.no_grad()
     def sample_latents(
-        self: HasNvib,
+        self: HasLatentPrior,
         num_samples: int,
-        num_vectors: int | Sequence[int] | Tensor,
+        num_vectors: int | Sequence[int] | Tensor | None = None,
         generator: torch.Generator | None = None,
+        *,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        noise: float = 0.0,
     ) -> NvibLatents:
-        """Latents from the prior: new text from nothing; see :func:`~nvib_hf.latents.sampling.sample_from_prior`."""
+        """Latents from the prior: new text from nothing.
+
+        From the learned prior where :meth:`fit_latent_prior` has made one. Otherwise from the one that the bottleneck
+        was trained with: independent vectors, see :func:`~nvib_hf.latents.sampling.sample_from_prior`.
+
+        Args:
+            num_samples: how many.
+            num_vectors: vectors of each, the prior's component included, one number or one per sample. A learned prior
+                draws them by itself; without one they are required.
+            temperature, top_p, noise: of the learned prior alone, see
+                :meth:`LatentPrior.sample <nvib_hf.layers.latent_prior.LatentPrior.sample>`. Lower temperatures and
+                shares write more usual texts; with ``noise=0`` each vector is the mean of its code, with 1 a draw.
+            generator: for the draws, on the model's device.
+
+        Raises:
+            ValueError: counts that cannot be; no ``num_vectors``, or settings of a learned prior, without one.
+        """
+        if self.latent_prior is not None:
+            check_count("num_samples", num_samples)
+            counts = None if num_vectors is None else check_counts(num_samples, num_vectors)
+            return sample_from_learned_prior(self, num_samples, counts, temperature, top_p, noise, generator)
+        if num_vectors is None or (temperature, top_p, noise) != (1.0, 1.0, 0.0):
+            what = "draw num_vectors" if num_vectors is None else "heed temperature, top_p or noise"
+            raise ValueError(
+                f"Only a learned prior can {what}, and this model has none. Call model.fit_latent_prior(...) first, "
+                "or pass num_vectors alone."
+            )
         return sample_from_prior(self, num_samples, num_vectors, generator)
 
     def interpolate_latents(

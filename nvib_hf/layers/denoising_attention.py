@@ -204,7 +204,7 @@ def _fused(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     scale: float,
     attention_mask: Tensor | None,
     dropout_p: float,
@@ -219,6 +219,7 @@ def _fused(
     width = query.shape[-1]
     if bias is None or query.dtype in HALF_PRECISION or (torch.is_grad_enabled() and bias.requires_grad):
         if key.shape[-1] == query.shape[-1]:
+            assert bias is not None, "neither a bias nor keys that hold one"
             key, value = append_bias(key, value, bias, scale)
         query = F.pad(query, (0, key.shape[-1] - query.shape[-1]), value=1.0)
     else:

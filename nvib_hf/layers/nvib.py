@@ -97,6 +97,8 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
     """
 
     threshold_share: Tensor
+    kappa: int
+    scale: float
 
     def __init__(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -72,8 +72,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
 SWITCHES = ("accumulate_alpha", "encode_sound_only", "exact_attention", "is_encoder_decoder")
 
 
-def checked(name: str, value: object) -> float | int | bool | str:
-    """A setting as plain Python.
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a real number, of Python or of NumPy."""
+    return not isinstance(value, bool) and isinstance(value, Real)
+
+
+def checked(name: str, value: Any) -> Any:
+    """A setting as plain Python: a float, an int, a bool or a str, as its name says.
 
     Raises:
         TypeError: a value of another type. ValueError: one outside the setting's range.
@@ -88,7 +93,7 @@ def checked(name: str, value: object) -> float | int | bool | str:
             raise TypeError(f"{name} must be True or False, but got {value!r}. Pass one of the two.")
         return value
     allowed = RANGES[name]
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not is_number(value):
         raise TypeError(f"{name} must be a number, but got {value!r}. Pass one that is {allowed.words}.")
     if math.isinf(value) and not allowed.whole:
         raise ValueError(f"{name} must be finite, but got {value}. Pass a number that is {allowed.words}.")
@@ -120,8 +125,7 @@ def check_number(
 ) -> None:
     """Raise ValueError unless a value is a finite number of a range, which ``above`` and ``below`` are not part of."""
     low, high = above if above is not None else least, below if below is not None else most
-    is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if is_number and low <= value <= high and value not in (above, below):
+    if is_number(value) and math.isfinite(value) and low <= value <= high and value not in (above, below):
         return
     if high < math.inf:
         what = f"in {'[' if above is None else '('}{low:g}, {high:g}{']' if below is None else ')'}"
@@ -134,7 +138,7 @@ def check_number(
 
 def check_whole(name: str, value: object, least: int = 1, unit: str = "") -> None:
     """Raise ValueError unless a value is a whole number of at least ``least``."""
-    if not isinstance(value, Real) or isinstance(value, bool) or value % 1 != 0:  # nan and inf have a rest of nan
+    if not is_number(value) or value % 1 != 0:  # nan and inf have a rest of nan
         raise ValueError(f"{name} must be a whole number of at least {least}{unit}, but got {value!r}.")
     if value < least:
         raise ValueError(f"{name} must be at least {least}{unit}, but got {value!r}.")
@@ -180,16 +184,17 @@ def check_dropping(dropping: str, alpha_threshold: float) -> None:
         )
 
 
-def checked_tau(name: str, value: object) -> float | dict[str, float]:
+def checked_tau(name: str, value: Any) -> float | dict[str, float]:
     """``tau_alpha``, ``tau_sigma`` or ``tau_mu``: a number, or one by kind of attention."""
     if not isinstance(value, dict):
-        return checked(name, value)
+        tau: float = checked(name, value)
+        return tau
     for kind in value:
         check_choice(f"A key of {name}", kind, KINDS)
     return {kind: checked(name, tau) for kind, tau in value.items()}
 
 
-def attentions_by_kind(attentions: object) -> dict[str, str | list[int]] | None:
+def attentions_by_kind(attentions: Any) -> dict[str, str | list[int]] | None:
     """Which layers of which kinds of attention: ``{kind: "all" or numbers}`` of that, or of a list of kinds.
 
     Raises:
@@ -206,6 +211,7 @@ def attentions_by_kind(attentions: object) -> dict[str, str | list[int]] | None:
         )
     for kind in attentions:
         check_choice("attentions", kind, KINDS)
+    by_kind: dict[str, str | list[int]]
     by_kind = dict(attentions) if hasattr(attentions, "items") else dict.fromkeys(attentions, "all")
     for kind, layers in by_kind.items():
         is_all = isinstance(layers, str) and layers == "all"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from .base import resize_token_embeddings
 
 
 class BaseHalvesMixin:
     """For a model around an encoder-decoder ``base``."""
+
+    base: PreTrainedModel
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:
         return self.base.get_encoder() if modality is None else self.base.get_encoder(modality=modality)

@@ -19,7 +19,9 @@ from transformers import initialization as init
 from ..configuration_nvib import TAUS, NvibConfig
 from ..files import write_whole
 from ..layers.initialisation import EmpiricalPrior, PriorStatistics, prior_buffers
+from ..layers.latent_prior import LatentPrior
 from ..layers.nvib import NvibLayer, SinglePrecisionMixin
+from .adapters import check_is_bare
 from .architecture import warn_if_not_found
 from .base import check_known, damage_explained
 from .cross_attention import restore_cross_attention
@@ -42,10 +44,16 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
     base_model_prefix = "base"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    _tied_weights_keys: dict[str, str] = {}  # of its own; PEFT looks for those of the base if it finds a dict here
     _supports_sdpa = True
     # s / 2 * ||x||^2 in the pseudo-counts must cancel to the last bit against the attention's bias. When loading;
     # afterwards see SinglePrecisionMixin.
-    _keep_in_fp32_modules_strict = [r"nvib\.(alpha|keep|prior)_\w+", "nvib.threshold_share", "kl_beta"]
+    _keep_in_fp32_modules_strict = [
+        r"nvib\.(alpha|keep|prior)_\w+",
+        "nvib.threshold_share",
+        "kl_beta",
+        r"latent_prior\.(?!is_fitted)\w+",
+    ]
 
     base: PreTrainedModel
     config: NvibConfig
@@ -72,10 +80,17 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
             TypeError: an argument that neither takes.
         """
         settings, others = split_settings(kwargs)
+        if isinstance(base, nn.Module):
+            check_is_bare(base)
         if isinstance(base, PreTrainedModel):
             check_known(others, "A loaded model")
-        else:
+        elif isinstance(base, (str, os.PathLike)):
             base = cls._load_base(base, **others)
+        else:
+            raise TypeError(
+                f"The base must be a model of Transformers, or its name or path, but got {type(base).__name__}. Pass "
+                "what from_pretrained of its class returned."
+            )
         return wrap(cls, base, settings)
 
     def unwrap(self) -> PreTrainedModel:
@@ -103,6 +118,8 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
                 self._initialize_nvib(layer, self.config.taus(name.partition(".")[0]))
         self.base.initialize_weights()
         super().initialize_weights()
+        if (prior := getattr(self, "latent_prior", None)) is not None:
+            prior.requires_grad_(False)  # it is trained by a call of its own
 
     @torch.no_grad()
     def _initialize_nvib(self, layer: NvibLayer, taus: dict[str, float]) -> None:
@@ -123,6 +140,9 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
             init.ones_(self.kl_beta)
             if hasattr(self, "silence"):
                 init.zeros_(self.silence)
+        elif isinstance(module, LatentPrior):
+            init.zeros_(module.is_fitted)
+            init.zeros_(module.code_bias)
         else:
             super()._init_weights(module)
 
@@ -181,7 +201,7 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
     def _upload_modified_files(self, working_dir, repo_id, files_timestamps, *args, **kwargs):
         """The last step of each push. A repository without a card gets this model's, not an empty form."""
         path = Path(working_dir) / "README.md"
-        if not self._holds_an_adapter():
+        if not self._holds_an_adapter():  # save_pretrained(..., push_to_hub=True) does both after the push
             save_code(type(self), working_dir)
             put_in_place(path.with_name("config.json"))
         if "README.md" not in files_timestamps and not file_exists(repo_id, "README.md", token=kwargs.get("token")):

@@ -8,9 +8,8 @@ import torch
 from tiny_nvib import tiny_nvib
 from tiny_text import tiny_tokenizer
 
-from nvib_hf import encode_texts, evaluate, evaluation_section, reconstruct
+from nvib_hf import encode_texts, evaluate, evaluation_section
 from nvib_hf.evaluation.rate_distortion import mutual_information, rate_distortion
-from nvib_hf.evaluation.texts import as_read
 
 TOKENIZER = tiny_tokenizer()
 SOURCES = ["w5 w6 w7", "w8", "w9 w10 w11 w12 w13 w14", "w5 w5 w90", "w20 w21", "w5 w40 w41 w42"]
@@ -35,22 +34,20 @@ def test_the_decoder_is_scored_by_the_targets():
     assert json.loads(json.dumps(results)) == results
 
 
-def test_what_it_writes_is_compared_with_the_targets():
-    """Every second target is what the model writes, as far as the tokenizer reads it back."""
-    model = tiny_nvib()
-    written = reconstruct(model, TOKENIZER, SOURCES, max_length=6)
-    targets = [text if i % 2 else "w50" for i, text in enumerate(written)]
-    right = sum(a == b for a, b in zip(written, as_read(TOKENIZER, targets, 6), strict=True))
-    results = evaluate(model, TOKENIZER, SOURCES, targets, max_length=6, **FAST)
-    assert 0 < right < 6 and results["reconstruction"]["exact_match"] == right / 6
-    assert evaluate(model, TOKENIZER, SOURCES, max_length=6, **FAST)["reconstruction"]["exact_match"] == 0
+def test_what_it_writes_is_compared_with_the_targets(monkeypatch):
+    written = [*TARGETS[:4], "w58", "w59"]
+    monkeypatch.setattr("nvib_hf.evaluation.evaluate.reconstruct", lambda *args, **kwargs: written)
+    results = evaluate(tiny_nvib(), TOKENIZER, SOURCES, TARGETS, **FAST)
+    assert results["reconstruction"]["exact_match"] == pytest.approx(4 / 6)
+    assert evaluate(tiny_nvib(), TOKENIZER, SOURCES, **FAST)["reconstruction"]["exact_match"] == 0
 
 
 def test_samples_and_interpolations_are_texts_of_the_targets_side():
     settings = {"num_samples": 4, "num_pairs": 2, "methods": ["mixture"], "importance_samples": 2}
-    results = evaluate(tiny_nvib(), TOKENIZER, SOURCES, TARGETS, training_texts=TARGETS, max_length=8, **settings)
+    targets = ["w50 w50 w50"] * 6
+    results = evaluate(tiny_nvib(), TOKENIZER, SOURCES, targets, training_texts=targets, max_length=8, **settings)
     assert "embedding_distance" not in results["interpolation"]["mixture"]  # the encoder does not know that side
-    assert results["samples"]["real"]["distinct_1"] == pytest.approx(13 / 14)  # of the targets: w42 twice
+    assert results["samples"]["real"]["distinct_1"] < 0.1
     assert math.isfinite(results["rate_distortion"]["iw_log_likelihood"])
 
 

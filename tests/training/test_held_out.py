@@ -185,7 +185,7 @@ def test_many_passes_with_nothing_held_out():
 
 
 def test_a_healthy_training_is_left_alone(measured):
-    assert Simulation(ConstraintCallback(0.4)).run(200, 2.0, 2.1).run(800, 0.39, 0.3, epoch=30.0).messages == []
+    assert Simulation(ConstraintCallback(0.4)).run(100, 2.0, 2.1).run(900, 0.39, 0.3, epoch=30.0).messages == []
 
 
 @pytest.mark.parametrize("annealing_first", [True, False])
