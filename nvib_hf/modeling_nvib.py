@@ -238,8 +238,7 @@ class NvibForConditionalGeneration(
     ) -> tuple[NvibLatents, BaseModelOutput]:
         """Latents, and the encoder's own output; with ``decode_only`` what decoding reads of them, and can see."""
         source, share = read_source(self, inputs), merge_share_of(self.config)
-        # Which vectors are stored ones has to be known for merging: they stay where they are.
-        alone = decode_only and not (source.stored and share < 1)
+        alone = decode_only and not (source.stored and share < 1)  # stored vectors have to stay last
         mass = {} if source.log_mass is None else {"log_mass": source.log_mass}
         made = self.nvib(source.vectors, source.padding, sample, generator, alone, **mass)
         latents = NvibLatents.of(made, self.scale)
@@ -247,8 +246,8 @@ class NvibForConditionalGeneration(
             latents.prop_vectors = latents.prop_vectors * source.share
         if share < 1:
             kappa = 1 if latents.logvar is not None else getattr(self.nvib, "kappa", 1)
-            places = {"first": kappa, "last": kappa * source.stored}
-            latents = merged(latents, self.scale, self.config.evaluation, share=share, **places)
+            at_ends = {"first": kappa, "last": kappa * source.stored}
+            latents = merged(latents, self.scale, self.config.evaluation, share=share, **at_ends)
         if decode_only and latents.logvar is None:  # of a sample, draws decide what there is to see
             latents = latents.compact()
         return latents, source.outputs
