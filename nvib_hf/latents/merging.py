@@ -30,7 +30,7 @@ UNTRACEABLE = (
 )
 
 
-@torch.compiler.disable(reason=UNTRACEABLE)
+@torch.compiler.disable(reason=UNTRACEABLE)  # type: ignore[untyped-decorator]  # PyTorch's has no types
 def merged(
     latents: NvibLatents,
     scale: float,

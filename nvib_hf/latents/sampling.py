@@ -253,7 +253,8 @@ class NvibLatentsMixin(LearnedPriorMixin):
         """
         check_latents(latents, self.nvib)
         limits = {"num_vectors": num_vectors, "share": share, "cost": cost}
-        return merged(latents, self.scale, self.config.evaluation, **limits, order=order)
+        fewer: NvibLatents = merged(latents, self.scale, self.config.evaluation, **limits, order=order)
+        return fewer
 
     @torch.no_grad()
     def blend_latents(

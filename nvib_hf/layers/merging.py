@@ -126,7 +126,12 @@ def _check(z: Tensor, log_mass: Tensor, logvar: Tensor | None, fixed: Tensor | N
         raise ValueError(f"power must be a number of at least 0, but got {power}: 1 is Ward's criterion.")
 
 
-def _limits(num_vectors, share, cost, count: Tensor) -> tuple[Tensor, Tensor]:
+def _limits(
+    num_vectors: float | Sequence[float] | Tensor | None,
+    share: float | Sequence[float] | Tensor | None,
+    cost: float | Sequence[float] | Tensor | None,
+    count: Tensor,
+) -> tuple[Tensor, Tensor]:
     """Of each row: how many vectors to leave at least, and the logarithm of the highest cost, each ``(B,)``.
 
     Args:
@@ -347,7 +352,7 @@ def naive_merge(
         total, mean = moments()
         costs = (1 / (1 / total[:, None] + 1 / total)) ** power * (mean[:, None] - mean).square().sum(-1)
         pairs = torch.ones_like(costs).triu(1).tril(1 if order == "neighbours" else len(groups))
-        i, j = divmod(costs.masked_fill(pairs == 0, float("inf")).argmin().item(), len(groups))
+        i, j = divmod(int(costs.masked_fill(pairs == 0, float("inf")).argmin()), len(groups))
         groups[i] = groups[i] + groups.pop(j)
     assignment = torch.full((len(z),), -1)
     for k, group in enumerate(groups):
