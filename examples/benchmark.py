@@ -180,8 +180,7 @@ class Bench:
 
         def keys_and_values(cache) -> int:
             layers = cache.cross_attention_cache.layers
-            extra = sum(layer.nvib_beside["bias"].nbytes for layer in layers if hasattr(layer, "nvib_beside"))
-            return extra + sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+            return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
         start = inputs["input_ids"][:, :1]
         packed = nvib._packed_encoder_outputs(nvib.encode(**inputs))

@@ -325,7 +325,7 @@ def draw_pseudo_counts(
     axes, font = figure.subplots(), {"ha": "center", "va": "center", "size": 8, "family": "monospace"}
     for y, (tokens, of_text) in enumerate(zip(rows, shares, strict=True)):
         x = 0
-        for place, (token, share) in enumerate(zip(tokens, of_text, strict=True)):
+        for place, (token, share) in enumerate(zip(tokens, of_text, strict=False)):  # the model may cut a text
             axes.add_patch(Rectangle((x, y - 0.42), len(token) + 1.8, 0.84, color=colours(share / highest)))
             ink, style = "white" if share > 0.6 * highest else "black", "normal" if place else "italic"
             axes.text(x + len(token) / 2 + 0.9, y, token, color=ink, style=style, **font)

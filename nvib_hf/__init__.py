@@ -53,6 +53,8 @@ __all__ = [
     "evaluate",
     "evaluation_section",
     "latent_distance",
+    "latent_distances",
+    "nearest",
     "reconstruct",
     "register_attention",
     "register_cross_attention",
@@ -75,6 +77,7 @@ if TYPE_CHECKING or find_spec("transformers") is not None:
     from .evaluation.report import add_to_model_card, evaluation_section
     from .evaluation.texts import decode_latents, encode_texts, reconstruct
     from .latents.latents import NvibLatents, concatenate_latents
+    from .latents.neighbours import latent_distances, nearest
     from .latents.transport import latent_distance
     from .modeling_nvib import NvibForConditionalGeneration
     from .modeling_nvib_classification import NvibForSequenceClassification, NvibForTokenClassification

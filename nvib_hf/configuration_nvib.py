@@ -7,43 +7,40 @@ import difflib
 import os
 from collections.abc import Iterable
 from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .layers.settings import EVALUATIONS, KINDS, KL_WEIGHTS, check_choice, check_prior, check_settings, check_taus
-from .versions import CACHE
-from .wrapping.hub import auto_map_entry, save_code
+from .layers.latent_prior import checked_sizes
+from .layers.settings import (
+    CHOICES,
+    KINDS,
+    RANGES,
+    SWITCHES,
+    attentions_by_kind,
+    check_dropping,
+    check_prior,
+    checked,
+    checked_tau,
+)
+from .versions import CACHE, UPDATE
+from .wrapping.adapters import READ_BY_PEFT, SIZES, default_targets
+from .wrapping.hub import auto_map_entry, name_until_finished, save_code
 
 CONFIG_VERSION = 1
 
-NUMBERS = (
-    "prior_alpha",
-    "delta",
-    "kappa",
-    "alpha_threshold",
-    "threshold_share",
-    "lambda_gaussian",
-    "lambda_dirichlet",
-    "lambda_vectors",
-    "free_bits_gaussian",
-    "free_bits_dirichlet",
-    "word_dropout",
-    "label_smoothing",
-)
-
 TAUS = {"tau_alpha": 10.0, "tau_sigma": 0.0, "tau_mu": 1.0}  # which compute the base model's function
 
-WEIGHTS = ("lambda_gaussian", "lambda_dirichlet", "lambda_vectors", "free_bits_gaussian", "free_bits_dirichlet")
 
-
-def _of_base(name: str) -> property:
+def _of_base(name: str, *default: object) -> property:
     """A setting of the base configuration, read and written there. Values set before it exists are applied later."""
 
     def read(config: NvibConfig):
-        return getattr(vars(config).get("base_config"), name, None)
+        return getattr(vars(config).get("base_config"), name, *default)
 
     def write(config: NvibConfig, value) -> None:
         base = vars(config).get("base_config")
@@ -72,11 +69,12 @@ def is_hub_id(name: str | None) -> bool:
     return bool(name) and not os.path.isdir(name)
 
 
-def _number(name: str, value: object) -> float:
+def _number(value: object) -> object:
+    """A number as a command line or a file brings it; anything else as it is, for its check."""
     try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number, but got {value!r}.") from None
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 class NvibConfig(PreTrainedConfig):
@@ -88,8 +86,9 @@ class NvibConfig(PreTrainedConfig):
     Args:
         base_config: configuration of the encoder-decoder model that is wrapped (an object or a dict). Copied: the
             model it came from is not touched.
-        base_architecture: class of the base model in Transformers, ``"BartForConditionalGeneration"``; by default
-            the first of ``base_config.architectures``, or what ``AutoModelForSeq2SeqLM`` makes of it.
+        base_architecture: class of the base model in Transformers, ``"BartForConditionalGeneration"``, or of your own
+            in a module that is imported, ``"my_models:MyBart"``; by default what Transformers' Auto classes make of
+            ``base_config``.
         attentions: which attentions have NVIB, each with a layer of its own. ``None``: the cross-attention of an
             encoder-decoder, all of an encoder alone. Or those of ``("cross", "encoder", "decoder")`` as a list, which
             means all layers, or as ``{"cross": "all", "encoder": [3, 4, 5]}``, counted from 0.
@@ -109,6 +108,12 @@ class NvibConfig(PreTrainedConfig):
         threshold_share: the share of the training examples in which vectors are dropped, so that one can come back
             through the others; 0 turns dropping off, in evaluation too. Where training starts: a callback may move
             it.
+        merge_share: the share of its vectors that a latent is merged to, in (0, 1], in training and evaluation: those
+            next to each other that cost least are replaced by their mean, with the mass of all
+            (:meth:`~nvib_hf.NvibForConditionalGeneration.merge_latents`). 1 merges nothing. Read at every step.
+        encode_sound_only: for Whisper: where ``attention_mask`` says how long the sound is, the encoder runs over it
+            and half a second more, and stored vectors of silence stand for the rest of the window, with its mass
+            (:meth:`~nvib_hf.NvibForConditionalGeneration.store_silence`). They are not merged.
         tau_alpha, tau_sigma, tau_mu: identity initialisation. The defaults compute the base model's function;
             smaller ``tau_alpha`` and larger ``tau_sigma`` regularise it. A number, or one for each kind of attention:
             ``{"encoder": 5.0}`` leaves the others at the default.
@@ -126,6 +131,8 @@ class NvibConfig(PreTrainedConfig):
         kl_weights: how KL_G weighs the components. ``"drawn"``: each as one, since training draws ``kappa`` vectors
             of every component; what a threshold drops costs nothing. ``"pseudo_counts"``: by their pseudo-counts, as
             published, which lets vectors of small pseudo-count carry information that is not paid for.
+        latent_prior: sizes of a learned prior, of :data:`~nvib_hf.layers.latent_prior.SIZES` those that differ, ``{}``
+            for none. :meth:`~nvib_hf.NvibForConditionalGeneration.fit_latent_prior` trains it, and sets this.
         exact_attention: keep the query-norm term of the mixture's score, as exact Bayes has it. The published
             score leaves it out.
 
@@ -174,6 +181,8 @@ class NvibConfig(PreTrainedConfig):
     dropping: str = "threshold"
     alpha_threshold: float = 0.0
     threshold_share: float = 1.0
+    merge_share: float = 1.0
+    encode_sound_only: bool = False
     tau_alpha: float | dict[str, float] = TAUS["tau_alpha"]
     tau_sigma: float | dict[str, float] = TAUS["tau_sigma"]
     tau_mu: float | dict[str, float] = TAUS["tau_mu"]
@@ -188,28 +197,30 @@ class NvibConfig(PreTrainedConfig):
     evaluation: str = "means"
     kl_weights: str = "drawn"
     exact_attention: bool = False
+    latent_prior: dict[str, int] | None = None
     is_encoder_decoder: bool = True
     config_version: int = CONFIG_VERSION
 
-    vocab_size = _of_base("vocab_size")
-    hidden_size = _of_base("hidden_size")
-    pad_token_id = _of_base("pad_token_id")
-    bos_token_id = _of_base("bos_token_id")
-    eos_token_id = _of_base("eos_token_id")
-    decoder_start_token_id = _of_base("decoder_start_token_id")
-    tie_word_embeddings = _of_base("tie_word_embeddings")
-    id2label = _of_base("id2label")
-    label2id = _of_base("label2id")
-    problem_type = _of_base("problem_type")
+    vocab_size = _of_base("vocab_size", None)
+    hidden_size = _of_base("hidden_size", None)
+    pad_token_id = _of_base("pad_token_id", None)
+    bos_token_id = _of_base("bos_token_id", None)
+    eos_token_id = _of_base("eos_token_id", None)
+    decoder_start_token_id = _of_base("decoder_start_token_id", None)
+    tie_word_embeddings = _of_base("tie_word_embeddings", None)
+    id2label = _of_base("id2label", None)
+    label2id = _of_base("label2id", None)
+    problem_type = _of_base("problem_type", None)
 
     def __post_init__(self, **kwargs) -> None:
+        self.config_version = checked("config_version", self.config_version)
         if self.config_version > CONFIG_VERSION:
             raise ValueError(
                 f"This configuration was written by a newer nvib_hf (config_version {self.config_version}; this "
-                f"one reads up to {CONFIG_VERSION}). Update with `pip install -U nvib-hf`."
+                f"one reads up to {CONFIG_VERSION}). {UPDATE}"
             )
         refuse_misspelt_settings(kwargs)
-        self._make_plain()
+        self._check_settings()
         if isinstance(self.base_config, PreTrainedConfig):
             # super().__post_init__ resets the attention implementation of its parts; on a live model's own
             # configuration its causal mask would vanish without a word.
@@ -223,21 +234,45 @@ class NvibConfig(PreTrainedConfig):
         for name, value in waiting.items():
             if value is not None and not self.is_encoder_decoder:  # whose base may have labels, but uses none
                 setattr(self, name, value)
-        check_prior(self.prior_mu, self.prior_var, self.prior_alpha)
-        check_settings(
-            self.delta,
-            self.kappa,
-            self.alpha_activation,
-            self.dropping,
-            self.alpha_threshold,
-            self.threshold_share,
-        )
-        self.kappa = int(self.kappa)
+        self._check_together()
+
+    def _check_settings(self) -> None:
+        """Every setting by itself, made plain Python, which JSON can hold, whatever it came as."""
+        for name in ("prior_mu", "prior_var"):
+            value = getattr(self, name)
+            setattr(self, name, value.tolist() if hasattr(value, "tolist") else value)
+        check_prior(self.prior_mu, self.prior_var, _number(self.prior_alpha))
+        own = setting_names()
+        for name in sorted(own & {*RANGES, *CHOICES, *SWITCHES} - {"word_dropout_token_id", *TAUS}):
+            value = getattr(self, name)
+            value = checked(name, _number(value) if name in RANGES else value)
+            setattr(self, name, value if name not in RANGES or RANGES[name].whole else float(value))
+        if self.word_dropout_token_id is not None:
+            self.word_dropout_token_id = checked("word_dropout_token_id", self.word_dropout_token_id)
+        for name in TAUS:
+            value = getattr(self, name)
+            by_kind = isinstance(value, dict)
+            value = {kind: _number(tau) for kind, tau in value.items()} if by_kind else _number(value)
+            value = checked_tau(name, value)
+            setattr(self, name, {kind: float(tau) for kind, tau in value.items()} if by_kind else float(value))
+        self.is_encoder_decoder = checked("is_encoder_decoder", self.is_encoder_decoder)
         self.attentions = attentions_by_kind(self.attentions)
-        for kind in KINDS:
-            check_taus(**self.taus(kind))
-        check_choice("evaluation", self.evaluation, EVALUATIONS)
-        check_choice("kl_weights", self.kl_weights, KL_WEIGHTS)
+        if self.latent_prior is not None:
+            self.latent_prior = checked_sizes(self.latent_prior)
+        if not isinstance(self.base_config, (PreTrainedConfig, dict, type(None))):
+            raise TypeError(
+                f"base_config must be a configuration or a dict, but got {self.base_config!r}. Pass model.config, or "
+                "AutoConfig.from_pretrained(name)."
+            )
+        if not isinstance(self.base_architecture, (str, type(None))):
+            raise TypeError(
+                f"base_architecture must be the name of a class, but got {self.base_architecture!r}. Pass "
+                "type(base).__name__, or leave it out."
+            )
+
+    def _check_together(self) -> None:
+        """Settings that do not go with each other."""
+        check_dropping(self.dropping, self.alpha_threshold)
         if self.exact_attention and self.evaluation != "mixture":
             raise ValueError(
                 f"exact_attention is a term of the mixture's score, but evaluation is {self.evaluation!r}. Set "
@@ -253,12 +288,6 @@ class NvibConfig(PreTrainedConfig):
                 f"tau_alpha must be above 0 with alpha_activation='relu', but got {self.tau_alpha}: pseudo-counts "
                 "start at it, and one that starts at 0 has no gradient."
             )
-        for name in WEIGHTS:
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be 0 or positive, but got {getattr(self, name)}.")
-        for name in ("label_smoothing", "word_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), but got {getattr(self, name)}.")
         if self.lambda_vectors > 0 and not self.drops:
             raise ValueError(
                 f"lambda_vectors={self.lambda_vectors} weighs the share of vectors kept, but alpha_threshold is 0 and "
@@ -274,22 +303,6 @@ class NvibConfig(PreTrainedConfig):
     def drops(self) -> bool:
         """Whether there is anything that drops vectors."""
         return self.dropping != "threshold" or self.alpha_threshold > 0
-
-    def _make_plain(self) -> None:
-        """Settings as Python numbers and lists, which JSON can hold, whatever they came as."""
-        for name in ("prior_mu", "prior_var"):
-            value = getattr(self, name)
-            setattr(self, name, value.tolist() if hasattr(value, "tolist") else value)
-        for name in NUMBERS:
-            setattr(self, name, _number(name, getattr(self, name)))
-        for name in TAUS:
-            value = getattr(self, name)
-            by_kind = isinstance(value, dict)
-            if by_kind:
-                for kind in value:
-                    check_choice(f"A key of {name}", kind, KINDS)
-            value = {kind: _number(name, tau) for kind, tau in value.items()} if by_kind else _number(name, value)
-            setattr(self, name, value)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
@@ -315,9 +328,25 @@ class NvibConfig(PreTrainedConfig):
         super().save_pretrained(save_directory, *args, **kwargs)
         save_code(type(self), save_directory)
 
+    def to_json_file(self, json_file_path: str | os.PathLike, *args, **kwargs) -> None:
+        """As in the base class; under another name while the model that it belongs to is being saved."""
+        super().to_json_file(name_until_finished(Path(json_file_path)), *args, **kwargs)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, *args, **kwargs):
+        """The last step of each push, also of one by ``save_pretrained``, which has not written the code by then."""
+        save_code(type(self), working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """As in the base class. What is the base's is in its part alone."""
+        return {name: value for name, value in super().to_diff_dict().items() if name not in READ_BY_PEFT}
+
     def to_dict(self) -> dict:
         """As in the base class. Folders from which the model or parts of it were loaded are not named."""
         config = super().to_dict()
+        base = config["base_config"]
+        config |= {name: base[name] for name in READ_BY_PEFT if name in base}  # which PEFT reads
+        default_targets(self.model_type, base.get("model_type", ""))
         parts = [config]
         for part in parts:
             parts += [value for value in part.values() if isinstance(value, dict)]
@@ -328,6 +357,10 @@ class NvibConfig(PreTrainedConfig):
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The base configuration's text part: caches, masks and embeddings are made after it."""
         return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
+
+
+for _name in SIZES:
+    setattr(NvibConfig, _name, _of_base(_name))
 
 
 def setting_names() -> set[str]:
@@ -341,30 +374,3 @@ def refuse_misspelt_settings(names: Iterable[str]) -> None:
     for name in names:
         if close := difflib.get_close_matches(name, setting_names(), n=1, cutoff=0.75):
             raise TypeError(f"{name!r} is no setting of NvibConfig. Did you mean {close[0]!r}?")
-
-
-def attentions_by_kind(attentions: object) -> dict[str, str | list[int]] | None:
-    """Which layers of which kinds of attention: ``{kind: "all" or numbers}`` of that, or of a list of kinds.
-
-    Raises:
-        ValueError: it names another kind, or something else than layers.
-    """
-    if attentions is None:
-        return None
-    if isinstance(attentions, str):
-        attentions = [attentions]
-    by_kind = dict(attentions) if hasattr(attentions, "items") else dict.fromkeys(attentions, "all")
-    for kind, layers in by_kind.items():
-        check_choice("attentions", kind, KINDS)
-        if kind == "cross" and layers != "all":
-            raise ValueError(f"attentions['cross'] must be 'all', but got {layers!r}: all layers read one latent.")
-        if layers != "all":
-            numbers = [] if isinstance(layers, str) or not hasattr(layers, "__iter__") else sorted(set(layers))
-            if not numbers or any(not isinstance(n, int) or n < 0 for n in numbers):
-                raise ValueError(
-                    f"attentions[{kind!r}] must be 'all' or numbers of layers, counted from 0, but got {layers!r}."
-                )
-            by_kind[kind] = numbers
-    if not by_kind:
-        raise ValueError("attentions is empty. Name at least one kind of attention, or leave it out.")
-    return by_kind

@@ -11,8 +11,15 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from .latents.latents import NvibLatents, check_latents, refuse_batch
+from .latents.checks import check_latents, refuse_batch
+from .latents.latents import NvibLatents
+from .latents.merging import sharing
 from .wrapping.base import STATES, LatentOutput
+from .wrapping.sound import heard_frames, mark_end, mark_unheard
+
+TOKEN_IDS = ("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
+# What is read instead of each other: of a base's own kind or refused.
+MODALITIES = frozenset({"input_ids", "inputs_embeds", "input_features", "input_values", "pixel_values"})
 
 
 class NvibGenerationMixin(GenerationMixin):
@@ -24,8 +31,23 @@ class NvibGenerationMixin(GenerationMixin):
         Latents are left as they are. From inputs, the posterior is decoded in ``eval()`` and a sample of it in
         ``train()``; likewise from ``encoder_last_hidden_state``, which ``encode`` takes too, with the
         ``attention_mask`` that belongs to it. Whisper generates by its own ``generate()``, with its arguments
-        (``language``, ``task``, ``return_timestamps``), unless ``decoder_input_ids`` say what to begin with.
+        (``language``, ``task``, ``return_timestamps``), unless ``decoder_input_ids`` say what to begin with; Pop2Piano
+        by its own from sound (``composer``). ``merge_share`` is the share of their vectors that inputs are merged to,
+        by default ``config.merge_share``.
         """
+        if (share := kwargs.pop("merge_share", None)) is not None:
+            if kwargs.get("encoder_outputs") is not None:
+                raise ValueError(
+                    f"merge_share={share} merges what generate() encodes, but encoder_outputs are encoded already. "
+                    f"Pass encoder_outputs=model.merge_latents(latents, share={share})."
+                )
+            with sharing(share):
+                return self.generate(inputs, generation_config, **kwargs)
+        self._check_inputs(kwargs)
+        as_base = self._has_a_generate_for(inputs, kwargs)
+        for name, own in () if as_base else self._renamed.items():
+            if (value := kwargs.pop(name, None)) is not None:
+                kwargs[own] = value
         if kwargs.get(STATES) is not None:
             states = {name: kwargs.pop(name, None) for name in (STATES, "attention_mask")}
             with torch.no_grad():
@@ -33,12 +55,47 @@ class NvibGenerationMixin(GenerationMixin):
             kwargs["encoder_outputs"] = self._packed(latents)
         elif kwargs.get("encoder_outputs") is not None:
             kwargs["encoder_outputs"] = self._packed_encoder_outputs(kwargs["encoder_outputs"])
-        if kwargs.get("decoder_input_ids") is None:
-            if has_prompts(self.generation_config):
-                return generate_as_base(self, inputs, generation_config, **kwargs)
-        elif kwargs.get("encoder_outputs") is not None:
-            self._check_batch(kwargs["encoder_outputs"].last_hidden_state, kwargs["decoder_input_ids"])
+        if kwargs.get("encoder_outputs") is not None:
+            self._check_rows(kwargs["encoder_outputs"].last_hidden_state, {"inputs": inputs, **kwargs})
+        if as_base:
+            return generate_as_base(self, inputs, generation_config, **kwargs)
         return super().generate(inputs, generation_config, **kwargs)
+
+    def adjust_generation_fn(self, *args, **kwargs) -> None:
+        """As loading does. Where no file says which tokens to use, the base's configuration does, which is nested."""
+        of_base = self.generation_config.to_dict()
+        super().adjust_generation_fn(*args, **kwargs)
+        loaded = self.generation_config
+        if all(getattr(loaded, name) is None for name in TOKEN_IDS):
+            for name, value in of_base.items():
+                if getattr(loaded, name, None) is None:
+                    setattr(loaded, name, value)
+
+    def _check_inputs(self, kwargs: dict[str, Any]) -> None:
+        """Raise ValueError for what reads another modality than the base, as the base does."""
+        others = (MODALITIES - self._argument_names).intersection(kwargs)
+        if given := sorted(name for name in others if kwargs[name] is not None):
+            known = ", ".join(sorted(MODALITIES & self._argument_names))
+            raise ValueError(
+                f"{given[0]} is nothing that {type(self.base).__name__} reads. Pass {known}, or latents as "
+                "encoder_outputs."
+            )
+
+    def _check_rows(self, packed: Tensor, given: dict[str, Any]) -> None:
+        """Raise ValueError unless there are latents, as many as rows of what is given beside them."""
+        if not len(packed):
+            raise ValueError("encoder_outputs are no latents at all: there is nothing to decode. Pass at least one.")
+        for name in ("inputs", "decoder_input_ids", *sorted(self._source_names)):
+            value = given.get(name)
+            if isinstance(value, Tensor) and value.dim() > 1 and len(value) != len(packed):
+                refuse_batch(packed, value, "decoder inputs" if name == "decoder_input_ids" else f"rows of {name}")
+
+    def _has_a_generate_for(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> bool:
+        """Whether the base generates by its own method: Whisper, told by tokens what to write; Pop2Piano, of sound."""
+        if hasattr(self.base, "get_mel_conditioner_outputs"):
+            from_latents = any(kwargs.get(name) is not None for name in ("encoder_outputs", STATES))
+            return not from_latents and (inputs is not None or kwargs.get("input_features") is not None)
+        return kwargs.get("decoder_input_ids") is None and has_prompts(self.generation_config)
 
     def _packed_encoder_outputs(self, latents: NvibLatents | BaseModelOutput) -> BaseModelOutput:
         """What decoding reads of the latents. What is packed already is handed on: nothing changes it in place."""
@@ -48,9 +105,10 @@ class NvibGenerationMixin(GenerationMixin):
         check_latents(latents, self.nvib)
         return self._packed(latents.compact())
 
-    def _check_batch(self, packed: Tensor, decoder_input_ids: Tensor) -> None:
-        if len(packed) != len(decoder_input_ids):
-            refuse_batch(packed, decoder_input_ids)
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in ``GenerationMixin``, without what generation hands on that is for no model, as a tokenizer is."""
+        prepared = super().prepare_inputs_for_generation(*args, **kwargs)
+        return {name: value for name, value in prepared.items() if name in self._forward_names}
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         """What the base's encoder takes is known, too."""
@@ -67,15 +125,20 @@ class NvibGenerationMixin(GenerationMixin):
         name = model_input_name or self.main_input_name
         latents, states = self._encode_alone({**model_kwargs, **recorded, name: inputs_tensor}, decode_only=True)
         if model_kwargs.get("decoder_input_ids") is not None:
-            self._check_batch(latents.z, model_kwargs["decoder_input_ids"])
+            self._check_rows(latents.z, {"decoder_input_ids": model_kwargs["decoder_input_ids"]})
         model_kwargs["encoder_outputs"] = self._packed(latents, states)
         return model_kwargs
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, **model_kwargs
     ):
-        """Repeats all but the latents: the beams of a source share them, and their keys and values."""
+        """Repeats all but the latents: the beams of a source share them, and their keys and values.
+
+        Not so where PEFT has named an adapter for every beam.
+        """
         packed = model_kwargs.pop("encoder_outputs")
+        if expand_size > 1 and rows_have_adapters(self):
+            packed = LatentOutput(packed.last_hidden_state.repeat_interleave(expand_size, dim=0))
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder=False, input_ids=input_ids, **model_kwargs
         )
@@ -90,6 +153,12 @@ class NvibGenerationMixin(GenerationMixin):
 def has_prompts(generation_config: GenerationConfig) -> bool:
     """Whether a model of this configuration is told by tokens what to write: Whisper's checkpoints are."""
     return getattr(generation_config, "no_timestamps_token_id", None) is not None
+
+
+def rows_have_adapters(model: PreTrainedModel) -> bool:
+    """Whether PEFT runs each row of a batch through an adapter of its own (``adapter_names``): its hooks say so."""
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    return any(isinstance(hook, functools.partial) and "adapter_names" in hook.keywords for hook in hooks)
 
 
 class LatentView:
@@ -115,7 +184,19 @@ class LatentView:
         if self.packed is not None:
             return {**model_kwargs, "encoder_outputs": self._of_rows(inputs_tensor)}
         prepare = self.model_of_latents._prepare_text_encoder_decoder_kwargs_for_generation
-        return prepare(inputs_tensor, model_kwargs, *args, **kwargs)
+        if not self.model_of_latents.config.encode_sound_only:
+            return prepare(inputs_tensor, model_kwargs, *args, **kwargs)
+        # The mask is of all rows and of all of the sound; these rows' own length is marked in them.
+        prepared = prepare(inputs_tensor, {**model_kwargs, "attention_mask": None}, *args, **kwargs)
+        return {**prepared, "attention_mask": model_kwargs.get("attention_mask")}
+
+    def _get_input_segment(self, **window):
+        """A window cut out of long sound. Whisper's loop fills it up with zeros, which are no silence."""
+        segment = super()._get_input_segment(**window)
+        if segment is None or not self.model_of_latents.config.encode_sound_only or self.packed is not None:
+            return segment
+        rows = window["batch_idx_map"][: window["cur_bsz"]]
+        return mark_end(segment, window["seek_num_frames"][rows])
 
     def _expand_inputs_for_generation(self, *args, **kwargs):
         return self.model_of_latents._expand_inputs_for_generation(*args, **kwargs)
@@ -138,7 +219,8 @@ def view_of_base(model, packed: LatentOutput | None = None) -> PreTrainedModel:
     view = copy.copy(model.base)
     view.__class__ = _view_class(type(model.base))
     # Beside the modules: the base has not got the model in it.
-    vars(view).update(model_of_latents=model, packed=packed, generation_config=model.generation_config)
+    generation_config = copy.deepcopy(model.generation_config)  # Pop2Piano writes into it
+    vars(view).update(model_of_latents=model, packed=packed, generation_config=generation_config)
     return view
 
 
@@ -155,7 +237,10 @@ def generate_as_base(model, inputs=None, generation_config: GenerationConfig | N
             "return_token_timestamps=True reads times off cross-attention to every frame, which a latent lacks. Pass "
             "return_timestamps=True for the times of segments."
         )
-    packed = kwargs.pop("encoder_outputs", None)
+    packed, mask = kwargs.pop("encoder_outputs", None), kwargs.get("attention_mask")
+    if model.config.encode_sound_only and packed is None and mask is not None:
+        inputs = kwargs.pop("input_features", None) if inputs is None else inputs
+        inputs = mark_unheard(inputs, heard_frames(inputs, mask))
     if packed is not None:
         inputs = sound_for_rows(packed.last_hidden_state, model.base.config)
         kwargs.pop("input_features", None)

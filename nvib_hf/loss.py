@@ -108,11 +108,11 @@ def regulariser(charged: Charged, beta: Tensor | None, config: NvibConfig) -> Te
     """
     if charged.kl_gaussian is None or charged.kl_dirichlet is None:
         return None
-    beta = [1.0] * len(TERMS) if beta is None else beta.to(charged.kl_gaussian.dtype)
-    total = beta[0] * config.lambda_gaussian * charged.kl_gaussian.clamp(min=config.free_bits_gaussian)
-    total = total + beta[1] * config.lambda_dirichlet * charged.kl_dirichlet.clamp(min=config.free_bits_dirichlet)
+    weights: list[float] | Tensor = [1.0] * len(TERMS) if beta is None else beta.to(charged.kl_gaussian.dtype)
+    total = weights[0] * config.lambda_gaussian * charged.kl_gaussian.clamp(min=config.free_bits_gaussian)
+    total = total + weights[1] * config.lambda_dirichlet * charged.kl_dirichlet.clamp(min=config.free_bits_dirichlet)
     if config.lambda_vectors > 0 and charged.relaxed_prop_vectors is not None:
-        total = total + beta[2] * config.lambda_vectors * charged.relaxed_prop_vectors
+        total = total + weights[2] * config.lambda_vectors * charged.relaxed_prop_vectors
     return total
 
 

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
@@ -21,15 +21,19 @@ from transformers.utils import can_return_tuple
 
 from .configuration_nvib import NvibConfig
 from .generation_nvib import NvibGenerationMixin
-from .latents.latents import NvibLatents, check_latents, refuse_batch
+from .latents.checks import check_latents, refuse_batch
+from .latents.latents import NvibLatents
+from .latents.merging import merge_share_of, merged, sharing
 from .latents.sampling import NvibLatentsMixin
 from .layers.cross_entropy import IGNORED
 from .layers.denoising_attention import pack
+from .layers.latent_prior import LatentPrior
 from .layers.nvib import NvibLayer
 from .layers.settings import check_prior
 from .loss import LABELS_WERE_TAKEN, layer_terms, nvib_loss, regulariser
 from .outputs import NvibSeq2SeqLMOutput
-from .versions import CACHE, warn_if_untested
+from .versions import CACHE, old_name_of_the_cache, warn_if_untested
+from .wrapping.architecture import architecture_name
 from .wrapping.base import (
     JOINED,
     NOTHING_TO_READ,
@@ -44,16 +48,16 @@ from .wrapping.base import (
     gathering,
     join_encoder_decoder,
     load_base,
-    resize_token_embeddings,
+    other_names_of_the_source,
     run_decoder,
     run_decoder_over_source,
-    run_encoder,
-    shortened_mask,
 )
 from .wrapping.cross_attention import check_cache_was_found, convert_cross_attention
+from .wrapping.halves import BaseHalvesMixin
 from .wrapping.pretrained import NvibPreTrainedModel
-from .wrapping.self_attention import ForwardPass, current_pass
-from .wrapping.stacked_encoder import check_length_is_left, check_states_are_whole
+from .wrapping.self_attention import ForwardPass
+from .wrapping.sound import SoundMixin
+from .wrapping.source import read_source
 from .wrapping.wrap import (
     check_attentions,
     check_base,
@@ -77,7 +81,9 @@ FOLLOWS_THE_BASE = (
 OF_THE_DECODER = {"use_cache", CACHE, "encoder_hidden_states", "encoder_attention_mask"}
 
 
-class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGenerationMixin):
+class NvibForConditionalGeneration(
+    NvibLatentsMixin, SoundMixin, BaseHalvesMixin, NvibPreTrainedModel, NvibGenerationMixin
+):
     r"""An encoder-decoder model whose decoder reads a distribution instead of the encoder's vectors.
 
     The NVIB layer turns the encoder's output into a posterior over mixtures; training samples from it, evaluation
@@ -105,6 +111,7 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
     """
 
     nvib: NvibLayer
+    latent_prior: LatentPrior | None
     accepts_loss_kwargs = True  # the Trainer passes num_items_in_batch and leaves the scaling to the loss
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -129,10 +136,9 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
             for module in base.modules():
                 module._is_hf_initialized = True  # post_init would draw the weights of modules it does not know anew
         # The live configuration, so that a change of attention implementation or vocabulary is seen on both sides.
-        config.base_config, config.base_architecture = base.config, architecture.__name__
-        self.main_input_name = base.main_input_name
+        config.base_config, config.base_architecture = base.config, architecture_name(architecture)
 
-        config.attentions = check_attentions(config.attentions)
+        config.attentions = check_attentions(config)
         cross_attention, width, self.scale, self._cached_layers = cross_attention_of(base)
         check_prior(config.prior_mu, config.prior_var, config.prior_alpha, width)
         self.base = base  # first, so that the model's dtype is the base's
@@ -140,18 +146,27 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
             self.nvib = make_layer(config, width, self.scale)
             halves = {"encoder": base.get_encoder(), "decoder": base.get_decoder()}
             names = put_into_self_attention(base, halves, config)
+        self.latent_prior = None
+        if config.latent_prior is not None:
+            self.latent_prior = LatentPrior(width, **config.latent_prior).float()
         self._self_attention_names = {layer: f"base.{name}" for layer, name in names.items()}
         self._has_stacked_encoder = is_stacked(config)
         self.register_buffer("kl_beta", torch.ones(3))  # of lambda_gaussian, lambda_dirichlet, lambda_vectors
+        if config.encode_sound_only:
+            self.make_silence()
         convert_cross_attention(cross_attention, width, self.scale, config.exact_attention)
         freeze_unused(base)
         # Read once: a forward pass that inspects signatures cannot be compiled.
         self._encoder_argument_names = (argument_names(base.get_encoder().forward) - OF_THE_DECODER) | RECORDED
-        self._argument_names = self._encoder_argument_names | argument_names(base.forward) | {STATES}
+        self._renamed = other_names_of_the_source(base, self._encoder_argument_names)
+        self.main_input_name = self._renamed.get("inputs", base.main_input_name)
+        self._source_names = self._encoder_argument_names | set(self._renamed)
+        self._argument_names = self._source_names | argument_names(base.forward) | {STATES}
+        self._forward_names = self._argument_names | argument_names(self.forward)
         self._takes_source_tokens = not isinstance(base, JOINED) and "input_ids" in argument_names(base.forward)
         self._decoder_positions = decoder_positions(base)
         self.generation_config = copy.deepcopy(base.generation_config)
-        self.model_tags = ["nvib"]  # of the model card; pushing adds to the list
+        self.model_tags = [*(base.model_tags or []), "nvib"]  # of the model card; pushing adds to the list
         self.card_metadata: dict = {}  # the model card's license, language, datasets, ...
         self.post_init()
 
@@ -180,9 +195,10 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
         *,
         sample: bool | None = None,
         generator: torch.Generator | None = None,
+        merge_share: float | None = None,
         **inputs,
     ) -> NvibLatents:
-        """Inputs to latents.
+        """Inputs to latents: with a graph in ``train()``, in ``eval()`` without, unless an input requires gradients.
 
         Args:
             input_ids, attention_mask, inputs: what the base's encoder takes. Or, in place of them, what an earlier
@@ -192,11 +208,15 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
                 default as in training or evaluation, whichever mode the model is in. (In the encoder's own attentions
                 the mode decides.)
             generator: for the draws.
+            merge_share: the share of their vectors that the latents are merged to, by default ``config.merge_share``.
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
         inputs = {name: value for name, value in inputs.items() if value is not None}
         check_known(inputs, type(self).__name__, self._argument_names)
-        return self._encode_alone(inputs, sample, generator)[0]
+        # Outside of training nobody asks for gradients, and the latents of a corpus would keep its graph.
+        with_graph = self.training or any(isinstance(x, Tensor) and x.requires_grad for x in inputs.values())
+        with sharing(merge_share), nullcontext() if with_graph else torch.no_grad():
+            return self._encode_alone(inputs, sample, generator)[0]
 
     def _encode_alone(
         self,
@@ -217,26 +237,21 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
         decode_only: bool = False,
     ) -> tuple[NvibLatents, BaseModelOutput]:
         """Latents, and the encoder's own output; with ``decode_only`` what decoding reads of them, and can see."""
-        states = inputs.get(STATES)
-        if states is None:
-            given = {k: v for k, v in inputs.items() if k in self._encoder_argument_names and v is not None}
-            outputs, mask = run_encoder(self.base, given)
-        else:
-            check_states_are_whole(self._has_stacked_encoder)
-            outputs, mask = BaseModelOutput(last_hidden_state=states), inputs.get("attention_mask")
-        vectors, left = outputs.last_hidden_state, current_pass().left if self._has_stacked_encoder else None
-        if mask is not None and mask.shape[1] != vectors.shape[1]:
-            mask = shortened_mask(self.base.get_encoder(), mask, vectors.shape[1])
-        padding = None if mask is None else mask == 0
-        if left is not None:
-            padding, share = left
-            check_length_is_left(padding, vectors)
-        latents = NvibLatents.of(self.nvib(vectors, padding, sample, generator, decode_only))
-        if left is not None and latents.prop_vectors is not None:
-            latents.prop_vectors = latents.prop_vectors * share  # of the source, not of what its layers left of it
+        source, share = read_source(self, inputs), merge_share_of(self.config)
+        # Which vectors are stored ones has to be known for merging: they stay where they are.
+        alone = decode_only and not (source.stored and share < 1)
+        mass = {} if source.log_mass is None else {"log_mass": source.log_mass}
+        made = self.nvib(source.vectors, source.padding, sample, generator, alone, **mass)
+        latents = NvibLatents.of(made, self.scale)
+        if source.share is not None and latents.prop_vectors is not None:
+            latents.prop_vectors = latents.prop_vectors * source.share
+        if share < 1:
+            kappa = 1 if latents.logvar is not None else getattr(self.nvib, "kappa", 1)
+            places = {"first": kappa, "last": kappa * source.stored}
+            latents = merged(latents, self.scale, self.config.evaluation, share=share, **places)
         if decode_only and latents.logvar is None:  # of a sample, draws decide what there is to see
             latents = latents.compact()
-        return latents, outputs
+        return latents, source.outputs
 
     def _packed(self, latents: NvibLatents, states: BaseModelOutput | None = None) -> LatentOutput:
         """What the decoder reads of latents, in the place of the encoder's output, with its other ``states``."""
@@ -247,6 +262,7 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
 
     # -------------------------------------------------------------------------------------------------- forward
     @can_return_tuple
+    @old_name_of_the_cache
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -291,13 +307,21 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
             ValueError: nothing for the decoder to read; latents of another model; labels longer than the decoder's
                 positions, or taken away by the Trainer's own label smoothing.
         """
-        if not kwargs.keys() <= self._argument_names:
-            given = [name for name, value in kwargs.items() if value is not None]
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "input_features": input_features,
+            "input_values": input_values,
+            "pixel_values": pixel_values,
+            STATES: encoder_last_hidden_state,
+            **kwargs,
+        }
+        given = {name: value for name, value in inputs.items() if value is not None}
+        if not given.keys() <= self._argument_names:
             check_known(given, type(self).__name__, self._argument_names)
         if labels is None and num_items_in_batch is not None:
             raise ValueError(LABELS_WERE_TAKEN)
-        if cache is not None and past_key_values is not None:
-            raise ValueError("The cache was given twice, as cache and as past_key_values. Pass one of them.")
         if generator is not None:
             self._check_generator(generator)
         recorded = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
@@ -312,7 +336,7 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
                 CACHE: past_key_values if cache is None else cache,
                 "use_cache": use_cache,
                 **recorded,
-                **{name: value for name, value in kwargs.items() if name not in self._encoder_argument_names},
+                **{name: value for name, value in kwargs.items() if name not in self._source_names},
             },
         )
         is_packed = encoder_outputs is not None and not isinstance(encoder_outputs, NvibLatents)
@@ -324,16 +348,7 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
         # What self-attentions with NVIB share and leave; without any there is nothing to share.
         with ForwardPass(generator, records={}) if self._self_attention_names else nullcontext() as this_pass:
             if encoder_outputs is None:
-                inputs = {
-                    "input_ids": input_ids,
-                    "attention_mask": attention_mask,
-                    "inputs_embeds": inputs_embeds,
-                    "input_features": input_features,
-                    "input_values": input_values,
-                    "pixel_values": pixel_values,
-                    STATES: encoder_last_hidden_state,
-                }
-                latents, states = self._encode({**inputs, **kwargs, **recorded}, generator=generator)
+                latents, states = self._encode({**given, **recorded}, generator=generator)
             elif not is_packed:
                 latents = encoder_outputs
                 check_latents(latents, self.nvib)
@@ -435,23 +450,3 @@ class NvibForConditionalGeneration(NvibLatentsMixin, NvibPreTrainedModel, NvibGe
         if labels is not None and "decoder_attention_mask" not in batch:  # shifted, as the decoder's inputs will be
             batch["decoder_attention_mask"] = F.pad(labels[:, :-1] != IGNORED, (1, 0), value=True).long()
         self(**batch)
-
-    # --------------------------------------------------------------------------------------------- halves of the base
-    def get_encoder(self, modality: str | None = None) -> nn.Module:
-        return self.base.get_encoder() if modality is None else self.base.get_encoder(modality=modality)
-
-    def get_decoder(self) -> nn.Module:
-        return self.base.get_decoder()
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        return self.base.get_output_embeddings()
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.base.set_output_embeddings(new_embeddings)
-
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
-        """As of the base; of both halves where an encoder and a decoder were joined that share a vocabulary."""
-        embeddings = resize_token_embeddings(self.base, new_num_tokens, *args, **kwargs)
-        self.vocab_size = embeddings.num_embeddings
-        self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
-        return embeddings

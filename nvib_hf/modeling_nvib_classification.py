@@ -22,6 +22,7 @@ from .layers.cross_entropy import IGNORED
 from .loss import layer_terms, regulariser
 from .outputs import NvibClassifierOutput
 from .versions import warn_if_untested
+from .wrapping.architecture import architecture_class, architecture_name
 from .wrapping.base import load_base
 from .wrapping.pretrained import NvibPreTrainedModel
 from .wrapping.self_attention import ForwardPass
@@ -34,14 +35,16 @@ def classifier_class(
     """The class of the classifier that a configuration belongs to.
 
     Args:
-        autos: where to look, in order; first for a class of the name ``architecture``, or one that the configuration
-            names.
+        autos: where to look, in order; first for one that the configuration names.
+        architecture: the name of the class, where it is known.
 
     Raises:
         ValueError: there is none.
     """
+    if architecture is not None:
+        return architecture_class(architecture)
     found = [auto._model_mapping[type(config)] for auto in autos if type(config) in auto._model_mapping]
-    named = {architecture, *(config.architectures or ())} - {None}
+    named = config.architectures or ()
     for model_class in found:
         if model_class.__name__ in named:
             return model_class
@@ -87,6 +90,8 @@ class NvibEncoderModel(NvibPreTrainedModel):
                 f"attentions are {list(attentions)}, but an encoder with a head has 'encoder' alone. Leave it out for "
                 "all layers, or pass {'encoder': [...]}."
             )
+        if config.latent_prior is not None:
+            raise ValueError("latent_prior is of latents that are decoded, and an encoder with a head has none.")
         super().__init__(config)
         if base is None:
             architecture = classifier_class(config.base_config, self._autos, config.base_architecture)
@@ -97,7 +102,7 @@ class NvibEncoderModel(NvibPreTrainedModel):
                 module._is_hf_initialized = True  # post_init would draw the weights of modules it does not know anew
         config.attentions, config.is_encoder_decoder = attentions, False
         # The live configuration, so that a change of attention implementation is seen on both sides.
-        config.base_config, config.base_architecture = base.config, type(base).__name__
+        config.base_config, config.base_architecture = base.config, architecture_name(type(base))
         self.main_input_name = base.main_input_name
         self._auto_name = auto_class(base, self._autos)
         self.base = base

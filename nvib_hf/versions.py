@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 
 import transformers
 from packaging.version import Version
@@ -15,6 +16,22 @@ TESTED_TRANSFORMERS = ">=5.23,<5.25"
 # The cache: as an argument of models, layers and attention, in their outputs and in what generate() hands on.
 # `past_key_values` until 5.23, `cache` since.
 CACHE = "cache" if "cache" in Seq2SeqLMOutput.__dataclass_fields__ else "past_key_values"
+
+# Where the package is installed from, "https://.../nvib_hf": the one place to fill in. Until then the code of a saved
+# model comes with its weights.
+ADDRESS = ""
+UPDATE = f"Update with `pip install -U {f'git+{ADDRESS}' if ADDRESS else '.'}`" + (
+    "." if ADDRESS else " in its newer source."
+)
+
+
+def old_name_of_the_cache(forward: Callable) -> Callable:
+    """Let a forward take ``past_key_values`` where that is an old name, with the warning that the base gives."""
+    if CACHE == "past_key_values":
+        return forward
+    from transformers.utils.deprecation import deprecate_kwarg
+
+    return deprecate_kwarg("past_key_values", "5.40.0", new_name=CACHE)(forward)
 
 
 def installed_and_tested() -> str:

@@ -64,7 +64,7 @@ def test_cached_and_static_steps_are_the_uncached_ones(family):
 
 def as_points(model, latents):
     """The means as a sample, by way of the training form: no variance, but for what it takes off the weights."""
-    log_pi = latents.log_pi - 0.5 * model.scale * latents.logvar.exp().sum(-1)
+    log_pi = (latents.log_pi - 0.5 * model.scale * latents.logvar.exp().sum(-1)).log_softmax(-1)
     return NvibLatents(z=latents.z, log_pi=log_pi, attention_mask=latents.attention_mask)
 
 

@@ -22,24 +22,29 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 from nvib_hf import Nvib, NvibConfig, NvibForConditionalGeneration
 from nvib_hf.wrapping.hub import flattened
 
-# What a model needs to run: neither training nor the parts for plain PyTorch.
+# What a model needs to run: neither training, but that of its learned prior, nor the parts for plain PyTorch.
 CODE = {
     "configuration_nvib.py",
     "generation_nvib.py",
     "latents_latents.py",
+    "latents_learned.py",
     "latents_sampling.py",
     "latents_transport.py",
+    "layers_causal_transformer.py",
+    "layers_codebook.py",
     "layers_cross_entropy.py",
     "layers_denoising_attention.py",
     "layers_distributions.py",
     "layers_dropping.py",
     "layers_initialisation.py",
     "layers_kl.py",
+    "layers_latent_prior.py",
     "layers_nvib.py",
     "layers_settings.py",
     "loss.py",
     "modeling_nvib.py",
     "outputs.py",
+    "training_latent_prior_training.py",
     "versions.py",
     "wrapping_base.py",
     "wrapping_cross_attention.py",

@@ -8,8 +8,8 @@ import torch
 from tiny_models import tiny_base, tiny_inputs, tiny_labels
 from torch.nn import functional as F
 
-from nvib_hf import NvibConfig, NvibForConditionalGeneration, NvibLatents
-from nvib_hf.loss import nvib_loss, regulariser
+from nvib_hf import NvibConfig, NvibForConditionalGeneration
+from nvib_hf.loss import Charged, nvib_loss, regulariser
 
 B, NT, V = 4, 7, 11
 LENGTHS = (7, 1, 4, 0)  # target tokens of each example
@@ -124,15 +124,15 @@ def test_regulariser_by_hand():
     kl_gaussian = torch.tensor([0.5, 4.0], requires_grad=True)
     kl_dirichlet = torch.tensor([1.0, 0.125], requires_grad=True)
     share = torch.tensor([0.75, 0.5], requires_grad=True)
-    latents = NvibLatents(kl_gaussian=kl_gaussian, kl_dirichlet=kl_dirichlet, relaxed_prop_vectors=share)
+    charged = Charged(kl_gaussian, kl_dirichlet, share)
     beta = torch.tensor([0.5, 0.25, 2.0])
-    cost = regulariser(latents, beta, config)
+    cost = regulariser(charged, beta, config)
     by_hand = [0.25 * 1.0 + 0.5 * 1.0 + 6 * 0.75, 0.25 * 4.0 + 0.5 * 0.25 + 6 * 0.5]
     assert cost.tolist() == pytest.approx(by_hand)
     cost.sum().backward()
     assert kl_gaussian.grad.tolist() == [0.0, 0.25] and kl_dirichlet.grad.tolist() == [0.5, 0.0]
     assert share.grad.tolist() == [6.0, 6.0]
-    assert regulariser(NvibLatents(z=torch.zeros(2, 3, 4)), beta, config) is None
+    assert regulariser(Charged(None, None, None), beta, config) is None
 
 
 def test_the_share_of_vectors_trains_the_pseudo_counts():

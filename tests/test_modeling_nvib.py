@@ -265,7 +265,7 @@ def test_evaluation_by_the_means_and_by_the_mixture(family):
     """The means are points scored ``s/2 sum sigma^2`` lower, whichever way a latent comes to the decoder."""
     means, mixture = (tiny_nvib(family, evaluation=kind, tau_sigma=1.5) for kind in ("means", "mixture"))
     latents = means.encode(**tiny_inputs(family))
-    log_pi = latents.log_pi - 0.5 * means.scale * latents.logvar.exp().sum(-1)
+    log_pi = (latents.log_pi - 0.5 * means.scale * latents.logvar.exp().sum(-1)).log_softmax(-1)
     points = NvibLatents(z=latents.z, log_pi=log_pi, attention_mask=latents.attention_mask)
     expected = logits(mixture, family, encoder_outputs=points)
     assert_close(logits(means, family), expected, rtol=1e-4, atol=1e-4)

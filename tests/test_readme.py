@@ -23,7 +23,7 @@ README = PAGES[0].read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 FIRST_LINES, TRAIN, EVALUATE = (code for language, code in BLOCKS if language == "python")
 EXAMPLES = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
-WHISPER, TRANSCRIBE, NEIGHBOURS = re.findall(r"```python\n(.*?)```", EXAMPLES, flags=re.DOTALL)
+WHISPER, TRANSCRIBE, NEIGHBOURS, INDEX = re.findall(r"```python\n(.*?)```", EXAMPLES, flags=re.DOTALL)
 SELF_ATTENTION_PAGE = (ROOT / "examples" / "SELF_ATTENTION.md").read_text(encoding="utf-8")
 SELF_ATTENTION = re.findall(r"```python\n(.*?)```", SELF_ATTENTION_PAGE, flags=re.DOTALL)
 TEXTS = ["w5 w6 w7", "w8 w9", "w10 w11 w12 w13", "w14 w15 w16"]
@@ -151,8 +151,10 @@ def test_a_text_is_its_own_nearest_neighbour():
     pytest.importorskip("ot")
     names = {"model": tiny_nvib(), "tokenizer": tiny_tokenizer(), "texts": TEXTS}
     run(NEIGHBOURS, names)
-    for order in (names["nearest"], names["quick"]):
-        assert order[0] == 0 and sorted(order.tolist()) == list(range(len(TEXTS)))
+    assert names["index"][0, 0] == names["quick"][0] == 0 and names["distance"][0, 0] < 1e-3
+    pytest.importorskip("sklearn")
+    run(INDEX, names)
+    assert names["closest"][0] == 0 and len(names["closest"]) == 2 and len(names["clusters"]) == len(TEXTS)
 
 
 def test_results_go_into_the_model_card(folder):

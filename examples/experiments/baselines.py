@@ -155,17 +155,14 @@ class AutoencoderBottleneck(VariableBottleneck):
 class BaselineModel(NvibForConditionalGeneration):
     """A model whose latents have no weights: transport moves equal ones, and they are read by plain attention."""
 
-    def _latents(self, output: NvibLatents) -> NvibLatents:
-        return output
-
     def interpolate_latents(
         self, first: NvibLatents, second: NvibLatents, weight: float | Tensor, method: str = "transport"
     ) -> NvibLatents:
         if method != "transport":
             return super().interpolate_latents(first, second, weight, method)
-        first, second = (
-            NvibLatents(z=x.z, log_pi=torch.where(x.log_pi > float("-inf"), 0, x.log_pi)) for x in (first, second)
-        )
+        seen = [x.log_pi > float("-inf") for x in (first, second)]
+        equal = [mask.float().log() for mask in seen]  # transport makes a distribution of them
+        first, second = (NvibLatents(x.z, *weights) for x, *weights in zip((first, second), equal, seen, strict=True))
         between = super().interpolate_latents(first, second, weight)
         between.log_pi = between.log_pi + self.nvib.plain_log_pi(between.z, between.attention_mask)
         return between

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from ..files import write_whole
 from ..wrapping.model_card import markdown_table, verbatim
 
 BEGIN, END = "<!-- evaluation of nvib_hf: begin -->", "<!-- evaluation of nvib_hf: end -->"
@@ -142,7 +143,7 @@ def add_to_model_card(folder: str | os.PathLike, results: dict) -> None:
         raise FileNotFoundError(f"{path} does not exist. model.save_pretrained({str(folder)!r}) writes a card.")
     card = path.read_text(encoding="utf-8")
     section = f"{BEGIN}\n## Evaluation\n\n{evaluation_section(results)}\n{END}\n"
-    path.write_text(with_evaluation(card, section), encoding="utf-8")
+    write_whole(path, with_evaluation(card, section))
 
 
 def with_evaluation(card: str, section: str | None) -> str:

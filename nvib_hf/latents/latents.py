@@ -7,7 +7,7 @@ import operator
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex, overload
+from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 import torch
 from safetensors import SafetensorError
@@ -16,14 +16,14 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..files import write_whole
 from ..layers.denoising_attention import AttendedLatent, attended_means, attended_mixture, attended_points
 from ..layers.distributions import NvibOutput
 from ..layers.dropping import kept_first
+from .checks import check_number, shared_scale
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from ..layers.nvib import NvibLayer
 
     # What selects rows of a batch: one, a slice, a list, an array or a mask.
     Rows = SupportsIndex | slice | Sequence[int] | Tensor | NDArray[Any]
@@ -50,6 +50,7 @@ class NvibLatents:
         relaxed_prop_vectors: ``(B,)``, :func:`~nvib_hf.layers.dropping.relaxed_share`; ``None`` where nothing is
             dropped.
         kappa: ``(B,)`` vectors drawn per component, of a sample; ``None`` otherwise.
+        scale: ``(B,)``, of the attention that the weights are made for; ``None`` if that is not known.
     """
 
     z: Tensor
@@ -64,10 +65,16 @@ class NvibLatents:
     relaxed_prop_vectors: Tensor | None = None
     effective_vectors: Tensor | None = None
     kappa: Tensor | None = None
+    scale: Tensor | None = None
 
     @classmethod
-    def of(cls, output: NvibOutput) -> NvibLatents:
-        """What the NVIB layer made, and what is told of it unless it was asked for what decoding reads alone."""
+    def of(cls, output: NvibOutput | NvibLatents, scale: float) -> NvibLatents:
+        """What the NVIB layer made for attention of this scale, and what is told of it unless it was for decoding.
+
+        Another bottleneck in the layer's place returns latents itself: they stay as they are.
+        """
+        if isinstance(output, NvibLatents):
+            return output
         posterior, drawn, kappa = output.posterior, output.drawn, output.kappa
         latents = cls(
             z=output.z,
@@ -88,6 +95,7 @@ class NvibLatents:
             relaxed_prop_vectors=output.relaxed_share,
             effective_vectors=statistics["effective_num_vec"],
             kappa=None if kappa is None else torch.full_like(statistics["num_vec"], kappa, dtype=torch.long),
+            scale=torch.full_like(statistics["num_vec"], scale),
         )
 
     def keys(self) -> list[str]:
@@ -97,6 +105,10 @@ class NvibLatents:
     def items(self) -> list[tuple[str, Tensor]]:
         """The fields that are not ``None``, by name."""
         return [(name, getattr(self, name)) for name in self.keys()]
+
+    def values(self) -> list[Tensor]:
+        """The fields that are not ``None``."""
+        return [value for _, value in self.items()]
 
     def __contains__(self, name: object) -> bool:
         return name in self.keys()
@@ -121,10 +133,11 @@ class NvibLatents:
             if not -self.batch_size <= position < self.batch_size:
                 raise IndexError(f"index {position} is out of range for {self.batch_size} latents.")
             return [position]
-        if isinstance(index, tuple) or getattr(index, "ndim", 1) != 1 or not hasattr(index, "__len__"):
+        if isinstance(index, (tuple, NvibLatents)) or getattr(index, "ndim", 1) != 1 or not hasattr(index, "__len__"):
             raise TypeError(
                 "latents are indexed by a row, a slice, or a list, one-dimensional array or mask of rows, but got "
-                f"{index!r}. Index a field, as in latents.z[0, 1], for what is in it."
+                f"{'latents' if isinstance(index, NvibLatents) else repr(index)}. Index a field, as in "
+                "latents.z[0, 1], for what is in it."
             )
         return torch.as_tensor(index, device=self.device) if len(index) else []
 
@@ -159,7 +172,7 @@ class NvibLatents:
 
         The output of a decoder is the same. Order is kept. Reads a length from the device.
         """
-        order = kept_first(self.log_pi > float("-inf"))
+        order = kept_first(self.log_pi > float("-inf")) if self.batch_size else None
         if order is None:
             return self
 
@@ -178,15 +191,15 @@ class NvibLatents:
         return (self.log_pi.to(z.dtype).softmax(-1)[..., None] * z.masked_fill(hidden, 0)).sum(1)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file of the fields, in their dtypes: whole or not at all."""
-        path = Path(path)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        """Write one safetensors file of the fields, in their dtypes: whole or not at all.
+
+        Its metadata say of which width they are, and for attention of which scale: what a model that decodes them has.
+        """
         fields = {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in self.items()}
-        try:
-            unfinished.write_bytes(serialise(fields, metadata={"format": "pt"}))
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        metadata = {"format": "pt", "width": str(self.z.shape[-1])}
+        if (scale := shared_scale(self)) is not None and len(scale):
+            metadata["scale"] = repr(scale[0].item())
+        write_whole(path, serialise(fields, metadata=metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str | None = None) -> NvibLatents:
@@ -251,6 +264,7 @@ def concatenate_latents(latents: list[NvibLatents]) -> NvibLatents:
     widths = sorted({x.z.shape[-1] for x in latents})
     if len(widths) > 1:
         raise ValueError(f"The latents have widths {widths}: they come from different models and make no batch.")
+    shared_scale(*latents)
     length = max(x.z.shape[1] for x in latents)
     mixture = any(x.logvar is not None for x in latents)
     padded = [dict(pad_latents(x, length, with_logvar=mixture)) for x in latents]
@@ -287,6 +301,8 @@ def broadcast_pair(
             f"Latents of shape {shapes} do not fit: the width must be the same, and the batch size too unless one of "
             "them is 1."
         )
+    if isinstance(weight, str) or not hasattr(weight, "__len__"):
+        weight = check_number("weight", weight)
     given, weight = weight, torch.as_tensor(weight, dtype=first.log_pi.dtype, device=first.z.device)
     if not ((weight >= 0) & (weight <= 1)).all():
         raise ValueError(f"weight must be in [0, 1], but got {given}: 0 is the first batch, 1 the second.")
@@ -316,6 +332,7 @@ def interpolate(first: NvibLatents, second: NvibLatents, weight: float | Tensor)
     Source: Henderson & Fehr (ICLR 2023), interpolation.
     """
     first, second, weight = broadcast_pair(first, second, weight)
+    scale = shared_scale(first, second)
     mixture = first.logvar is not None or second.logvar is not None
     first, second = (pad_latents(x, x.z.shape[1], with_logvar=mixture) for x in (first, second))
     return NvibLatents(
@@ -323,31 +340,5 @@ def interpolate(first: NvibLatents, second: NvibLatents, weight: float | Tensor)
         log_pi=torch.cat([first.log_pi + (1 - weight).log(), second.log_pi + weight.log()], dim=1),
         logvar=torch.cat([first["logvar"], second["logvar"]], dim=1) if mixture else None,
         attention_mask=torch.cat([first.attention_mask, second.attention_mask], dim=1),
+        scale=scale,
     )
-
-
-def refuse_batch(packed: Tensor, decoder_inputs: Tensor) -> NoReturn:
-    """Raise ValueError for another number of latents than of rows: one would be broadcast to all without a word."""
-    raise ValueError(
-        f"There are {len(packed)} latents but {len(decoder_inputs)} decoder inputs. Pass one latent for each "
-        "row of labels or decoder_input_ids: latents[[0] * n] repeats the first n times."
-    )
-
-
-def check_latents(latents: NvibLatents, layer: NvibLayer) -> None:
-    """Raise ValueError unless latents can be those of a model with this NVIB layer."""
-    if latents.z.shape[-1] != layer.size_out:
-        raise ValueError(
-            f"The latents are {latents.z.shape[-1]} wide, but this model's are {layer.size_out}: they come "
-            "from another model. Encode the texts with this one."
-        )
-    shapes = {name: tuple(x.shape) for name, x in latents.items() if name in ("z", "logvar", "log_pi")}
-    if shapes["log_pi"] != shapes["z"][:2] or shapes.get("logvar", shapes["z"]) != shapes["z"]:
-        raise ValueError(
-            f"The latents' fields do not belong together: {shapes}. z and logvar are (B, Nl, P), log_pi (B, Nl)."
-        )
-    if latents.kappa is not None and (latents.kappa != layer.kappa).any():
-        raise ValueError(
-            f"The latents were drawn with kappa={latents.kappa.unique().tolist()}, but this model has kappa="
-            f"{layer.kappa}: they come from another model. Encode the texts with this one."
-        )

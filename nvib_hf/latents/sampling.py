@@ -1,4 +1,4 @@
-"""Latents from the prior."""
+"""Latents from the prior, around others, between them, and in fewer vectors."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from torch import Tensor
 
 from ..layers.distributions import gaussian_sample, log_dirichlet_sample
 from ..layers.settings import check_choice
-from .latents import NvibLatents, check_latents, interpolate
+from .checks import check_count, check_latents, check_number
+from .latents import NvibLatents, interpolate
+from .learned import HasLatentPrior, LearnedPriorMixin, sample_from_learned_prior
+from .merging import Limit, merged
 from .transport import interpolate_by_transport
 
 if TYPE_CHECKING:
+    from ..configuration_nvib import NvibConfig
     from ..layers.nvib import NvibLayer
 
 
@@ -27,6 +31,13 @@ class HasNvib(Protocol):
     def device(self) -> torch.device: ...
     @property
     def dtype(self) -> torch.dtype: ...
+
+
+class HasAttention(HasNvib, Protocol):
+    """What merging needs beside: how the decoder's attention reads latents."""
+
+    scale: float
+    config: NvibConfig
 
 
 def sample_from_prior(
@@ -46,12 +57,12 @@ def sample_from_prior(
 
     Source: Henderson & Fehr (ICLR 2023).
     """
-    counts = torch.as_tensor(num_vectors, device=model.device)
-    check_counts(num_samples, num_vectors, counts)
-    counts = counts.expand(num_samples)
+    check_count("num_samples", num_samples)
+    counts = check_counts(num_samples, num_vectors).to(model.device).expand(num_samples)
     padding = torch.arange(int(counts.max()), device=model.device) >= counts[:, None]
     z, log_pi = model.nvib.sample_prior(padding, generator)
-    return NvibLatents(z=z.to(model.dtype), log_pi=log_pi, attention_mask=~padding)
+    scale = torch.full_like(log_pi[:, 0], model.nvib.scale)
+    return NvibLatents(z=z.to(model.dtype), log_pi=log_pi, attention_mask=~padding, scale=scale)
 
 
 def vary(
@@ -75,6 +86,7 @@ def vary(
         ValueError: a temperature below 0 or infinite; latents without variances, or without pseudo-counts where the
             weights shall be drawn.
     """
+    temperature = check_number("temperature", temperature)
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be 0 or positive, but got {temperature}.")
     if latents.logvar is None:
@@ -89,7 +101,7 @@ def vary(
     log_tau = math.log(temperature) if temperature > 0 else -math.inf
     z = gaussian_sample(latents.z, latents["logvar"] + 2 * log_tau, seen, generator)
     log_pi = log_dirichlet_sample(latents["log_alpha"], seen, generator) if redraw_weights else latents.log_pi
-    return NvibLatents(z=z, log_pi=log_pi, attention_mask=seen)
+    return NvibLatents(z=z, log_pi=log_pi, attention_mask=seen, scale=latents.scale)
 
 
 def blend(
@@ -113,8 +125,7 @@ def blend(
         ValueError: counts that are too small, or more parents than latents.
     """
     for name, value, least in (("num_samples", num_samples, 1), ("num_parents", num_parents, 2)):
-        if value != int(value) or value < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}, but got {value}.")
+        check_count(name, value, least)
     if num_parents > latents.batch_size:
         raise ValueError(
             f"num_parents is {num_parents}, but there are only {latents.batch_size} latents to choose from."
@@ -133,17 +144,47 @@ def blend(
 INTERPOLATIONS = {"transport": interpolate_by_transport, "mixture": interpolate}
 
 
-class NvibLatentsMixin:
+class NvibLatentsMixin(LearnedPriorMixin):
     """For a model whose NVIB layer is ``nvib``."""
 
     @torch.no_grad()
     def sample_latents(
-        self: HasNvib,
+        self: HasLatentPrior,
         num_samples: int,
-        num_vectors: int | Sequence[int] | Tensor,
+        num_vectors: int | Sequence[int] | Tensor | None = None,
         generator: torch.Generator | None = None,
+        *,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        noise: float = 0.0,
     ) -> NvibLatents:
-        """Latents from the prior: new text from nothing; see :func:`~nvib_hf.latents.sampling.sample_from_prior`."""
+        """Latents from the prior: new text from nothing.
+
+        From the learned prior where :meth:`fit_latent_prior` has made one. Otherwise from the one that the bottleneck
+        was trained with: independent vectors, see :func:`~nvib_hf.latents.sampling.sample_from_prior`.
+
+        Args:
+            num_samples: how many.
+            num_vectors: vectors of each, the prior's component included, one number or one per sample. A learned prior
+                draws them by itself; without one they are required.
+            temperature, top_p, noise: of the learned prior alone, see
+                :meth:`LatentPrior.sample <nvib_hf.layers.latent_prior.LatentPrior.sample>`. Lower temperatures and
+                shares write more usual texts; with ``noise=0`` each vector is the mean of its code, with 1 a draw.
+            generator: for the draws, on the model's device.
+
+        Raises:
+            ValueError: counts that cannot be; no ``num_vectors``, or settings of a learned prior, without one.
+        """
+        if self.latent_prior is not None:
+            check_count("num_samples", num_samples)
+            counts = None if num_vectors is None else check_counts(num_samples, num_vectors)
+            return sample_from_learned_prior(self, num_samples, counts, temperature, top_p, noise, generator)
+        if num_vectors is None or (temperature, top_p, noise) != (1.0, 1.0, 0.0):
+            what = "draw num_vectors" if num_vectors is None else "heed temperature, top_p or noise"
+            raise ValueError(
+                f"Only a learned prior can {what}, and this model has none. Call model.fit_latent_prior(...) first, "
+                "or pass num_vectors alone."
+            )
         return sample_from_prior(self, num_samples, num_vectors, generator)
 
     def interpolate_latents(
@@ -179,6 +220,41 @@ class NvibLatentsMixin:
         check_latents(latents, self.nvib)
         return vary(latents, temperature, redraw_weights, generator)
 
+    def merge_latents(
+        self: HasAttention,
+        latents: NvibLatents,
+        *,
+        num_vectors: int | Sequence[int] | Tensor | None = None,
+        share: Limit | None = None,
+        cost: Limit | None = None,
+        order: str = "neighbours",
+    ) -> NvibLatents:
+        """The same latents in fewer vectors: what is close is replaced by its mean, with the mass of all.
+
+        Dropping a vector loses its mass, merging it does not. Exact for equal vectors, else to first order of
+        attention; differentiable in the vectors. Works for posteriors and samples, of any model, without training.
+
+        Args:
+            num_vectors: how many to leave in each row; more than there are leave all.
+            share: of each row's vectors to leave, in (0, 1].
+            cost: merge as long as a pair costs at most this; 0 merges equal vectors alone. Exactly one of the three is
+                given, as a number or one per row. Padding, dropped vectors and the prior's component do not count, and
+                stay out; in latents that come from no text all may be merged.
+            order: ``"neighbours"`` merges what is next to each other, ``"any"`` any two, which takes longer.
+
+        Returns:
+            Latents of which ``num_vectors`` counts merged vectors and ``prop_vectors`` their share of the source
+            length. The KLs are those that were charged.
+
+        Raises:
+            ValueError: none or several of the three; values outside their range; latents of another model.
+
+        Source: :func:`nvib_hf.layers.merging.merge`.
+        """
+        check_latents(latents, self.nvib)
+        limits = {"num_vectors": num_vectors, "share": share, "cost": cost}
+        return merged(latents, self.scale, self.config.evaluation, **limits, order=order)
+
     @torch.no_grad()
     def blend_latents(
         self: HasNvib,
@@ -192,13 +268,17 @@ class NvibLatentsMixin:
         return blend(latents, num_samples, num_parents, generator)
 
 
-def check_counts(num_samples: int, num_vectors: int | Sequence[int] | Tensor, counts: Tensor) -> None:
-    """Raise ValueError for numbers of latents or of their vectors, as given and as a tensor, that nothing can have."""
-    if num_samples != int(num_samples) or num_samples < 1:
-        raise ValueError(f"num_samples must be a whole number of at least 1, but got {num_samples}.")
-    if counts.is_floating_point() or (counts < 1).any():
-        raise ValueError(f"num_vectors must be whole numbers of at least 1, but got {num_vectors}.")
+def check_counts(num_samples: int, num_vectors: int | Sequence[int] | Tensor) -> Tensor:
+    """Numbers of vectors as a tensor, of one for all latents or one for each; ValueError for what they cannot be."""
+    try:
+        counts = torch.as_tensor(num_vectors)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        counts = torch.zeros(1)
+    whole = not counts.is_floating_point() and counts.dtype != torch.bool
+    if not whole or (counts < 1).any() or (counts >= 2**31).any():
+        raise ValueError(f"num_vectors must be whole numbers of at least 1, but got {num_vectors!r}.")
     if counts.dim() > 1 or (counts.dim() == 1 and len(counts) != num_samples):
         raise ValueError(
             f"num_vectors must be one number or one for each of num_samples={num_samples}, but got {num_vectors}."
         )
+    return counts

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..layers.distributions import log_of_positive
+from .checks import shared_scale
 from .latents import NvibLatents, broadcast_pair, pad_latents
 
 # An entry that is a smaller share of both of its components comes from the rounding of log-weights in fp32.
@@ -160,6 +161,7 @@ def interpolate_by_transport(first: NvibLatents, second: NvibLatents, weight: fl
     alone = first.batch_size == second.batch_size == 1
     ends = first.compact(), second.compact()
     *rows, weight = broadcast_pair(*ends, weight)
+    scale = shared_scale(*rows)
     first, second = ends if alone else rows
     points, plan = _transport(first, second)
     width, dtype = first.z.shape[-1], torch.promote_types(first.z.dtype, second.z.dtype)
@@ -186,6 +188,7 @@ def interpolate_by_transport(first: NvibLatents, second: NvibLatents, weight: fl
         log_pi=log_pi,
         logvar=chosen("logvar").masked_fill(~seen[..., None], 0) if mixture else None,
         attention_mask=seen,
+        scale=scale,
     )
 
 

@@ -106,7 +106,7 @@ def denoising_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     scale: float,
     *,
     shrinkage: Tensor | None = None,
@@ -128,7 +128,8 @@ def denoising_attention(
         query: ``(B, H, Nt, E)``.
         key, value: projections of the memory's vectors, ``(B, Hk, Nl, E)``; ``Hk`` divides ``H``. Or those of
             :func:`append_bias`, where the same ones are read many times.
-        bias: ``(B, Nl)``, in fp32 or better; ``-inf`` where masked, at least one per row is not.
+        bias: ``(B, Nl)``, in fp32 or better; ``-inf`` where masked, at least one per row is not. ``None`` where it is
+            in the keys, by :func:`append_bias`.
         scale: the attention's scale ``s``.
         shrinkage: ``r``, ``(B, Nl, P)``; ``None`` where every variance is 0.
         key_weight, value_weight: ``W_k`` and ``W_v``, ``(Hk, E, P)``; needed with ``shrinkage``.
@@ -150,6 +151,8 @@ def denoising_attention(
     if shrinkage is None and softcap is None and not need_weights:
         output, weights = _fused(query, key, value, bias, scale, attention_mask, dropout_p), None
     else:
+        if bias is None:
+            bias = appended_bias(key, query.shape[-1], scale)
         key, value = key[..., : query.shape[-1]], value[..., : query.shape[-1]]
         scores = _scores(query, key, bias, scale, softcap, attention_mask)
         if shrinkage is not None:
@@ -185,9 +188,9 @@ def _scores(
 
 def _per_head(x: Tensor, weight: Tensor) -> Tensor:
     """``x[:, h] @ weight[h]`` for every head: ``(B, H, Nt, I)`` and ``(H, I, O)`` to ``(B, H, Nt, O)``."""
-    batch, heads, length, _ = x.shape
-    by_head = x.transpose(0, 1).reshape(heads, batch * length, -1)
-    return torch.bmm(by_head, weight).view(heads, batch, length, -1).transpose(0, 1)
+    batch, heads, length, width = x.shape
+    by_head = x.transpose(0, 1).reshape(heads, batch * length, width)
+    return torch.bmm(by_head, weight).view(heads, batch, length, weight.shape[-1]).transpose(0, 1)
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -201,7 +204,7 @@ def _fused(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     scale: float,
     attention_mask: Tensor | None,
     dropout_p: float,
@@ -214,8 +217,9 @@ def _fused(
     the bias, three channels do not. Otherwise the bias is a plain mask: nothing is copied at a decoding step.
     """
     width = query.shape[-1]
-    if query.dtype in HALF_PRECISION or (torch.is_grad_enabled() and bias.requires_grad):
+    if bias is None or query.dtype in HALF_PRECISION or (torch.is_grad_enabled() and bias.requires_grad):
         if key.shape[-1] == query.shape[-1]:
+            assert bias is not None, "neither a bias nor keys that hold one"
             key, value = append_bias(key, value, bias, scale)
         query = F.pad(query, (0, key.shape[-1] - query.shape[-1]), value=1.0)
     else:
@@ -239,6 +243,12 @@ def append_bias(key: Tensor, value: Tensor, bias: Tensor, scale: float) -> tuple
     extra = -(-(width + channels.shape[-1]) // 8) * 8 - width
     channels = F.pad(channels, (0, extra - channels.shape[-1]))[:, None].expand(batch, heads, length, -1)
     return torch.cat([key, channels], dim=-1), F.pad(value, (0, extra))
+
+
+def appended_bias(key: Tensor, width: int, scale: float) -> Tensor:
+    """The bias ``(B, Nl)`` of what :func:`append_bias` made of keys of ``width``, but for what was shifted."""
+    channels = key[:, 0, :, width : width + (3 if key.dtype in HALF_PRECISION else 1)]
+    return at_least_float32(channels).sum(-1) * scale
 
 
 def three_summands(bias: Tensor, shift: bool = True) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .denoising_attention import attended_mixture
 from .distributions import gaussian_sample, log_dirichlet_sample
 from .kl import prior_log_total
-from .settings import check_taus
+from .settings import checked
 
 
 def prior_buffers(
@@ -115,7 +115,8 @@ def identity_parameters(
     Raises:
         ValueError: ``tau_sigma`` below 0, ``tau_mu`` outside [0, 1].
     """
-    check_taus(tau_alpha, tau_sigma, tau_mu)
+    for name, tau in (("tau_alpha", tau_alpha), ("tau_sigma", tau_sigma), ("tau_mu", tau_mu)):
+        checked(name, tau)
     width = prior_mu.shape[0]
     prior_mu, prior_logvar = prior_mu.float(), prior_logvar.float()
     # What attention adds to the score of the prior's component: all of it, at a query of 0.

@@ -24,7 +24,7 @@ from .dropping import (
 )
 from .initialisation import PriorMixin, identity_parameters
 from .kl import component_weights, dirichlet_divergence, gaussian_divergence
-from .settings import KL_WEIGHTS, check_choice, check_prior, check_settings
+from .settings import check_dropping, check_prior, checked
 
 HALF = 2  # bytes: less than single precision
 
@@ -97,6 +97,8 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
     """
 
     threshold_share: Tensor
+    kappa: int
+    scale: float
 
     def __init__(
         self,
@@ -116,14 +118,22 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
         scale: float | None = None,
     ) -> None:
         super().__init__()
-        check_prior(prior_mu, prior_var, prior_alpha, size_out)
-        check_settings(delta, kappa, alpha_activation, dropping, alpha_threshold, threshold_share, scale)
-        check_choice("kl_weights", kl_weights, KL_WEIGHTS)
+        size_in, size_out = checked("size_in", size_in), checked("size_out", size_out)
         self.size_in, self.size_out = size_in, size_out
-        self.delta, self.kappa = delta, int(kappa)
+        check_prior(prior_mu, prior_var, prior_alpha, size_out)
+        self.delta, self.kappa = checked("delta", delta), checked("kappa", kappa)
+        for name, value in (
+            ("alpha_activation", alpha_activation),
+            ("dropping", dropping),
+            ("alpha_threshold", alpha_threshold),
+            ("threshold_share", threshold_share),
+            ("kl_weights", kl_weights),
+        ):
+            checked(name, value)
+        check_dropping(dropping, alpha_threshold)
         self.alpha_activation, self.dropping, self.alpha_threshold = alpha_activation, dropping, alpha_threshold
         self.kl_weights = kl_weights
-        self.scale = size_out**-0.5 if scale is None else scale
+        self.scale = size_out**-0.5 if scale is None else checked("scale", scale)
         self._log_zero = LOG_ZERO if alpha_activation == "relu" else -math.inf
 
         self.mu_logvar = nn.Linear(size_in, 2 * size_out)
@@ -191,6 +201,7 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
         generator: torch.Generator | None = None,
         decode_only: bool = False,
         with_kl: bool = True,
+        log_mass: Tensor | None = None,
     ) -> NvibOutput:
         """Vectors to a latent.
 
@@ -202,9 +213,10 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
             decode_only: for what decoding reads alone: no divergences, and of the means nothing for vectors that are
                 dropped, which costs no projection of them. Reads a length from the device.
             with_kl: compute the divergences.
+            log_mass: of vectors that stand for many, ``(B, Ns)``: added to their log pseudo-counts.
         """
         sample = self.training if sample is None else sample
-        posterior = self.posterior(hidden_states, padding_mask, kept_only=decode_only and not sample)
+        posterior = self.posterior(hidden_states, padding_mask, decode_only and not sample, log_mass)
         if sample:
             z, log_pi, drawn = self.sample_posterior(posterior, generator)
         else:

@@ -19,7 +19,7 @@ from .denoising_attention import (
 from .distributions import LOG_ALPHA_REPORTED_MAX, log_of_positive
 from .kl import kl_dirichlet, kl_gaussian
 from .nvib import NvibLayer
-from .settings import EVALUATIONS, check_choice
+from .settings import EVALUATIONS, check_boolean, check_choice
 
 
 class _Fields(NamedTuple):
@@ -176,7 +176,7 @@ class Nvib(NvibLayer):
 
         Args:
             encoder_output: ``(Ns, B, H)``; ``(B, Ns, H)`` if ``batch_first``.
-            src_key_padding_mask: ``(B, Ns)``, True = padding.
+            src_key_padding_mask: ``(B, Ns)``, boolean, True = padding.
             generator: for the draws of training.
 
         Returns:
@@ -188,6 +188,7 @@ class Nvib(NvibLayer):
             (``exp(entropy(pi))``) and ``avg_alpha0``. In training ``Nl = kappa * (Ns + 1)`` and ``alpha`` is each
             vector's ``alpha_i / kappa``, else ``Nl = Ns + 1``.
         """
+        check_boolean("src_key_padding_mask", src_key_padding_mask)
         hidden_states = self._order(encoder_output)
         output = super().forward(hidden_states, src_key_padding_mask, generator=generator, with_kl=False)
         drawn, order = output.drawn, self._order
@@ -223,8 +224,8 @@ class Nvib(NvibLayer):
 
         Args:
             number_samples: batch size ``B``.
-            memory_key_padding_mask: ``(B, Ns)``, True = padding: exactly its ``Ns`` vectors are drawn, at least
-                one per row must not be padding.
+            memory_key_padding_mask: ``(B, Ns)``, boolean, True = padding: exactly its ``Ns`` vectors are drawn, at
+                least one per row must not be padding.
             device: where to; the layer's own by default.
             generator: for the draws, on the layer's device.
 
@@ -235,6 +236,7 @@ class Nvib(NvibLayer):
         Raises:
             ValueError: a mask that has not ``number_samples`` rows, or a row without any vector.
         """
+        check_boolean("memory_key_padding_mask", memory_key_padding_mask)
         check_rows_of_prior(memory_key_padding_mask, number_samples)
         z, log_pi = self.sample_prior(memory_key_padding_mask.to(self.prior_mu.device), generator)
         z, log_pi = (self._order(x.to(device or x.device)) for x in (z, log_pi))
@@ -360,6 +362,12 @@ class DenoisingMultiheadAttention(nn.MultiheadAttention):
         z, mu, logvar, log_pi = memory.z, memory.mu, memory.logvar, memory.log_pi.squeeze(-1)
         if not self.batch_first:
             query, z, mu, logvar, log_pi = (x.transpose(0, 1) for x in (query, z, mu, logvar, log_pi))
+        if len(z) != len(query):
+            raise ValueError(
+                f"The memory has a batch of {len(z)}, but the query one of {len(query)}: pass one latent for each row."
+            )
+        for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+            check_boolean(name, mask, or_additive=True)
         if key_padding_mask is not None:
             padding = key_padding_mask
             log_pi = log_pi + additive_mask(~padding if padding.dtype == torch.bool else padding, log_pi.dtype)
@@ -420,5 +428,5 @@ def check_rows_of_prior(padding_mask: Tensor, number_samples: int) -> None:
             f"memory_key_padding_mask has {padding_mask.shape[0]} rows, but number_samples is {number_samples}. Give "
             "one row per sample."
         )
-    if padding_mask.bool().all(-1).any():
+    if padding_mask.all(-1).any():
         raise ValueError("memory_key_padding_mask has a row that is all padding. Leave it at least one vector.")

@@ -1,10 +1,11 @@
-"""Checks of settings, shared by the layer and the configuration, and of what the layer is given."""
+"""The settings of the layer and of the configuration: what each may be, by type and range, in one table."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -20,9 +21,96 @@ KINDS = ("cross", "encoder", "decoder")  # of attention
 DROPPINGS = ("threshold", "relaxed")
 
 
+class Range(NamedTuple):
+    """The finite numbers that a setting may be, in words and as a test, and a sentence on what it is."""
+
+    words: str
+    holds: Callable[[float], bool]
+    what: str = ""
+    whole: bool = False
+
+
+POSITIVE = Range("a positive number", lambda x: x > 0)
+NOT_NEGATIVE = Range("0 or positive", lambda x: x >= 0)
+SHARE = Range("in [0, 1]", lambda x: 0 <= x <= 1)
+LESS_THAN_ALL = Range("in [0, 1)", lambda x: 0 <= x < 1)
+COUNT = Range("a whole number of at least 1", lambda x: x >= 1 and x % 1 == 0, whole=True)
+
+RANGES: dict[str, Range] = {
+    "prior_alpha": POSITIVE,
+    "delta": SHARE._replace(what="it is the share of the source length that the prior expects to keep."),
+    "kappa": COUNT,
+    "alpha_threshold": NOT_NEGATIVE._replace(words="0 (drop nothing) or positive"),
+    "threshold_share": SHARE._replace(what="it is the share of the training examples in which vectors are dropped."),
+    "merge_share": Range(
+        "in (0, 1]", lambda x: 0 < x <= 1, "it is the share of the vectors that merging leaves, and 1 merges nothing."
+    ),
+    "tau_alpha": Range("finite", math.isfinite),
+    "tau_sigma": NOT_NEGATIVE,
+    "tau_mu": SHARE,
+    "lambda_gaussian": NOT_NEGATIVE,
+    "lambda_dirichlet": NOT_NEGATIVE,
+    "lambda_vectors": NOT_NEGATIVE,
+    "free_bits_gaussian": NOT_NEGATIVE,
+    "free_bits_dirichlet": NOT_NEGATIVE,
+    "word_dropout": LESS_THAN_ALL,
+    "word_dropout_token_id": Range("a token's number, from 0 on", lambda x: x >= 0 and x % 1 == 0, whole=True),
+    "label_smoothing": LESS_THAN_ALL,
+    "config_version": COUNT,
+    "scale": POSITIVE._replace(words="positive", what="it is the attention's scale s."),
+    "size_in": COUNT,
+    "size_out": COUNT,
+}
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "alpha_activation": ALPHA_ACTIVATIONS,
+    "dropping": DROPPINGS,
+    "evaluation": EVALUATIONS,
+    "kl_weights": KL_WEIGHTS,
+}
+
+SWITCHES = ("accumulate_alpha", "encode_sound_only", "exact_attention", "is_encoder_decoder")
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a real number, of Python or of NumPy."""
+    return not isinstance(value, bool) and isinstance(value, Real)
+
+
+def checked(name: str, value: Any) -> Any:
+    """A setting as plain Python: a float, an int, a bool or a str, as its name says.
+
+    Raises:
+        TypeError: a value of another type. ValueError: one outside the setting's range.
+    """
+    if name in CHOICES:
+        check_choice(name, value, CHOICES[name])
+        return value
+    if (value.numel() if isinstance(value, Tensor) else getattr(value, "size", 0)) == 1:  # of PyTorch or NumPy
+        value = value.item()
+    if name in SWITCHES:
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, but got {value!r}. Pass one of the two.")
+        return value
+    allowed = RANGES[name]
+    if not is_number(value):
+        raise TypeError(f"{name} must be a number, but got {value!r}. Pass one that is {allowed.words}.")
+    if math.isinf(value) and not allowed.whole:
+        raise ValueError(f"{name} must be finite, but got {value}. Pass a number that is {allowed.words}.")
+    if not allowed.holds(value):
+        what = f": {allowed.what}" if allowed.what else "."
+        raise ValueError(f"{name} must be {allowed.words}, but got {value}{what}")
+    return int(value) if allowed.whole else value
+
+
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise ValueError for a value that is none of the choices."""
-    if value not in choices:
+    if name == "dropping" and value == "hard":
+        raise ValueError(
+            "dropping='hard' was removed: with as few vectors a threshold reconstructs far more of the texts. Take "
+            "alpha_threshold=0.1 with dropping='threshold', or dropping='relaxed' where the decoder is frozen."
+        )
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, but got {value!r}.")
 
 
@@ -37,8 +125,7 @@ def check_number(
 ) -> None:
     """Raise ValueError unless a value is a finite number of a range, which ``above`` and ``below`` are not part of."""
     low, high = above if above is not None else least, below if below is not None else most
-    is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if is_number and low <= value <= high and value not in (above, below):
+    if is_number(value) and math.isfinite(value) and low <= value <= high and value not in (above, below):
         return
     if high < math.inf:
         what = f"in {'[' if above is None else '('}{low:g}, {high:g}{']' if below is None else ')'}"
@@ -51,7 +138,7 @@ def check_number(
 
 def check_whole(name: str, value: object, least: int = 1, unit: str = "") -> None:
     """Raise ValueError unless a value is a whole number of at least ``least``."""
-    if not isinstance(value, Real) or isinstance(value, bool) or value % 1 != 0:  # nan and inf have a rest of nan
+    if not is_number(value) or value % 1 != 0:  # nan and inf have a rest of nan
         raise ValueError(f"{name} must be a whole number of at least {least}{unit}, but got {value!r}.")
     if value < least:
         raise ValueError(f"{name} must be at least {least}{unit}, but got {value!r}.")
@@ -63,13 +150,21 @@ def check_prior(
     prior_alpha: float,
     width: int | None = None,
 ) -> None:
-    """Raise ValueError unless mean and variance have one or ``width`` values and all are in range."""
+    """Raise ValueError, or TypeError, unless mean and variance have one or ``width`` values and all are in range."""
     for name, value in (("prior_mu", prior_mu), ("prior_var", prior_var)):
-        values = torch.as_tensor(value, dtype=torch.float32)
-        if values.dim() > 0 and width is not None and values.shape != (width,):
+        try:
+            values = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError):
+            values = None
+        if values is None or values.dtype in (torch.bool, torch.complex64, torch.complex128):
+            raise TypeError(f"{name} must be a number, or one for each channel, but got {value!r}.")
+        values = values.float()
+        if values.dim() > 1 or (values.dim() == 1 and width is not None and values.shape != (width,)):
             raise ValueError(
                 f"{name} has {values.numel()} values but this model's width is {width}. "
                 f"Pass one number or {width} values."
+                if values.dim() == 1
+                else f"{name} has shape {tuple(values.shape)}. Pass one number, or one for each channel."
             )
         if values.is_meta:
             continue
@@ -77,55 +172,69 @@ def check_prior(
             raise ValueError(f"{name} must be finite, but got {value}.")
         if name == "prior_var" and not (values > 0).all():
             raise ValueError(f"prior_var must be positive, but its smallest value is {values.min().item()}.")
-    if not 0 < prior_alpha < float("inf"):
-        raise ValueError(f"prior_alpha must be a positive number, but got {prior_alpha}.")
+    checked("prior_alpha", prior_alpha)
 
 
-def check_settings(
-    delta: float,
-    kappa: int,
-    alpha_activation: str,
-    dropping: str,
-    alpha_threshold: float,
-    threshold_share: float,
-    scale: float | None = None,
-) -> None:
-    """Raise ValueError for a setting of the layer outside its range."""
-    if not 0 <= delta <= 1:
-        raise ValueError(
-            f"delta must be in [0, 1], but got {delta}: it is the share of the source length that the prior "
-            "expects to keep."
-        )
-    if not (kappa >= 1 and kappa % 1 == 0):
-        raise ValueError(f"kappa must be a whole number of at least 1, but got {kappa}.")
-    check_choice("alpha_activation", alpha_activation, ALPHA_ACTIVATIONS)
-    if not 0 <= alpha_threshold < float("inf"):
-        raise ValueError(f"alpha_threshold must be 0 (drop nothing) or positive, but got {alpha_threshold}.")
-    if dropping == "hard":
-        raise ValueError(
-            "dropping='hard' was removed: with as few vectors a threshold reconstructs far more of the texts. Take "
-            "alpha_threshold=0.1 with dropping='threshold', or dropping='relaxed' where the decoder is frozen."
-        )
-    check_choice("dropping", dropping, DROPPINGS)
+def check_dropping(dropping: str, alpha_threshold: float) -> None:
+    """Raise ValueError where two settings decide what is dropped."""
     if dropping != "threshold" and alpha_threshold > 0:
         raise ValueError(
             f"alpha_threshold={alpha_threshold} and dropping={dropping!r} both decide which vectors are dropped. Set "
             "alpha_threshold=0, or dropping='threshold'."
         )
-    if not 0 <= threshold_share <= 1:
-        raise ValueError(
-            f"threshold_share must be in [0, 1], but got {threshold_share}: it is the share of the training examples "
-            "in which vectors are dropped."
+
+
+def checked_tau(name: str, value: Any) -> float | dict[str, float]:
+    """``tau_alpha``, ``tau_sigma`` or ``tau_mu``: a number, or one by kind of attention."""
+    if not isinstance(value, dict):
+        tau: float = checked(name, value)
+        return tau
+    for kind in value:
+        check_choice(f"A key of {name}", kind, KINDS)
+    return {kind: checked(name, tau) for kind, tau in value.items()}
+
+
+def attentions_by_kind(attentions: Any) -> dict[str, str | list[int]] | None:
+    """Which layers of which kinds of attention: ``{kind: "all" or numbers}`` of that, or of a list of kinds.
+
+    Raises:
+        ValueError: it names another kind, or something else than layers.
+    """
+    if attentions is None:
+        return None
+    if isinstance(attentions, str):
+        attentions = [attentions]
+    if not hasattr(attentions, "items") and not isinstance(attentions, (list, tuple, set, frozenset)):
+        raise TypeError(
+            f"attentions must be a list of {', '.join(map(repr, KINDS))}, or their layers by name, but got "
+            f"{attentions!r}. Pass for instance {{'cross': 'all', 'encoder': [3, 4, 5]}}."
         )
-    if scale is not None and not 0 < scale < float("inf"):
-        raise ValueError(f"scale must be positive, but got {scale}: it is the attention's scale s.")
+    for kind in attentions:
+        check_choice("attentions", kind, KINDS)
+    by_kind: dict[str, str | list[int]]
+    by_kind = dict(attentions) if hasattr(attentions, "items") else dict.fromkeys(attentions, "all")
+    for kind, layers in by_kind.items():
+        is_all = isinstance(layers, str) and layers == "all"
+        if kind == "cross" and not is_all:
+            raise ValueError(f"attentions['cross'] must be 'all', but got {layers!r}: all layers read one latent.")
+        if not is_all:
+            numbers = list(layers) if isinstance(layers, (list, tuple, set, frozenset, range)) else []
+            if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
+                raise ValueError(
+                    f"attentions[{kind!r}] must be 'all' or numbers of layers, counted from 0, but got {layers!r}."
+                )
+            by_kind[kind] = sorted(set(numbers))
+    if not by_kind:
+        raise ValueError("attentions is empty. Name at least one kind of attention, or leave it out.")
+    return by_kind
 
 
-def check_taus(tau_alpha: float, tau_sigma: float, tau_mu: float) -> None:
-    """Raise ValueError for a setting of the identity initialisation outside its range."""
-    if not tau_sigma >= 0:
-        raise ValueError(f"tau_sigma must be 0 or positive, but got {tau_sigma}.")
-    if not 0 <= tau_mu <= 1:
-        raise ValueError(f"tau_mu must be in [0, 1], but got {tau_mu}.")
-    if not abs(tau_alpha) < float("inf"):
-        raise ValueError(f"tau_alpha must be finite, but got {tau_alpha}.")
+def check_boolean(name: str, mask: Tensor | None, or_additive: bool = False) -> None:
+    """Raise TypeError for a mask of whole numbers, which of 0 and 1 could mean either."""
+    if mask is None or mask.dtype == torch.bool or (or_additive and mask.is_floating_point()):
+        return
+    kinds = "boolean (True = masked) or floating (added to the scores)" if or_additive else "boolean (True = padding)"
+    raise TypeError(
+        f"{name} must be {kinds}, but got {mask.dtype}. Pass mask.bool() if its ones are masked, or mask == 0 if they "
+        "are to be seen, as in an attention_mask of a tokenizer."
+    )

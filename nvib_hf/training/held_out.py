@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..evaluation.texts import evaluating
 from ..layers.cross_entropy import IGNORED
@@ -24,7 +25,7 @@ class HeldOut:
         count: how many examples at most.
     """
 
-    def __init__(self, dataset: Iterable, collate: Callable[[list], dict], count: int) -> None:
+    def __init__(self, dataset: Any, collate: Callable[[list], dict], count: int) -> None:
         if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
             size = min(count, len(dataset))
             self._examples: Sequence = [dataset[i * len(dataset) // size] for i in range(size)]
@@ -52,7 +53,7 @@ class HeldOut:
             yield self._collate(own[first : first + size])
 
 
-def evaluated(model: nn.Module, inputs: dict, args):
+def evaluated(model: PreTrainedModel, inputs: dict, args):
     """What a model returns for a batch, decoded as in evaluation; ``args`` are the Trainer's."""
     inputs = {name: x.to(model.device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
     dtype = torch.float16 if args.fp16 else torch.bfloat16
@@ -60,7 +61,7 @@ def evaluated(model: nn.Module, inputs: dict, args):
         return model(**inputs)
 
 
-def cross_entropy_of(model: nn.Module, batches: Iterable[dict], args) -> float | None:
+def cross_entropy_of(model: PreTrainedModel, batches: Iterable[dict], args) -> float | None:
     """Nats per target token, decoded as in evaluation, over the batches of all processes; ``None`` without a target.
 
     It draws nothing from the global random state: the training is the same with and without.

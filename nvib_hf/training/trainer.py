@@ -18,6 +18,7 @@ from transformers.trainer_utils import default_compute_objective
 from transformers.utils import logging
 
 from ..evaluation.report import evaluation_of, with_evaluation
+from ..files import write_whole
 from ..loss import SMOOTHING
 from ..wrapping.model_card import base_ids, markdown_table, model_card
 from .collapse import CollapseCallback
@@ -190,7 +191,8 @@ class NvibTrainerMixin(_Trainer):
             path = Path(self.args.output_dir) / "README.md"
             earlier = path.read_text(encoding="utf-8") if path.exists() else ""
             card.content = with_evaluation(card.content, evaluation_of(earlier))
-            card.save(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, str(card))
         return None
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -31,6 +30,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from ..layers.distributions import noise
 from ..versions import CACHE, installed_and_tested
+from .architecture import architecture_class
 
 if TYPE_CHECKING:
     pass
@@ -100,13 +100,37 @@ def gathering(model: nn.Module, name: str) -> Callable:
     return getattr(model, name)
 
 
-def run_encoder(base: PreTrainedModel, inputs: dict) -> tuple[BaseModelOutput, Tensor | None]:
-    """The encoder's output, projected to the decoder's width, and its mask or that of its inputs, or ``None``.
+def other_names_of_the_source(base: PreTrainedModel, encoder_names: Iterable[str]) -> dict[str, str]:
+    """What a base calls its source where its encoder has another name for it, by the encoder's.
 
-    ``inputs`` are the encoder's, by name. The mask may be as long as the input where the encoder shortens that:
-    :func:`shortened_mask`.
+    Pop2Piano's sound is its encoder's embeddings; a speech encoder of two models joined is handed whatever it reads.
     """
     encoder = base.get_encoder()
+    own = "inputs_embeds" if "inputs_embeds" in encoder_names else encoder.main_input_name
+    taken = argument_names(base.forward) & {"input_features", "input_values", "pixel_values", "inputs"}
+    return dict.fromkeys(sorted(taken - set(encoder_names)), own)
+
+
+def check_mask_of_states(base: PreTrainedModel, mask: Tensor, states: Tensor) -> None:
+    """Raise ValueError for a mask that does not belong to an encoder's output: left out, padding would be read."""
+    has_rule = hasattr(base.get_encoder(), "_get_feature_vector_attention_mask")
+    fits = mask.dim() == 2 and len(mask) == len(states)
+    if not fits or mask.shape[1] < states.shape[1] or (mask.shape[1] > states.shape[1] and not has_rule):
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}, but {STATES} {tuple(states.shape)} needs "
+            f"{tuple(states.shape[:2])}: one entry for each of its vectors."
+        )
+
+
+def run_encoder(
+    base: PreTrainedModel, inputs: dict, encoder: nn.Module | None = None
+) -> tuple[BaseModelOutput, Tensor | None]:
+    """The encoder's output, projected to the decoder's width, and its mask or that of its inputs, or ``None``.
+
+    ``inputs`` are the encoder's, by name; ``encoder`` runs in its place. The mask may be as long as the input where
+    the encoder shortens that: :func:`shortened_mask`.
+    """
+    encoder = base.get_encoder() if encoder is None else encoder
     if base.training and "input_features" in inputs and hasattr(base.base_model, "_mask_input_features"):
         # Whisper's SpecAugment, which works in place
         sound, mask = inputs["input_features"].clone(), inputs.get("attention_mask")
@@ -226,10 +250,10 @@ def base_class(config: PreTrainedConfig, architecture: str | None = None) -> typ
     """The class of the encoder-decoder model a configuration belongs to.
 
     Raises:
-        ValueError: there is none with a head that generates.
+        ValueError: there is none with a head that generates, or none of the name ``architecture``.
     """
-    if architecture is not None and hasattr(transformers, architecture):
-        return getattr(transformers, architecture)
+    if architecture is not None:
+        return architecture_class(architecture)
     joined = {model.config_class: model for model in JOINED}
     if type(config) in joined:
         return joined[type(config)]

@@ -6,16 +6,18 @@ module keeps its parameters, names and hooks: only its class changes, to a subcl
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import inspect
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import EncoderDecoderCache
+from transformers import Cache, EncoderDecoderCache
 
-from ..layers.denoising_attention import HALF_PRECISION, append_bias, denoising_attention, unpack
+from ..layers.denoising_attention import BIAS_WIDTH, HALF_PRECISION, append_bias, denoising_attention, unpack
 from ..versions import CACHE, installed_and_tested
+from .cached_keys import ALIGNED, carried, separated
 from .specs import AttentionSpec
 
 
@@ -82,12 +84,24 @@ def projection_matrix(projection: nn.Module, like: Tensor) -> Tensor:
     return (projection(eye) - projection(torch.zeros_like(eye[:, :1]))).squeeze(0).transpose(0, 1)
 
 
+class MadeAtRunTime(type):
+    """The type of a class that no module has: it is pickled as what it is made of, and so found again anywhere."""
+
+
 @functools.cache
 def converted_class(mixin: type[ConvertedAttention], base: type[nn.Module], spec: AttentionSpec) -> type[nn.Module]:
-    """A subclass of ``base`` that computes ``mixin``'s attention."""
+    """A subclass of ``base`` that computes ``mixin``'s attention: the same one for the same three."""
     names = tuple(inspect.signature(base.forward).parameters)[1:]
     fields = {"nvib_spec": spec, "nvib_arguments": names, "__module__": base.__module__}
-    return type(f"Denoising{base.__name__}", (mixin, base), fields)
+    return MadeAtRunTime(f"Denoising{base.__name__}", (mixin, base), fields)
+
+
+def _what_made_it(made: type[ConvertedAttention]) -> tuple:
+    mixin, base = made.__bases__
+    return converted_class, (mixin, base, made.nvib_spec)
+
+
+copyreg.pickle(MadeAtRunTime, _what_made_it)
 
 
 def own_class(module: ConvertedAttention) -> type[nn.Module]:
@@ -117,12 +131,13 @@ class DenoisingCrossAttention(ConvertedAttention):
         if spec.time_major:
             hidden_states, packed = hidden_states.transpose(0, 1), packed.transpose(0, 1)
         query = self._by_head(getattr(self, spec.query)(hidden_states))
-        rows, sources = hidden_states.shape[0], packed.shape[0]
+        read = self._projected(packed, hidden_states.dtype, inputs.get(spec.cache))
+        rows, sources = len(query), len(read["key"])  # those of a cache, where it has been reordered or repeated
         if rows != sources:
             query = fold_rows(query, sources)
         output, weights = denoising_attention(
             query,
-            **self._projected(packed, hidden_states.dtype, inputs.get(spec.cache)),
+            **read,
             scale=self.nvib_scale,
             exact=self.nvib_exact,
             softcap=getattr(self, spec.softcap) if spec.softcap else None,
@@ -136,31 +151,87 @@ class DenoisingCrossAttention(ConvertedAttention):
         inputs["weights"] = weights
         return tuple(inputs.get(name) for name in spec.returns)
 
-    def _projected(self, packed: Tensor, dtype: torch.dtype, cache) -> dict[str, Tensor]:
+    def _projected(self, packed: Tensor, dtype: torch.dtype, cache) -> dict[str, Tensor | None]:
         """What attention reads of a latent in this layer, once per source: later steps find it in the cache.
 
         ``key``, ``value`` ``(B, H, Nl, E)`` and ``bias``; of a mixture also ``shrinkage`` and the matrices.
         """
-        has_cache = isinstance(cache, EncoderDecoderCache)
-        if has_cache and cache.is_updated.get(self.layer_idx):
-            layer = cache.cross_attention_cache.layers[self.layer_idx]
-            return {"key": layer.keys, "value": layer.values, **layer.nvib_beside}
+        if not isinstance(cache, EncoderDecoderCache):
+            return self._of_latent(packed, dtype)
+        cached, index = cache.cross_attention_cache, self.layer_idx
+        if cache.is_updated.get(index):
+            layer = cached.layers[index]
+            key, value = layer.keys, layer.values
+            if (seen := getattr(layer, "nvib_read", None)) is not None and seen[0] is key and seen[1] is value:
+                return seen[2]
+        else:
+            read = self._of_latent(packed, dtype)
+            make_room(cached, index, packed.shape[1])
+            key, value = cached.update(*self._to_be_cached(read), index)
+            cache.is_updated[index], layer = True, cached.layers[index]
+            # No row's own, so they may stay behind when a cache is taken apart: they are made again then.
+            layer.nvib_matrices = {name: read[name] for name in ("key_weight", "value_weight") if name in read}
+        read = self._from_cache(key, value, layer, packed, dtype)
+        if key is layer.keys and not torch.compiler.is_compiling():
+            layer.nvib_read = (key, value, read)  # for the next step, unless others stand there by then
+        return read
+
+    def _from_cache(self, key: Tensor, value: Tensor, layer, packed: Tensor, dtype: torch.dtype) -> dict:
+        """What attention reads of the keys and values in a cache, which may have been put elsewhere."""
+        key, value = (x.to(packed.device) for x in (key, value))
+        if hasattr(layer, "max_cache_len"):
+            key, value = (x[:, :, : packed.shape[1]] for x in (key, value))
+        if not self._is_mixture(packed) and self._appends_bias(key.dtype):
+            return {"key": key, "value": value, "bias": None}
+        size = self.nvib_width if self._is_mixture(packed) else None
+        key, bias, shrinkage = separated(key, getattr(self, self.nvib_spec.head_dim), size)
+        read = {"key": key, "value": value, "bias": bias}
+        if shrinkage is not None:
+            vectors = packed[..., : self.nvib_width].to(dtype)
+            read |= {"shrinkage": shrinkage, **(getattr(layer, "nvib_matrices", None) or self._matrices(vectors))}
+        return read
+
+    def _of_latent(self, packed: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         latent = unpack(packed, self.nvib_width)
         vectors = latent.vectors.to(dtype)
         if not torch.is_grad_enabled():  # which would keep the copy: each projection of a slice takes 7 % longer
             vectors = vectors.contiguous()
         key, value = self._key_value(vectors)
-        beside = {"bias": latent.bias}
+        read = {"key": key, "value": value, "bias": latent.bias}
         if latent.shrinkage is not None:
-            beside |= {"shrinkage": latent.shrinkage.to(dtype), **self._matrices(vectors)}
-        if has_cache:
-            plain = latent.shrinkage is None and self.nvib_spec.softcap is None
-            if plain and dtype in HALF_PRECISION:  # once, not at every step, for which fp32 has a mask
-                key, value = append_bias(key, value, beside["bias"], self.nvib_scale)
-            key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
-            cache.is_updated[self.layer_idx] = True
-            cache.cross_attention_cache.layers[self.layer_idx].nvib_beside = beside
-        return {"key": key, "value": value, **beside}
+            read |= {"shrinkage": latent.shrinkage.to(dtype), **self._matrices(vectors)}
+        return read
+
+    def _to_be_cached(self, read: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values with all that belongs to a vector in them."""
+        key, value, bias, shrinkage = read["key"], read["value"], read["bias"], read.get("shrinkage")
+        if shrinkage is None and self._appends_bias(key.dtype):
+            return append_bias(key, value, bias, self.nvib_scale)
+        return carried(key, bias, shrinkage, multiple_of=ALIGNED), value
+
+    def _appends_bias(self, dtype: torch.dtype) -> bool:
+        """Whether points are cached as kernels read them: once, not at every step, for which fp32 has a mask."""
+        return dtype in HALF_PRECISION and self.nvib_spec.softcap is None
+
+    def _is_mixture(self, packed: Tensor) -> bool:
+        return packed.shape[-1] > self.nvib_width + BIAS_WIDTH
+
+
+def make_room(cache: Cache, index: int, length: int) -> None:
+    """Have an unwritten static cache hold ``length`` vectors in a layer: one made for a source lacks the prior's.
+
+    Raises:
+        ValueError: it has been made already, and is too short.
+    """
+    layer = cache.layers[index] if index < len(cache.layers) else None
+    if layer is None or getattr(layer, "max_cache_len", length) >= length:
+        return
+    if layer.is_initialized:
+        raise ValueError(
+            f"The cache of cross-attention holds {layer.max_cache_len} vectors, but the latents have {length}: those "
+            f"of the source and the prior's. Make it with max_cache_len={length}, or leave the cache to generate()."
+        )
+    layer.max_cache_len = length
 
 
 def fold_rows(x: Tensor, sources: int) -> Tensor:

@@ -11,11 +11,18 @@ from __future__ import annotations
 import ast
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from transformers.utils import logging
 
+from ..files import write_whole
+
 logger = logging.get_logger(__name__)
+
+_UNFINISHED: ContextVar[bool] = ContextVar("unfinished", default=False)
 
 
 def flattened(file: Path) -> dict[str, str]:
@@ -71,4 +78,35 @@ def save_code(cls: type, folder: str | os.PathLike) -> None:
     file = sys.modules[owner_of_code(cls).__module__].__file__
     assert file is not None, f"{cls.__name__} is in no file"
     for name, source in flattened(Path(file)).items():
-        Path(folder, name).write_text(source, encoding="utf-8")
+        write_whole(Path(folder, name), source)
+
+
+# What was interrupted must not load as a mixture of two models, so the configuration is the last file of a model.
+# Within Transformers' own saving it is the first: until the weights are there it has another name.
+
+
+@contextmanager
+def written_last(file: Path) -> Iterator[None]:
+    """Remove a folder's ``config.json``; what is saved within appears under that name when all has been written."""
+    file.unlink(missing_ok=True)
+    token = _UNFINISHED.set(True)
+    try:
+        yield
+    finally:
+        _UNFINISHED.reset(token)
+    put_in_place(file)
+
+
+def name_until_finished(file: Path) -> Path:
+    """Where to write a configuration: elsewhere, while its model is being saved."""
+    return _aside(file) if _UNFINISHED.get() else file
+
+
+def put_in_place(file: Path) -> None:
+    """Give a configuration its name, if it was written elsewhere."""
+    if _aside(file).exists():
+        _aside(file).replace(file)
+
+
+def _aside(file: Path) -> Path:
+    return file.with_name(f"{file.name}.unfinished")

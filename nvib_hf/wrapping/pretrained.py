@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Self
 
@@ -17,33 +17,43 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from ..configuration_nvib import TAUS, NvibConfig
+from ..files import write_whole
 from ..layers.initialisation import EmpiricalPrior, PriorStatistics, prior_buffers
+from ..layers.latent_prior import LatentPrior
 from ..layers.nvib import NvibLayer, SinglePrecisionMixin
+from .adapters import check_is_bare
+from .architecture import warn_if_not_found
 from .base import check_known, damage_explained
 from .cross_attention import restore_cross_attention
-from .hub import auto_map_entry, save_code
+from .hub import auto_map_entry, put_in_place, save_code, written_last
 from .model_card import model_card
 from .self_attention import DenoisingSelfAttention, restore_self_attention
 from .stacked_encoder import unstack
-from .wrap import split_settings, wrap
+from .wrap import hand_back, split_settings, wrap
 
 
 class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
     """A model of Transformers around a ``base``, with NVIB layers in it.
 
     Subclasses set ``base``, ``config`` and ``_self_attention_names`` (the modules' names in the model by those of
-    their layers). ``_load_base`` loads a base by its name, ``_read`` runs what reads the inputs of a batch,
-    ``_auto_name`` is the Auto class that loads them; with ``_has_card`` a model card is saved, too.
+    their layers), load a base by its name in ``_load_base``, run what reads the inputs of a batch in ``_read``, and
+    name the Auto class that loads them in ``_auto_name``; with ``_has_card`` a model card is saved, too.
     """
 
     config_class = NvibConfig
     base_model_prefix = "base"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    _tied_weights_keys: dict[str, str] = {}  # of its own; PEFT looks for those of the base if it finds a dict here
     _supports_sdpa = True
     # s / 2 * ||x||^2 in the pseudo-counts must cancel to the last bit against the attention's bias. When loading;
     # afterwards see SinglePrecisionMixin.
-    _keep_in_fp32_modules_strict = [r"nvib\.(alpha|keep|prior)_\w+", "nvib.threshold_share", "kl_beta"]
+    _keep_in_fp32_modules_strict = [
+        r"nvib\.(alpha|keep|prior)_\w+",
+        "nvib.threshold_share",
+        "kl_beta",
+        r"latent_prior\.(?!is_fitted)\w+",
+    ]
 
     base: PreTrainedModel
     config: NvibConfig
@@ -70,17 +80,28 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
             TypeError: an argument that neither takes.
         """
         settings, others = split_settings(kwargs)
+        if isinstance(base, nn.Module):
+            check_is_bare(base)
         if isinstance(base, PreTrainedModel):
             check_known(others, "A loaded model")
-        else:
+        elif isinstance(base, (str, os.PathLike)):
             base = cls._load_base(base, **others)
+        else:
+            raise TypeError(
+                f"The base must be a model of Transformers, or its name or path, but got {type(base).__name__}. Pass "
+                "what from_pretrained of its class returned."
+            )
         return wrap(cls, base, settings)
 
     def unwrap(self) -> PreTrainedModel:
-        """The base model with its trained weights and its own cross-attention. This model is spent afterwards."""
+        """The base model with its trained weights and its own cross-attention. This model is spent afterwards.
+
+        It generates as this model is set to, and has its tags.
+        """
         restore_cross_attention(self.base)
         unstack(self.base)
         restore_self_attention(self.base)
+        hand_back(self, self.base)
         return self.base
 
     def freeze_base(self) -> Self:
@@ -97,6 +118,8 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
                 self._initialize_nvib(layer, self.config.taus(name.partition(".")[0]))
         self.base.initialize_weights()
         super().initialize_weights()
+        if (prior := getattr(self, "latent_prior", None)) is not None:
+            prior.requires_grad_(False)  # it is trained by a call of its own
 
     @torch.no_grad()
     def _initialize_nvib(self, layer: NvibLayer, taus: dict[str, float]) -> None:
@@ -115,6 +138,11 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if module is self:
             init.ones_(self.kl_beta)
+            if hasattr(self, "silence"):
+                init.zeros_(self.silence)
+        elif isinstance(module, LatentPrior):
+            init.zeros_(module.is_fitted)
+            init.zeros_(module.code_bias)
         else:
             super()._init_weights(module)
 
@@ -136,38 +164,46 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
         if output_loading_info:
             return model, info
         if state_dict is None and not kwargs.get("ignore_mismatched_sizes"):
-            check_nothing_is_missing(pretrained_model_name_or_path, info["missing_keys"])
+            check_weights_fit(pretrained_model_name_or_path, info["missing_keys"], info["unexpected_keys"])
         return model
 
     # -------------------------------------------------------------------------------------------------- saving
     @classmethod
     def register_for_auto_class(cls, auto_class: object = "AutoModel") -> None:
-        """Does nothing: a saved model brings its code anyway, from all folders of the package."""
+        """Nothing to do: a saved model brings its code, which Transformers would save from one folder alone."""
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, is_main_process: bool = True, *args, **kwargs
     ) -> None:
         """As in ``PreTrainedModel``. The folder gets the model's code and, if it has none yet, a model card.
 
+        The configuration is written last, and an older one removed first: a folder in which saving was interrupted has
+        none, and does not load.
+
         ``model.name_or_path`` is from then on where it was saved or pushed to: what an adapter takes for its base.
         """
-        self.config.auto_map = {
-            **(getattr(self.config, "auto_map", None) or {}),
-            self._auto_name: auto_map_entry(type(self)),
-        }
-        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        known = getattr(self.config, "auto_map", None) or {}
+        self.config.auto_map = {**known, self._auto_name: auto_map_entry(type(self))}
         folder = Path(save_directory)
         if self._holds_an_adapter():
+            super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
             return
+        warn_if_not_found(self.config.base_architecture)
+        saves = self.should_save_on_this_rank(is_main_process) and not folder.is_file()
+        with written_last(folder / "config.json") if saves else nullcontext():
+            super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+            if saves:
+                save_code(type(self), folder)
         self.name_or_path = str(save_directory)
-        if folder.is_dir() and self.should_save_on_this_rank(is_main_process):
-            save_code(type(self), folder)
-            if not (folder / "README.md").exists():
-                self._save_card(folder, folder.resolve().name)
+        if saves and not (folder / "README.md").exists():
+            self._save_card(folder, folder.resolve().name)
 
     def _upload_modified_files(self, working_dir, repo_id, files_timestamps, *args, **kwargs):
         """The last step of each push. A repository without a card gets this model's, not an empty form."""
         path = Path(working_dir) / "README.md"
+        if not self._holds_an_adapter():  # save_pretrained(..., push_to_hub=True) does both after the push
+            save_code(type(self), working_dir)
+            put_in_place(path.with_name("config.json"))
         if "README.md" not in files_timestamps and not file_exists(repo_id, "README.md", token=kwargs.get("token")):
             tags = ModelCard.load(path).data.tags if path.exists() else None
             self._save_card(path.parent, repo_id, tags=tags)
@@ -182,7 +218,7 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
 
     def _save_card(self, folder: Path, name: str, **metadata) -> None:
         if self._has_card and not self._holds_an_adapter():
-            model_card(self, name, **metadata).save(folder / "README.md")
+            write_whole(folder / "README.md", str(model_card(self, name, **metadata)))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base.get_input_embeddings()
@@ -315,11 +351,20 @@ def check_name_to_load(name: object, state_dict: dict | None) -> None:
         )
 
 
-def check_nothing_is_missing(name: object, missing: Iterable[str]) -> None:
-    """Raise OSError for a checkpoint that lacks weights."""
+def check_weights_fit(name: object, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Raise OSError for a checkpoint that lacks weights, or has weights of NVIB that the model has no place for."""
     if missing := sorted(missing):
         raise OSError(
-            f"The checkpoint {name} lacks {len(missing)} of the model's weights "
-            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}). Fetch it again, or pass "
-            "ignore_mismatched_sizes=True to start those weights afresh."
+            f"The checkpoint {name} lacks {len(missing)} of the model's weights ({_some(missing)}). Fetch it again, "
+            "or pass ignore_mismatched_sizes=True to start those weights afresh."
         )
+    if unexpected := sorted(key for key in unexpected if "nvib" in key.split(".")):
+        raise OSError(
+            f"The checkpoint {name} has {len(unexpected)} weights of NVIB that its configuration has no place for "
+            f"({_some(unexpected)}), so the two are not of one model. Fetch both again, or pass "
+            "ignore_mismatched_sizes=True to leave those weights out."
+        )
+
+
+def _some(names: list[str]) -> str:
+    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"

@@ -19,15 +19,10 @@ from torch.nn import functional as F
 from transformers import EncoderDecoderCache
 
 from ..configuration_nvib import NvibConfig
-from ..layers.denoising_attention import (
-    HALF_PRECISION,
-    AttendedLatent,
-    additive_mask,
-    denoising_attention,
-    three_summands,
-)
+from ..layers.denoising_attention import AttendedLatent, additive_mask, denoising_attention
 from ..layers.distributions import Posterior
 from ..layers.nvib import SelfAttentionNvibLayer
+from .cached_keys import carried, separated
 from .cross_attention import ConvertedAttention, converted_class, own_class, set_class
 from .specs import AttentionSpec
 
@@ -208,8 +203,9 @@ class DenoisingSelfAttention(ConvertedAttention):
         if cache is None:
             key, value = self._key_value(vectors)
         else:
-            # The prior's component is projected once: the first time, or always beside a counter on the device.
-            first = isinstance(past, Tensor) or past == 0
+            # The prior's component is projected once: the first time, where a cache has been taken apart since, or
+            # always beside a counter on the device.
+            first = isinstance(past, Tensor) or past == 0 or not hasattr(cache.layers[self.layer_idx], "nvib_prior")
             key, value = self._key_value(vectors if first else vectors[:, 1:])
             wide = carried(
                 key, bias if first else bias[:, 1:], shrinkage if first or shrinkage is None else shrinkage[:, 1:]
@@ -271,32 +267,6 @@ def visible_keys(mask: Tensor | None, hidden_states: Tensor) -> Tensor | None:
         return None
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     return seen.any(dim=1).any(dim=1).expand(len(hidden_states), -1)
-
-
-def carried(key: Tensor, bias: Tensor, shrinkage: Tensor | None) -> Tensor:
-    """Keys ``(B, H, N, E)`` with what belongs to them in further channels, for a base's cache.
-
-    First the bias ``(B, N)``, in half precision as three summands that it does not round; then of the shrinkage
-    ``(B, N, P)`` a slice for each head.
-    """
-    heads = key.shape[1]
-    channels = three_summands(bias, shift=False) if key.dtype in HALF_PRECISION else bias[..., None]
-    channels = channels.clamp(min=torch.finfo(key.dtype).min).to(key.dtype)
-    parts = [key, channels[:, None].expand(-1, heads, -1, -1)]
-    if shrinkage is not None:
-        missing = -shrinkage.shape[-1] % heads
-        shrinkage = F.pad(shrinkage, (0, missing)).unflatten(-1, (heads, -1)).transpose(1, 2)
-        parts.append(shrinkage.to(key.dtype))  # under autocast its own may be wider, and would be that of all channels
-    return torch.cat(parts, dim=-1)
-
-
-def separated(wide: Tensor, width: int, size: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys of ``width``, bias and shrinkage (of ``size`` ``P``, ``None`` for none) of what :func:`carried` made."""
-    beyond = width + (3 if wide.dtype in HALF_PRECISION else 1)
-    bias = wide[:, 0, :, width:beyond]
-    bias = (bias.float() if bias.dtype in HALF_PRECISION else bias).sum(-1)
-    shrinkage = None if size is None else wide[..., beyond:].transpose(1, 2).flatten(2)[..., :size]
-    return wide[..., :width], bias, shrinkage
 
 
 def convert_self_attention(

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..configuration_nvib import NvibConfig, refuse_misspelt_settings, setting_names
 from ..layers.nvib import NvibLayer, SelfAttentionNvibLayer
+from .architecture import architecture_name
 from .base import check_decoder_call
 from .cross_attention import ConvertedAttention
 from .self_attention import DenoisingSelfAttention, convert_self_attention
@@ -140,15 +141,20 @@ def chosen(half: nn.Module, kind: str, config: NvibConfig) -> dict[str, tuple[nn
 
 def wrap(model_class: type[PreTrainedModel], base: PreTrainedModel, settings: dict) -> PreTrainedModel:
     """A model of ``model_class`` around a base, which is changed in place, on its device and in its mode."""
-    config = NvibConfig(base_config=base.config, base_architecture=type(base).__name__, **settings)
+    config = NvibConfig(base_config=base.config, base_architecture=architecture_name(type(base)), **settings)
     model = model_class(config, base=base)
     # Not the base's name: whoever loads by it (an adapter does) would get the bare base.
     model.name_or_path = config.name_or_path = ""
     for layer in model.nvib_layers().values():
         layer.to(base.device, base.dtype)
     model.kl_beta = model.kl_beta.to(base.device)
+    if config.encode_sound_only:
+        model.store_silence()
     carry_quantisation(base, model)
     return model.train(base.training)
+
+
+QUANTISED = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_8bit", "is_loaded_in_4bit")
 
 
 def carry_quantisation(base: PreTrainedModel, model: PreTrainedModel) -> None:
@@ -156,13 +162,29 @@ def carry_quantisation(base: PreTrainedModel, model: PreTrainedModel) -> None:
     quantizer = getattr(base, "hf_quantizer", None)
     if quantizer is None:
         return
-    for name in ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_8bit", "is_loaded_in_4bit"):
+    for name in QUANTISED:
         if hasattr(base, name):
             setattr(model, name, getattr(base, name))
     settings = copy.deepcopy(quantizer.quantization_config)
     name = "llm_int8_skip_modules" if hasattr(settings, "llm_int8_skip_modules") else "modules_to_not_convert"
     setattr(settings, name, [*quantizer.modules_to_not_convert, "nvib"])
     model.config.quantization_config = settings
+
+
+def hand_back(model: PreTrainedModel, base: PreTrainedModel) -> None:
+    """Give a base what the model around it has that it lacks: all of it, where the model was loaded from a file."""
+    if base.can_generate() and model.can_generate():
+        base.generation_config = model.generation_config
+    if tags := [tag for tag in model.model_tags or () if tag != "nvib"]:
+        base.model_tags = tags
+    for name in (*QUANTISED, "hf_device_map"):
+        if hasattr(model, name) and not hasattr(base, name):
+            value = getattr(model, name)
+            if name == "hf_device_map":
+                value = {part.removeprefix("base").removeprefix("."): place for part, place in value.items()}
+            setattr(base, name, value)
+    if getattr(model, "hf_quantizer", None) is not None and not hasattr(base.config, "quantization_config"):
+        base.config.quantization_config = model.config.quantization_config
 
 
 def split_settings(kwargs: dict) -> tuple[dict, dict]:
@@ -204,14 +226,19 @@ def check_unwrapped(base: PreTrainedModel) -> None:
         )
 
 
-def check_attentions(attentions: dict | None) -> dict:
+def check_attentions(config: NvibConfig) -> dict:
     """The attentions of an encoder-decoder, by default the cross-attention; ValueError if they lack that."""
-    if attentions is not None and "cross" not in attentions:
+    if not config.is_encoder_decoder:
         raise ValueError(
-            f"attentions are {list(attentions)}, but the latents of an encoder-decoder are what its cross-attention "
-            "reads: name 'cross' too. As it is initialised it computes what the base computes."
+            "is_encoder_decoder is False, as of an encoder with a head, but this model has a decoder. Leave it out, "
+            "or load what is no encoder-decoder with NvibForSequenceClassification or NvibForTokenClassification."
         )
-    return {"cross": "all"} if attentions is None else attentions
+    if config.attentions is not None and "cross" not in config.attentions:
+        raise ValueError(
+            f"attentions are {list(config.attentions)}, but the latents of an encoder-decoder are what its "
+            "cross-attention reads: name 'cross' too. As it is initialised it computes what the base computes."
+        )
+    return {"cross": "all"} if config.attentions is None else config.attentions
 
 
 def check_one_scale(name: str, scales: set[float]) -> None:

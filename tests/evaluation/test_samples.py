@@ -7,7 +7,6 @@ import torch
 from tiny_nvib import tiny_nvib
 from tiny_text import tiny_language_model, tiny_tokenizer
 
-from nvib_hf.evaluation import samples as sample_quality
 from nvib_hf.evaluation.samples import (
     DECODINGS,
     distinct_n,
@@ -57,12 +56,11 @@ def test_samples_of_three_kinds():
     assert len({tuple(texts) for texts in kinds.values()}) == 3
 
 
-def test_scores_of_samples(monkeypatch):
+def test_scores_of_samples():
     """Every kind by the measures of texts, and as many real texts beside them."""
-    monkeypatch.setattr(sample_quality, "reverse_perplexity", lambda texts, real, seed, steps: len(texts) + steps / 10)
     judge = {"language_model": tiny_language_model(), "lm_tokenizer": TOKENIZER}
     samples, real = {"one": TEXTS[:3], "two": ["w5 w6 w7", "w8"]}, [f"w{i} w{i + 1} w9 w{2 * i}" for i in range(5, 15)]
-    scores = sample_scores(samples, real, ["w8", "w7", "w5 w90"], **judge, reverse_steps=10, seed=2)
+    scores = sample_scores(samples, real, ["w8", "w7", "w5 w90"], **judge, seed=2)
     assert set(scores) == {"one", "two", "real"}
     of_threes = [fluency(*judge.values(), list(three)) for three in itertools.combinations(real, 3)]
     assert any(value == pytest.approx(scores["real"]["fluency"], rel=1e-9) for value in of_threes)
@@ -73,11 +71,9 @@ def test_scores_of_samples(monkeypatch):
         assert scores[kind]["self_bleu"] == self_bleu(texts)
         assert [scores[kind][f"distinct_{n}"] for n in (1, 2)] == [distinct_n(texts, n) for n in (1, 2)]
         assert scores[kind]["num_samples"] == len(texts) and scores[kind]["examples"] == texts
-        assert scores[kind]["reverse_perplexity"] == len(texts) + 1
     assert [scores[kind]["copied"] for kind in ("one", "two", "real")] == [1 / 3, 1 / 2, 0]
-    assert scores["real"]["reverse_perplexity"] == 4  # learnt from three training texts
-    alone = sample_scores(samples, real, reverse_steps=0, seed=2)
-    assert set(alone["one"]) == set(scores["one"]) - {"fluency", "fluency_ratio", "copied", "reverse_perplexity"}
+    alone = sample_scores(samples, real, seed=2)
+    assert set(alone["one"]) == set(scores["one"]) - {"fluency", "fluency_ratio", "copied"}
 
 
 def test_latent_lengths_count_what_the_decoder_sees():

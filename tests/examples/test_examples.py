@@ -20,9 +20,9 @@ SECTIONS = (
 )
 
 
-def run(*arguments) -> str:
+def run(*arguments, script: str = "text_vae") -> str:
     """What the example prints."""
-    command = [sys.executable, EXAMPLES / "text_vae.py", *map(str, arguments)]
+    command = [sys.executable, EXAMPLES / f"{script}.py", *map(str, arguments)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -93,7 +93,7 @@ def test_any_text_file_and_the_pretrained_encoder(tmp_path):
     path.write_text("\n".join([*lines, "", *lines]), encoding="utf-8")
     steered = ("--cross-entropy", 100, "--keep", 0.5)
     output = ("--output", tmp_path / "out")
-    printed = run("--base", "minilm", "--text", path, "--quick", "--max-steps", 11, *steered, *output)
+    printed = run("--text", path, "--quick", "--max-steps", 11, *steered, *output, script="minilm")
     assert "'threshold_share': '0.7'" in printed and "'constraint_beta'" in printed  # learnt enough after ten steps
     assert "54 texts to train on, 6 held out" in printed
     held_out = (tmp_path / "out" / "held_out.txt").read_text(encoding="utf-8").splitlines()

@@ -74,6 +74,29 @@ def test_bad_arguments_say_what_to_do(tmp_path, arguments, message):
         runner.run_all(one, output_folder=tmp_path, **arguments)
 
 
+def test_records_are_small_and_come_back(tmp_path):
+    """A table's digits and every whole number survive; a thousand of them take a few hundred bytes."""
+    errors = [i * i % 7 for i in range(1000)]
+    results = {
+        "share": 1 / 3,
+        "tiny": 1.23456789e-9,
+        "none": None,
+        "flags": [True, False],
+        "text": "Grüße",
+        "plain": {"edits": errors, "right": [x > 3 for x in errors]},
+        "other": {"edits": errors[::-1], "short": [1, 2]},
+    }
+    record = {"settings": {"x": 1 / 3}, "results": results, "seconds": 1.5}
+    path = tmp_path / "a.json"
+    path.write_text(runner.written(record), encoding="utf-8")
+    assert path.stat().st_size < 1200 and "Grüße" in path.read_text(encoding="utf-8")
+    read = runner.finished(tmp_path, "a", record["settings"])
+    assert read["settings"] == record["settings"] and read["seconds"] == 1.5 and set(read) == set(record)
+    assert read["results"]["plain"] == results["plain"] and read["results"]["other"] == results["other"]
+    assert read["results"]["share"] == 0.3333333 and read["results"]["tiny"] == pytest.approx(1.23456789e-9, rel=1e-6)
+    assert [read["results"][name] for name in ("none", "flags", "text")] == [None, [True, False], "Grüße"]
+
+
 def test_seeds_of_a_setting_make_one_row():
     scores = {("m", 0): 1.0, ("n", 0): 7.0, ("m", 1): 3.0, ("m", 2): 5.5}
     records = {

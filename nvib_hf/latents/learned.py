@@ -1,0 +1,210 @@
+"""Latents and the learned prior: its training on latents, draws from it, and what latents cost under it."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..layers.latent_prior import LatentPrior, checked_sizes
+from .checks import check_latents
+from .latents import NvibLatents
+
+if TYPE_CHECKING:
+    from ..configuration_nvib import NvibConfig
+    from ..layers.nvib import NvibLayer
+
+
+class HasLatentPrior(Protocol):
+    """What a learned prior needs of a model: where it is, the NVIB layer, and the configuration that tells of it."""
+
+    config: NvibConfig
+    nvib: NvibLayer
+    latent_prior: LatentPrior | None
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+def vectors_of(latents: NvibLatents) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a learned prior is of: vectors ``(B, n, P)``, their mask ``(B, n)`` and log-variances if there are any.
+
+    Those that decoding sees, in their order, without the first, which is the prior's component.
+
+    Raises:
+        ValueError: samples of ``kappa > 1``; latents of no vector but the prior's.
+    """
+    if latents.kappa is not None and bool((latents.kappa > 1).any()):
+        raise ValueError(
+            f"The latents are draws of kappa={int(latents.kappa.max())} vectors for each of the text's. A learned "
+            "prior is of one: use encode(..., sample=False)."
+        )
+    latents = latents.compact()
+    seen = latents.log_pi > -math.inf
+    mask = seen[:, 1:]
+    if bool((mask.sum(-1) < 1).any()):
+        row = int((mask.sum(-1) < 1).nonzero()[0])
+        raise ValueError(f"Latent {row} has no vector but the prior's. Leave it out.")
+    z = latents.z[:, 1:].masked_fill(~mask[..., None], 0).float()
+    logvar = None if latents.logvar is None else latents.logvar[:, 1:].masked_fill(~mask[..., None], 0).float()
+    return z, mask, logvar
+
+
+def with_prior_component(model: HasLatentPrior, z: Tensor, mask: Tensor, log_weight: Tensor) -> NvibLatents:
+    """Vectors as latents of a model: its prior's component in front, and one weight for all others."""
+    seen = F.pad(mask, (1, 0), value=True)
+    log_pi = F.pad(log_weight.float().expand(mask.shape), (1, 0)).masked_fill(~seen, -math.inf).log_softmax(-1)
+    first = model.nvib.prior_mu.to(z).expand(len(z), 1, z.shape[-1])
+    z = torch.cat([first, z], dim=1).to(model.dtype)
+    scale = torch.full_like(log_pi[:, 0], model.nvib.scale)
+    return NvibLatents(z=z, log_pi=log_pi, attention_mask=seen, scale=scale)
+
+
+def fitted_prior(model: HasLatentPrior, purpose: str) -> LatentPrior:
+    """The model's learned prior; ValueError, which names what it is needed for, where there is none."""
+    prior = model.latent_prior
+    if prior is None or not bool(prior.is_fitted):
+        state = "has no learned prior" if prior is None else "has a learned prior that was never fitted"
+        raise ValueError(
+            f"{purpose} needs a learned prior, but this model {state}. Call "
+            "model.fit_latent_prior(encode_texts(model, tokenizer, texts), held_out) first."
+        )
+    return prior
+
+
+def sample_from_learned_prior(
+    model: HasLatentPrior,
+    num_samples: int,
+    num_vectors: Tensor | None,
+    temperature: float,
+    top_p: float,
+    noise: float,
+    generator: torch.Generator | None,
+) -> NvibLatents:
+    """Latents as :meth:`LearnedPriorMixin.sample_latents` draws them where there is a learned prior."""
+    prior = fitted_prior(model, "sample_latents")
+    if num_vectors is not None:
+        if not bool(((num_vectors >= 2) & (num_vectors <= 1 + prior.max_length)).all()):
+            raise ValueError(
+                "num_vectors must be whole numbers from 2, the prior's component and one more, to "
+                f"{1 + prior.max_length}, which the learned prior knows of, but got {num_vectors.tolist()}."
+            )
+        num_vectors = num_vectors - 1
+    z, mask = prior.sample(
+        num_samples, num_vectors, temperature=temperature, top_p=top_p, noise=noise, generator=generator
+    )
+    return with_prior_component(model, z, mask, prior.log_weight)
+
+
+class LearnedPriorMixin:
+    """For a model whose NVIB layer is ``nvib`` and whose learned prior, if there is one, is ``latent_prior``."""
+
+    def fit_latent_prior(
+        self: HasLatentPrior,
+        latents: NvibLatents,
+        held_out: NvibLatents,
+        *,
+        sizes: dict[str, int] | None = None,
+        seed: int = 0,
+        **training: Any,
+    ) -> list[dict[str, float]]:
+        """Give the model a learned prior of these latents, and train it. All else of the model stays as it is.
+
+        A prior that the model has already is replaced, once the new one is there. It learns which vectors follow each
+        other, as a language model learns it of sub-words: it needs latents whose vectors stand in an order and are of
+        few kinds. It was measured on texts. Latents of speech and images are taken too, without any promise.
+
+        Args:
+            latents, held_out: of texts, ``encode_texts(model, tokenizer, texts)``: posteriors, not samples. Of those
+                held out none should be in the others.
+            sizes: ``num_codes``, ``d_model``, ``num_layers``, ``num_heads``, ``max_length``; those that are left out
+                are as in the configuration, or else ``max_length`` is that of the longest latent, and the others are
+                :data:`~nvib_hf.layers.latent_prior.SIZES`.
+            seed: of the codebook, the weights and the batches. The global random state stays as it is.
+            training: of :func:`~nvib_hf.training.latent_prior_training.fit_latent_prior`: ``max_steps``,
+                ``batch_size``, ``learning_rate``, ``evaluate_every``, ``patience``, ``checkpoint``, ``progress``.
+
+        Returns:
+            At each look at the held-out latents: ``step``, ``training_loss`` and ``held_out_loss``, nats per latent.
+
+        Raises:
+            TypeError: no latents, such as texts; an unknown size. ValueError: latents of another model, or samples;
+                fewer vectors than codes; latents longer than ``max_length``.
+        """
+        from ..training.latent_prior_training import fit_latent_prior
+
+        for name, given in (("latents", latents), ("held_out", held_out)):
+            if not isinstance(given, NvibLatents):
+                raise TypeError(
+                    f"{name} must be NvibLatents, but got {type(given).__name__}. Pass encode_texts(model, tokenizer, "
+                    "texts)."
+                )
+            check_latents(given, self.nvib)
+            if given.logvar is None:
+                raise ValueError(f"{name} are samples. Pass posteriors: encode_texts, or encode(..., sample=False).")
+        (z, mask, logvar), (other, other_mask, _) = vectors_of(latents), vectors_of(held_out)
+        longest = {"max_length": max(z.shape[1], other.shape[1])}
+        sizes = checked_sizes(longest | (self.config.latent_prior or {}) | (sizes or {}))
+        rows = [x[row] for x, row in zip(z, mask, strict=True)]
+        other_rows = [x[row] for x, row in zip(other, other_mask, strict=True)]
+        with torch.random.fork_rng(), torch.enable_grad():
+            torch.manual_seed(seed)
+            prior = LatentPrior(z.shape[-1], **sizes).to(self.device)
+            history = fit_latent_prior(prior, rows, other_rows, seed=seed, **training)
+        assert logvar is not None
+        prior.fit_draws(z, logvar, mask)
+        compact = latents.compact().log_pi
+        prior.log_weight.copy_((compact[:, 1:] - compact[:, :1])[mask].mean())
+        self.latent_prior = prior.requires_grad_(False).train(self.nvib.training)
+        self.config.latent_prior = sizes
+        return history
+
+    @torch.no_grad()
+    def log_prob(self: HasLatentPrior, latents: NvibLatents) -> Tensor:
+        """Log-density of each latent's vectors under the learned prior, their number included, in nats: ``(B,)``.
+
+        Of the means of posteriors: the lower, the less usual the text. A density: of vectors of many channels it is
+        far from 0, and only differences say something. Not of the weights, nor of the prior's component, which is the
+        first vector. The vectors must stand in the order of their text, as in the latents of ``encode``,
+        ``vary_latents`` and ``sample_latents``; transport mixes it.
+
+        Raises:
+            ValueError: no learned prior; latents of another model, longer than the prior knows, or of ``kappa > 1``.
+        """
+        prior = fitted_prior(self, "log_prob")
+        check_latents(latents, self.nvib)
+        z, mask, _ = vectors_of(latents)
+        return evaluated(prior, "log_prob", z, mask)
+
+    @torch.no_grad()
+    def rate(self: HasLatentPrior, latents: NvibLatents) -> Tensor:
+        """What the posteriors of texts cost under the learned prior, in nats, ``(B,)``: an upper bound.
+
+        See :meth:`LatentPrior.rate <nvib_hf.layers.latent_prior.LatentPrior.rate>`: the code of each vector, and the
+        divergence of its draws from those of the code. Not of the weights.
+
+        Raises:
+            ValueError: as for :meth:`log_prob`; latents that are samples.
+        """
+        prior = fitted_prior(self, "rate")
+        check_latents(latents, self.nvib)
+        z, mask, logvar = vectors_of(latents)
+        if logvar is None:
+            raise ValueError("The latents are samples, whose rate is not known. Use encode(..., sample=False).")
+        return evaluated(prior, "rate", z, logvar, mask)
+
+
+def evaluated(prior: LatentPrior, name: str, *tensors: Tensor) -> Tensor:
+    """A method of the prior without dropout."""
+    training = prior.training
+    prior.eval()
+    try:
+        result: Tensor = getattr(prior, name)(*tensors)
+    finally:
+        prior.train(training)
+    return result

@@ -1,0 +1,359 @@
+r"""Merging: a set of weighted vectors replaced by fewer, of which attention reads the same to first order.
+
+Attention with a bias :math:`b_j` per key reads of a set of vectors
+
+.. math:: K(q) = \log \sum_j w_j e^{s\, u^\top z_j}, \qquad w_j = e^{b_j}, \quad u = W_k^\top q
+
+and its gradient: :math:`w_j` is the *mass* of a vector. Several vectors are one, at their mean, with the mass
+of all, up to second order of how far they are apart. Dropping a vector loses its mass, merging it does not.
+
+* :func:`merge` does it for a batch, in rounds that merge many pairs at once;
+* :func:`naive_merge` is the definition, one pair after the other, that the tests hold the rounds to.
+
+Source: this project, by the reduction of mixtures; with equal masses at the start the bias is the "proportional
+attention" of ToMe (Bolya et al., Token Merging: Your ViT But Faster, ICLR 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .denoising_attention import at_least_float32
+from .distributions import log_of_positive
+from .settings import check_choice
+
+ORDERS = ("neighbours", "any")
+# Costs count as equal in a round within a step of their logarithm, and equal ones are told apart by a number of the
+# pair that looks random: else every pair of a slope, or of equal vectors, waits for its neighbour, a round each.
+STEP = 0.03
+LOWEST = -1000.0  # logarithm of a cost, that of equal vectors: further down fp32 would round the number away
+ROUNDING = 16  # of a distance that is a difference of products, in units of the norms' last place
+SPREAD = (0.754878, 0.863156)  # irrational, and their sum is the golden ratio's, which scatters neighbours best
+
+
+class Merged(NamedTuple):
+    """What :func:`merge` made of a batch, in the order of the first vector behind each.
+
+    ``z`` ``(B, K, P)``, 0 in padding; ``log_mass`` ``(B, K)``, ``-inf`` there; ``logvar`` ``(B, K, P)`` or ``None``;
+    ``counts`` ``(B, K)``: how many vectors stand behind each, 0 in padding; ``assignment`` ``(B, Nl)``: what each
+    vector became part of, -1 where there was none.
+    """
+
+    z: Tensor
+    log_mass: Tensor
+    logvar: Tensor | None
+    counts: Tensor
+    assignment: Tensor
+
+
+def merge(
+    z: Tensor,
+    log_mass: Tensor,
+    *,
+    num_vectors: int | Sequence[int] | Tensor | None = None,
+    share: float | Sequence[float] | Tensor | None = None,
+    cost: float | Sequence[float] | Tensor | None = None,
+    logvar: Tensor | None = None,
+    fixed: Tensor | None = None,
+    order: str = "neighbours",
+    power: float = 0.5,
+) -> Merged:
+    r"""Fewer vectors with the mass of all, merged where that costs least.
+
+    .. math::
+        W = \sum_{j \in C} w_j, \qquad m = \frac{1}{W} \sum_{j \in C} w_j z_j, \qquad
+        v = \frac{1}{W} \sum_{j \in C} w_j \bigl(\sigma_j^2 + (z_j - m)^2\bigr)
+
+    of groups :math:`C` that pairs grow into. The next pair is the one of lowest
+
+    .. math:: c_{ij} = \Bigl(\frac{w_i w_j}{w_i + w_j}\Bigr)^p \lVert z_i - z_j \rVert^2
+
+    with masses in units of the row's mean mass, so that its length and the weights' normaliser do not matter. A round
+    merges all pairs that are each other's nearest, cheapest first, and no more than are still to go. Which vectors
+    belong together has no gradient; masses, means and variances have.
+
+    Args:
+        z: vectors before any projection, ``(B, Nl, P)``.
+        log_mass: :math:`b`, ``(B, Nl)``, ``-inf`` where there is no vector (padding, dropped).
+        num_vectors: how many to leave, at least 1; more than there are leaves all.
+        share: of a row's vectors to leave, in (0, 1], rounded, at least 1.
+        cost: merge as long as a pair costs at most this; 0 merges equal vectors alone. Exactly one of the three is
+            given, as a number or one per row.
+        logvar: log-variances ``(B, Nl, P)``, ``-inf`` for 0: the spread of what is merged is added.
+        fixed: ``(B, Nl)``, True = never merged, nor counted (the prior's component).
+        order: ``"neighbours"`` merges what is next to each other, between vectors that may merge; ``"any"`` any two,
+            which compares all pairs in every round, and needs many rounds where few are each other's nearest (random
+            vectors of many dimensions: a minute for 1500).
+        power: :math:`p`; 1 is Ward's criterion, the increase of the spread; less lets heavy vectors merge sooner.
+
+    Raises:
+        ValueError: shapes that do not fit; none or several of num_vectors, share and cost, or values out of range.
+
+    Source: this project; p = 1, Ward (1963). With ``order="any"`` the rounds are those of agglomerative clustering by
+    reciprocal nearest neighbours (Murtagh, 1983).
+    """
+    _check(z, log_mass, logvar, fixed, order, power)
+    present = log_mass > float("-inf")
+    mergeable = present if fixed is None else present & ~fixed
+    fewest, highest_cost = _limits(num_vectors, share, cost, mergeable.sum(-1))
+    with torch.no_grad():
+        assignment = _assign(z, log_mass, present, mergeable, fewest, highest_cost, order, power)
+    return _reduced(z, log_mass, logvar, assignment)
+
+
+def _check(z: Tensor, log_mass: Tensor, logvar: Tensor | None, fixed: Tensor | None, order: str, power: float) -> None:
+    """Raise ValueError for tensors that do not belong together, or a setting outside its range."""
+    if z.dim() != 3:
+        raise ValueError(f"z must be (B, Nl, P), but has shape {tuple(z.shape)}.")
+    for name, value, shape in (
+        ("log_mass", log_mass, z.shape[:2]),
+        ("logvar", logvar, z.shape),
+        ("fixed", fixed, z.shape[:2]),
+    ):
+        if value is not None and value.shape != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}, but must have {tuple(shape)} for z of {tuple(z.shape)}."
+            )
+    if fixed is not None and fixed.dtype != torch.bool:
+        raise ValueError(f"fixed must be boolean, True = never merged, but is {fixed.dtype}. Pass fixed.bool().")
+    check_choice("order", order, ORDERS)
+    if not 0 <= power < float("inf"):
+        raise ValueError(f"power must be a number of at least 0, but got {power}: 1 is Ward's criterion.")
+
+
+def _limits(num_vectors, share, cost, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row: how many vectors to leave at least, and the logarithm of the highest cost, each ``(B,)``.
+
+    Args:
+        count: vectors that may merge, ``(B,)``.
+    """
+    given = {"num_vectors": num_vectors, "share": share, "cost": cost}
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(
+            f"merge takes exactly one of num_vectors, share and cost, but got {' and '.join(given) or 'none'}."
+        )
+    [(name, value)] = given.items()
+    values = torch.as_tensor(value, device=count.device)
+    if values.dim() > 1 or values.numel() not in (1, len(count)):
+        raise ValueError(
+            f"{name} must be a number or one for each of the {len(count)} rows, but has shape {tuple(values.shape)}."
+        )
+    allowed = {
+        "num_vectors": ((values >= 1) & (values % 1 == 0), "whole numbers of at least 1"),
+        "share": ((values > 0) & (values <= 1), "in (0, 1]"),
+        "cost": (values >= 0, "at least 0"),
+    }
+    right, which = allowed[name]
+    if not right.all():
+        raise ValueError(f"{name} must be {which}, but got {value}.")
+    values = values.expand(len(count))
+    no_limit = torch.full(count.shape, float("inf"), device=count.device)
+    if name == "cost":
+        return torch.ones_like(count), values.double().log().float()
+    return values.long() if name == "num_vectors" else (values * count).round().long().clamp(min=1), no_limit
+
+
+# Which vectors belong together
+
+
+def _assign(
+    z: Tensor,
+    log_mass: Tensor,
+    present: Tensor,
+    mergeable: Tensor,
+    fewest: Tensor,
+    highest_cost: Tensor,
+    order: str,
+    power: float,
+) -> Tensor:
+    """``Merged.assignment``: groups of what may merge, and what is fixed by itself."""
+    count = mergeable.sum(-1)
+    first = _to_the_front(mergeable)
+    there = mergeable.gather(1, first)
+    vectors = _rows(at_least_float32(z), first).masked_fill(~there[..., None], 0)
+    mass = log_mass.to(vectors.dtype).gather(1, first).masked_fill(~there, float("-inf"))
+    mean_mass = mass.logsumexp(-1, keepdim=True) - count[:, None].log()
+    mass = torch.where(there, mass - mean_mass, 0.0)
+    labels = _groups(vectors, mass, count, fewest, highest_cost, order, power)
+
+    # A group stands where its first vector does: labels rise from one such vector to the next.
+    labels = labels.masked_fill(~there, -1)
+    highest = F.pad(labels, (1, 0), value=-1).cummax(-1).values[:, :-1]
+    leads = torch.zeros_like(present).scatter(1, first, labels > highest) | (present & ~mergeable)
+    place = leads.cumsum(-1) - 1  # of each vector, if it leads
+    of_group = torch.zeros_like(place).scatter_reduce(
+        1, labels.clamp(min=0), place.gather(1, first).masked_fill(labels <= highest, 0), "amax"
+    )
+    merged_into = place.scatter(1, first, of_group.gather(1, labels.clamp(min=0)))
+    return torch.where(mergeable, merged_into, place).masked_fill(~present, -1)
+
+
+def _groups(
+    z: Tensor, log_mass: Tensor, count: Tensor, fewest: Tensor, highest_cost: Tensor, order: str, power: float
+) -> Tensor:
+    """The group ``(B, M)`` of each of the first ``count`` vectors of each row, numbered by their first vectors."""
+    nearest = _nearest_neighbours if order == "neighbours" else _nearest_of_any
+    labels = torch.arange(z.shape[1], device=z.device).expand(log_mass.shape)
+    while z.shape[1] > 1:
+        position = torch.arange(z.shape[1], device=z.device)
+        present = position < count[:, None]
+        key, partner, log_cost = nearest(z, log_mass, present, highest_cost[:, None], power)
+        rank = key.argsort(dim=-1, stable=True).argsort(dim=-1)
+        # The lowest key of a row is that of a pair who are each other's nearest: as long as one may merge, one does.
+        mutual = (partner.gather(1, partner) == position) & key.isfinite()
+        allowed = (rank < (count - fewest)[:, None]) & (log_cost <= highest_cost[:, None])
+        first = mutual & allowed & (position < partner)
+        if not first.any():
+            break
+        second = mutual & first.gather(1, partner) & (position > partner)
+        left = present & ~second
+        index = (left.cumsum(-1) - 1).clamp(min=0)
+        index = torch.where(second, index.gather(1, partner), index)
+        labels = index.gather(1, labels)
+        order_left = _to_the_front(left)
+        of_partner = log_mass.gather(1, partner)
+        weight = torch.sigmoid(of_partner - log_mass).masked_fill(~first, 0).gather(1, order_left)
+        z = torch.lerp(_rows(z, order_left), _rows(z, partner.gather(1, order_left)), weight[..., None])
+        log_mass = torch.where(first, torch.logaddexp(log_mass, of_partner), log_mass).gather(1, order_left)
+        count = left.sum(-1)
+    return labels
+
+
+def _to_the_front(keep: Tensor) -> Tensor:
+    """Positions ``(B, L)`` of what is kept, in order, then of what is not, for the largest number kept in a row."""
+    return (~keep).to(torch.uint8).argsort(dim=-1, stable=True)[:, : int(keep.sum(-1).max())]
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """``x[b, index[b]]``: ``(B, N, P)`` and ``(B, K)`` to ``(B, K, P)``."""
+    start = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
+    return x.flatten(0, 1).index_select(0, (index + start).flatten()).view(*index.shape, x.shape[-1])
+
+
+def _log_cost(squared_distance: Tensor, first: Tensor, second: Tensor, power: float) -> Tensor:
+    """The logarithm of the cost of pairs, by the log masses of both; ``-inf`` for equal vectors."""
+    return squared_distance.log() + power * (first + second - torch.logaddexp(first, second))
+
+
+def _key(log_cost: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """By what pairs are compared: the cost in steps, and within a step a number of the two positions."""
+    scattered = (SPREAD[0] * first + SPREAD[1] * second) % 1
+    return (log_cost.clamp(min=LOWEST) / STEP).floor() + scattered
+
+
+def _nearest_neighbours(
+    z: Tensor, log_mass: Tensor, present: Tensor, highest_cost: Tensor, power: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each vector its nearer neighbour, as ``_nearest_of_any`` returns it."""
+    position = torch.arange(z.shape[1], device=z.device)
+    distance = torch.linalg.vector_norm(z[:, 1:] - z[:, :-1], dim=-1).square()
+    log_cost = _log_cost(distance, log_mass[:, :-1], log_mass[:, 1:], power)
+    barred = ~present[:, 1:] | (log_cost > highest_cost)
+    key = _key(log_cost, position[:-1], position[1:]).masked_fill(barred, float("inf"))
+    before, after = F.pad(key, (1, 0), value=float("inf")), F.pad(key, (0, 1), value=float("inf"))
+    backward = before <= after
+    partner = torch.where(backward, position - 1, position + 1).clamp(min=0)
+    return (
+        torch.minimum(before, after),
+        partner,
+        torch.where(backward, F.pad(log_cost, (1, 0)), F.pad(log_cost, (0, 1))),
+    )
+
+
+def _nearest_of_any(
+    z: Tensor, log_mass: Tensor, present: Tensor, highest_cost: Tensor, power: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each vector the nearest other: its key, ``inf`` if there is none, its position and the logarithm of its cost.
+
+    The key is symmetric, so that two can be each other's nearest, and the lower position wins where keys are equal.
+    What costs more than ``highest_cost`` ``(B, 1)`` is no partner, or it would keep one from a pair that costs less.
+    """
+    position = torch.arange(z.shape[1], device=z.device)
+    centred = z - z.mean(1, keepdim=True)  # products round by the norms
+    products = centred @ centred.transpose(1, 2)
+    norms = products.diagonal(dim1=1, dim2=2)
+    both = norms[:, :, None] + norms[:, None]
+    distance = (both - products - products.transpose(1, 2)).clamp(min=0)
+    log_cost = _log_cost(distance, log_mass[:, :, None], log_mass[:, None], power)
+    keys = _key(
+        log_cost,
+        torch.minimum(position[:, None], position),
+        torch.maximum(position[:, None], position),
+    )
+    other = present[:, :, None] & present[:, None] & (position[:, None] != position)
+    # Where the limit is below what the products resolve, the exact cost decides, of the partner alone.
+    resolved = distance > ROUNDING * torch.finfo(z.dtype).eps * both
+    other &= ~(resolved & (log_cost > highest_cost[:, :, None]))
+    key, partner = keys.masked_fill(~other, float("inf")).min(-1)
+    exact = torch.linalg.vector_norm(z - _rows(z, partner), dim=-1).square()
+    return key, partner, _log_cost(exact, log_mass, log_mass.gather(1, partner), power)
+
+
+# What groups are replaced by
+
+
+def _reduced(z: Tensor, log_mass: Tensor, logvar: Tensor | None, assignment: Tensor) -> Merged:
+    """Mass, mean and variance of each group, by sums in at least fp32 over all of its vectors at once."""
+    present = assignment >= 0
+    number = int(F.pad(assignment, (0, 1)).max()) + 1  # at least 1, be it of padding
+    row = torch.arange(len(z), device=z.device)[:, None] * number
+    into = (assignment.clamp(min=0) + row).flatten()
+
+    def total(x: Tensor) -> Tensor:
+        """Sums of ``(B, Nl, ...)`` over groups, ``(B, K, ...)``; what is in none is 0."""
+        empty = x.new_zeros(len(z) * number, *x.shape[2:])
+        return empty.index_add(0, into, x.flatten(0, 1)).view(len(z), number, *x.shape[2:])
+
+    def of_group(x: Tensor) -> Tensor:
+        return x.flatten(0, 1).index_select(0, into).view(len(z), -1, *x.shape[2:])
+
+    mass = at_least_float32(log_mass).masked_fill(~present, float("-inf"))
+    highest = mass.new_full((len(z), number), float("-inf"))
+    highest = highest.scatter_reduce(1, assignment.clamp(min=0), mass.detach(), "amax")
+    highest = highest.masked_fill(highest == float("-inf"), 0)
+    weight = (mass - of_group(highest)).exp()
+    sums = total(weight)
+    weight = weight / of_group(sums).masked_fill(~present, 1)  # 0 in padding
+    vectors = at_least_float32(z).masked_fill(~present[..., None], 0)
+    mean = total(weight[..., None] * vectors)
+    variance = None
+    if logvar is not None:
+        own = at_least_float32(logvar).exp().masked_fill(~present[..., None], 0)
+        spread = (vectors - of_group(mean)).square()
+        variance = log_of_positive(total(weight[..., None] * (own + spread)))
+        variance = variance.masked_fill((sums == 0)[..., None], 0).to(logvar.dtype)
+    return Merged(mean.to(z.dtype), log_of_positive(sums) + highest, variance, total(present.long()), assignment)
+
+
+def naive_merge(
+    z: Tensor, log_mass: Tensor, num_vectors: int, order: str = "neighbours", power: float = 0.5
+) -> Merged:
+    """:func:`merge` of one row ``(Nl, P)`` and ``(Nl,)`` as it is defined: always the one cheapest pair. For tests."""
+    z, mass = z.double(), log_mass.double().exp()
+    mass = mass / mass[mass > 0].mean()
+    groups = [[j] for j in range(len(z)) if mass[j] > 0]
+
+    def moments() -> tuple[Tensor, Tensor]:
+        total = torch.stack([mass[group].sum() for group in groups])
+        return total, torch.stack([mass[group] @ z[group] for group in groups]) / total[:, None]
+
+    while len(groups) > num_vectors:
+        total, mean = moments()
+        costs = (1 / (1 / total[:, None] + 1 / total)) ** power * (mean[:, None] - mean).square().sum(-1)
+        pairs = torch.ones_like(costs).triu(1).tril(1 if order == "neighbours" else len(groups))
+        i, j = divmod(costs.masked_fill(pairs == 0, float("inf")).argmin().item(), len(groups))
+        groups[i] = groups[i] + groups.pop(j)
+    assignment = torch.full((len(z),), -1)
+    for k, group in enumerate(groups):
+        assignment[group] = k
+    total, mean = moments()
+    variance = [mass[g] @ (z[g] - mean[k]).square() / total[k] for k, g in enumerate(groups)]
+    log_total = torch.stack([log_mass.double()[group].logsumexp(0) for group in groups])
+    counts = torch.tensor([len(group) for group in groups])
+    return Merged(mean, log_total, torch.stack(variance).log(), counts, assignment)

@@ -1,0 +1,204 @@
+r"""Whisper over the sound alone: its encoder need not run over silence, if the silence's mass stays.
+
+Whisper's window is always as long, and most of what its decoder reads is of silence. Without those vectors it falls
+apart: attention misses their mass. Here the encoder runs over the sound and ``MARGIN`` vectors more, and a handful of
+stored vectors stand for the rest of the window, each with a share of what the rest would have weighed:
+
+.. math:: w_k = \frac{N - n}{K}, \qquad k = 1 \ldots K
+
+of a window of ``N`` vectors of which ``n`` are encoded.
+
+Source: this project.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from functools import partial
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from .base import run_encoder
+
+MARGIN = 25  # vectors heard after the sound, half a second
+STRIDE = 2  # frames of features for each vector
+STORED = 25  # vectors that stand for the rest of the window
+NO_SOUND = -1.5  # a log-mel feature of a recording of zeros: (log10(1e-10) + 4) / 4
+
+
+class Heard(NamedTuple):
+    """Vectors of sound ``(B, Ns, H)`` with those of silence at the end, and the encoder's own output.
+
+    ``padding`` ``(B, Ns)``, True = no vector; ``log_mass`` ``(B, Ns)`` beside that of one vector of the encoder;
+    ``stored``: how many of the last vectors are stored ones, 0 where all of the window was encoded; ``window``: as
+    many as the encoder makes of all of it.
+    """
+
+    outputs: BaseModelOutput
+    vectors: Tensor
+    padding: Tensor | None
+    log_mass: Tensor | None
+    stored: int
+    window: int
+
+
+class SoundMixin:
+    """For a model around Whisper, ``base``, that has to know silence."""
+
+    def make_silence(self) -> None:
+        """A buffer ``silence`` for :meth:`store_silence` or a checkpoint to fill.
+
+        Raises:
+            ValueError: the base is not Whisper; its encoder drops vectors by itself.
+        """
+        encoder = self.base.get_encoder()
+        check_encoder(encoder, self._has_stacked_encoder)
+        weight = encoder.conv1.weight
+        self.register_buffer("silence", weight.new_zeros(STORED, encoder.config.d_model))
+
+    def store_silence(self) -> Self:
+        """Encode nothing but the sound from now on (``encode_sound_only``), and know what silence is: made of itself.
+
+        Called when a base is wrapped with ``encode_sound_only=True``. Call it again after training the encoder.
+        """
+        if not hasattr(self, "silence"):
+            self.make_silence()
+        self.silence.copy_(stored_silence(self.base, STORED))
+        self.config.encode_sound_only = True
+        return self
+
+
+def check_encoder(encoder: nn.Module, stacked: bool) -> None:
+    """Raise ValueError unless the encoder is one whose window can be cut."""
+    if not isinstance(encoder, WhisperEncoder):
+        raise ValueError(
+            f"encode_sound_only is for Whisper, whose encoder always runs over a window of the same length, but the "
+            f"encoder is a {type(encoder).__name__}. Leave it off: padding of other encoders is masked."
+        )
+    if stacked:
+        raise ValueError(
+            "encode_sound_only does not go with an encoder whose layers drop vectors or accumulate pseudo-counts. "
+            "Leave the encoder out of attentions, or encode_sound_only off."
+        )
+
+
+def mark_unheard(features: Tensor, frames: Tensor) -> Tensor:
+    """Features ``(B, mels, T)`` with NaN for what comes after the first ``frames`` ``(B,)`` of each.
+
+    So that their length stays with them, whichever rows of a batch Whisper's ``generate()`` goes on with.
+    """
+    after = torch.arange(features.shape[-1], device=features.device) >= frames.to(features.device)[:, None]
+    return features.masked_fill(after[:, None], math.nan)
+
+
+def mark_end(segment: Tensor, frames: Tensor) -> Tensor:
+    """A window ``(B, mels, T)`` of which ``frames`` ``(B,)`` are sound, the rest zeros: silence for a margin, and NaN.
+
+    Zeros are no silence: Whisper fills up the last window of long sound with them.
+    """
+    end = frames.to(segment.device)[:, None] + STRIDE * MARGIN
+    after = torch.arange(segment.shape[-1], device=segment.device) >= frames.to(segment.device)[:, None]
+    filled = with_silence(segment.masked_fill(after[:, None], math.nan))
+    return mark_unheard(torch.where(after[:, None], filled, segment), end[:, 0])
+
+
+def with_silence(features: Tensor) -> Tensor:
+    """Features with the quietest of a row in place of its NaN: Whisper's have a floor, which is silence."""
+    floor = features.nan_to_num(math.inf).amin((1, 2), keepdim=True)
+    floor = floor.masked_fill(floor == math.inf, NO_SOUND)  # nothing was heard
+    return torch.where(features.isnan(), floor, features)
+
+
+def heard_frames(features: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """How many frames of features ``(B, mels, T)`` are heard, ``(B,)``: without a mark, and of a mask and a margin."""
+    frames = (~features[:, 0].isnan()).sum(-1)
+    if attention_mask is None or attention_mask.shape != features[:, 0].shape:
+        return frames
+    place = torch.arange(1, features.shape[-1] + 1, device=features.device)
+    return torch.minimum((attention_mask.bool() * place).amax(-1) + STRIDE * MARGIN, frames)
+
+
+def hear(base: PreTrainedModel, inputs: dict, silence: Tensor) -> Heard:
+    """The encoder over the sound of ``input_features``, and ``silence`` ``(K, H)`` with the mass of the rest.
+
+    Rows do not depend on each other: what is after a shorter sound and its margin, no attention sees.
+
+    Args:
+        inputs: the encoder's inputs, by name. Frames whose mask is 0 after all others are not encoded.
+    """
+    encoder = base.get_encoder()
+    features, window = inputs["input_features"], encoder.config.max_source_positions
+    if features.shape[-1] != STRIDE * window:
+        run_encoder(base, inputs)  # which says what it needs
+    frames = heard_frames(features, inputs.get("attention_mask"))
+    numbers = (-(-frames // STRIDE)).clamp(min=min(MARGIN, window))  # (B,)
+    longest = int(numbers.max())
+    others = {name: value for name, value in inputs.items() if name not in ("input_features", "attention_mask")}
+    # After each row's own end there is nothing, as after the end of the longest.
+    after = torch.arange(STRIDE * longest, device=features.device) >= STRIDE * numbers[:, None]
+    features = with_silence(features)[:, :, : STRIDE * longest].masked_fill(after[:, None], 0)
+    padding = torch.arange(longest, device=features.device) >= numbers[:, None]
+    cut = cut_encoder(encoder, longest, padding if (numbers < longest).any() else None)
+    outputs, _ = run_encoder(base, {"input_features": features, **others}, cut)
+    vectors = outputs.last_hidden_state
+    if (numbers == window).all():
+        return Heard(outputs, vectors, None, None, 0, window)
+    stored = len(silence)
+    left = (window - numbers)[:, None].expand(-1, stored)
+    return Heard(
+        outputs,
+        torch.cat([vectors, silence.to(vectors.dtype).expand(len(vectors), -1, -1)], dim=1),
+        torch.cat([padding, left == 0], dim=1),
+        F.pad((left.clamp(min=1) / stored).log(), (longest, 0)),
+        stored,
+        window,
+    )
+
+
+def cut_encoder(encoder: WhisperEncoder, length: int, padding: Tensor | None) -> WhisperEncoder:
+    """A Whisper encoder of the same parameters whose window is ``length`` vectors; the encoder is left as it is.
+
+    Args:
+        padding: ``(B, length)``, True = what no attention sees.
+    """
+    if length == encoder.config.max_source_positions and padding is None:
+        return encoder
+    cut = copy.copy(encoder)
+    cut._modules = dict(encoder._modules)
+    cut.config = copy.copy(encoder.config)
+    cut.config.max_source_positions = length
+    cut._modules["embed_positions"] = copy.copy(encoder.embed_positions)
+    cut.embed_positions.num_embeddings = length
+    if padding is not None:
+        width = encoder.config.d_model
+        states = encoder.conv1.weight.new_zeros(1).expand(*padding.shape, width)
+        mask = create_bidirectional_mask(config=encoder.config, inputs_embeds=states, attention_mask=~padding)
+        # Beside the modules, which stay what they are: the loop over the layers runs over these.
+        vars(cut)["layers"] = [partial(run_layer, layer, mask) for layer in encoder.layers]
+    return cut
+
+
+def run_layer(layer: nn.Module, mask: Tensor, hidden_states: Tensor, attention_mask: None = None, **kwargs):
+    """A layer that its encoder gives no mask."""
+    return layer(hidden_states, mask, **kwargs)
+
+
+@torch.no_grad()
+def stored_silence(base: PreTrainedModel, number: int) -> Tensor:
+    """``(number, H)``: a window without sound, encoded and cut into pieces of equal length, of each the mean."""
+    encoder = base.get_encoder()
+    frames = STRIDE * encoder.config.max_source_positions
+    features = encoder.conv1.weight.new_full((1, encoder.config.num_mel_bins, frames), NO_SOUND)
+    training = encoder.training
+    encoder.eval()
+    states = encoder(features).last_hidden_state[0]
+    encoder.train(training)
+    return torch.stack([piece.mean(0) for piece in states.tensor_split(number)])

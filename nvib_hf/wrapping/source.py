@@ -1,0 +1,55 @@
+"""What the NVIB layer between encoder and decoder is given: the encoder's vectors, or those of an earlier call."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
+
+from .base import STATES, check_mask_of_states, run_encoder, shortened_mask
+from .self_attention import current_pass
+from .sound import hear
+from .stacked_encoder import check_length_is_left, check_states_are_whole
+
+
+class Source(NamedTuple):
+    """Vectors ``(B, Ns, H)`` for the layer, and the encoder's own ``outputs``.
+
+    ``padding`` ``(B, Ns)``, True = no vector. ``log_mass`` ``(B, Ns)`` where some stand for many; the last ``stored``
+    do, and are not the encoder's. ``share`` ``(B,)``: of the source's length, what ``Ns`` is without padding;
+    ``None`` where that is all.
+    """
+
+    outputs: BaseModelOutput
+    vectors: Tensor
+    padding: Tensor | None
+    log_mass: Tensor | None = None
+    stored: int = 0
+    share: Tensor | None = None
+
+
+def read_source(model, inputs: dict) -> Source:
+    """Run the encoder of a model over its inputs, by name, or take its output from them."""
+    read = {model._renamed.get(name, name): value for name, value in inputs.items() if value is not None}
+    given = {name: value for name, value in read.items() if name in model._encoder_argument_names}
+    stacked, states = model._has_stacked_encoder, inputs.get(STATES)
+    if states is None and model.config.encode_sound_only:
+        heard = hear(model.base, given, model.silence)
+        share = None if heard.padding is None else (~heard.padding).sum(-1) / heard.window
+        return Source(heard.outputs, heard.vectors, heard.padding, heard.log_mass, heard.stored, share)
+    if states is None:
+        outputs, mask = run_encoder(model.base, given)
+    else:
+        check_states_are_whole(stacked)
+        outputs, mask = BaseModelOutput(last_hidden_state=states), inputs.get("attention_mask")
+        if mask is not None:
+            check_mask_of_states(model.base, mask, states)
+    vectors, left = outputs.last_hidden_state, current_pass().left if stacked else None
+    if left is not None:
+        padding, share = left  # of the source, not of what its layers left of it
+        check_length_is_left(padding, vectors)
+        return Source(outputs, vectors, padding, share=share)
+    if mask is not None and mask.shape[1] != vectors.shape[1]:
+        mask = shortened_mask(model.base.get_encoder(), mask, vectors.shape[1])
+    return Source(outputs, vectors, None if mask is None else mask == 0)
