@@ -76,6 +76,7 @@ FOLLOWS_THE_BASE = (
     "_supports_flex_attn",
     "supports_gradient_checkpointing",
     "_can_compile_fullgraph",
+    "input_modalities",
 )
 # Some encoders share a class with their decoder, and its arguments.
 OF_THE_DECODER = {"use_cache", CACHE, "encoder_hidden_states", "encoder_attention_mask"}
@@ -137,7 +138,6 @@ class NvibForConditionalGeneration(
                 module._is_hf_initialized = True  # post_init would draw the weights of modules it does not know anew
         # The live configuration, so that a change of attention implementation or vocabulary is seen on both sides.
         config.base_config, config.base_architecture = base.config, architecture_name(architecture)
-
         config.attentions = check_attentions(config)
         cross_attention, width, self.scale, self._cached_layers = cross_attention_of(base)
         check_prior(config.prior_mu, config.prior_var, config.prior_alpha, width)
