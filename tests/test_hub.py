@@ -68,6 +68,7 @@ CODE = {
 }
 AUTO_MAP = {
     "AutoConfig": "configuration_nvib.NvibConfig",
+    "AutoModel": "modeling_nvib.NvibForConditionalGeneration",
     "AutoModelForSeq2SeqLM": "modeling_nvib.NvibForConditionalGeneration",
 }
 
