@@ -52,6 +52,7 @@ CODE = {
     "versions.py",
     "wrapping_adapters.py",
     "wrapping_architecture.py",
+    "wrapping_auto_classes.py",
     "wrapping_base.py",
     "wrapping_cached_keys.py",
     "wrapping_cross_attention.py",
