@@ -87,8 +87,8 @@ class VariableBottleneck(NvibLayer):
         return z, kl_gaussian(mu, logvar, log_alpha=equal, **padding, **prior)
 
     def plain_log_pi(self, z: Tensor, keep: Tensor) -> Tensor:
-        """Weights with which denoising attention is plain attention; they are no distribution."""
-        return (0.5 * self.scale * z.float().square().sum(-1)).masked_fill(~keep, float("-inf"))
+        """Weights with which denoising attention is plain attention: a softmax does not see that they sum to 1."""
+        return (0.5 * self.scale * z.float().square().sum(-1)).masked_fill(~keep, float("-inf")).log_softmax(-1)
 
     def drawn(self, mask: Tensor) -> Tensor:
         """Which vectors of a sample from the prior the decoder sees, ``(B, N)``, of those that were asked for."""
@@ -161,10 +161,11 @@ class BaselineModel(NvibForConditionalGeneration):
         if method != "transport":
             return super().interpolate_latents(first, second, weight, method)
         seen = [x.log_pi > float("-inf") for x in (first, second)]
-        equal = [mask.float().log() for mask in seen]  # transport makes a distribution of them
+        equal = [mask.float().log().log_softmax(-1) for mask in seen]
         first, second = (NvibLatents(x.z, *weights) for x, *weights in zip((first, second), equal, seen, strict=True))
         between = super().interpolate_latents(first, second, weight)
-        between.log_pi = between.log_pi + self.nvib.plain_log_pi(between.z, between.attention_mask)
+        plain = self.nvib.plain_log_pi(between.z, between.attention_mask)
+        between.log_pi = (between.log_pi + plain).log_softmax(-1)
         return between
 
 

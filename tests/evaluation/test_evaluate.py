@@ -349,7 +349,6 @@ def test_summaries_of_kept_tokens():
 def test_evaluate_is_for_json_and_follows_its_seed():
     model = tiny_nvib(alpha_threshold=THRESHOLD).train()
     options = {"num_samples": 4, "num_pairs": 2, "importance_samples": 2, "max_length": 8, "training_texts": TEXTS[:2]}
-    options["reverse_steps"] = 3
     state = torch.get_rng_state()
     results = evaluate(model, TOKENIZER, TEXTS, **options)
     assert torch.equal(torch.get_rng_state(), state) and model.training
@@ -360,7 +359,6 @@ def test_evaluate_is_for_json_and_follows_its_seed():
     torch.manual_seed(5)
     assert evaluate(model, TOKENIZER, TEXTS, **options) == results
     assert evaluate(model, TOKENIZER, TEXTS, **options, seed=1)["samples"] != results["samples"]
-    options["reverse_steps"] = 0
     fewer = {"decodings": {"hot": {"do_sample": True, "temperature": 9.0}}, "methods": ["mixture"]}
     chosen = evaluate(model, TOKENIZER, TEXTS, **options, **fewer)
     assert set(chosen["samples"]) == {"hot", "real"} and "reverse_perplexity" not in chosen["samples"]["real"]

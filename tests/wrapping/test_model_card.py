@@ -106,9 +106,11 @@ def test_settings_are_those_of_the_configuration():
         "evaluation": "mixture",
         "kl_weights": "pseudo_counts",
         "exact_attention": True,
+        "merge_share": 0.5,
     }
     found = rows(read(model_card(wrap(**settings), "model"))[1])
     found.pop("setting", None)
+    assert found.pop("encode_sound_only") == ["`False`"]  # of Whisper alone
     assert set(found) == set(settings)
     for name, value in settings.items():
         said = found[name][0].strip("`")
