@@ -95,7 +95,7 @@ def test_any_text_file_and_the_pretrained_encoder(tmp_path):
     output = ("--output", tmp_path / "out")
     printed = run("--text", path, "--quick", "--max-steps", 11, *steered, *output, script="minilm")
     assert "'threshold_share': '0.7'" in printed and "'constraint_beta'" in printed  # learnt enough after ten steps
-    assert "54 texts to train on, 6 held out" in printed
+    assert "48 texts to train on, 6 for the constraint to watch, 6 held out" in printed
     held_out = (tmp_path / "out" / "held_out.txt").read_text(encoding="utf-8").splitlines()
     originals = section(printed, SECTIONS[0])[::3]
     assert [line.strip() for line in originals] == [text.lower() for text in held_out]
