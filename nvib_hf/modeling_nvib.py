@@ -430,15 +430,6 @@ class NvibForConditionalGeneration(
             check_cache_was_found(cache, self._cached_layers)
         return outputs
 
-    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """The decoder's inputs for these labels: the base's own rule where it has one."""
-        if hasattr(self.base, "prepare_decoder_input_ids_from_labels"):
-            return self.base.prepare_decoder_input_ids_from_labels(labels)
-        start, pad = self.base.config.decoder_start_token_id, self.base.config.pad_token_id
-        shifted = labels.roll(1, dims=-1)
-        shifted[:, 0] = start
-        return shifted.masked_fill(shifted == IGNORED, pad)
-
     def _read(self, batch: dict[str, Tensor]) -> None:
         """Run what reads the inputs of a batch: the encoder, and the decoder too if it has NVIB layers of its own."""
         batch = {name: value.to(self.device) for name, value in batch.items()}

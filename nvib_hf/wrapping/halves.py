@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..layers.cross_entropy import IGNORED
 from .base import resize_token_embeddings
 
 # What some bases have beside what every PreTrainedModel has; a wrap has it where its base does.
@@ -73,3 +74,12 @@ class BaseHalvesMixin:
     def vocab_size(self) -> int:
         """Of the base, where that keeps it."""
         return self.base.vocab_size
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        """The decoder's inputs for these labels: the base's own rule where it has one."""
+        if hasattr(self.base, "prepare_decoder_input_ids_from_labels"):
+            return self.base.prepare_decoder_input_ids_from_labels(labels)
+        start, pad = self.base.config.decoder_start_token_id, self.base.config.pad_token_id
+        shifted = labels.roll(1, dims=-1)
+        shifted[:, 0] = start
+        return shifted.masked_fill(shifted == IGNORED, pad)
