@@ -67,7 +67,6 @@ if TYPE_CHECKING or find_spec("transformers") is not None:
         AutoConfig,
         AutoModelForAudioClassification,
         AutoModelForImageClassification,
-        AutoModelForSeq2SeqLM,
         AutoModelForSequenceClassification,
         AutoModelForTokenClassification,
     )
@@ -88,6 +87,7 @@ if TYPE_CHECKING or find_spec("transformers") is not None:
     from .training.tau_search import search_taus
     from .training.threshold import ThresholdCallback
     from .training.trainer import NvibTrainer, NvibTrainerMixin
+    from .wrapping.auto_classes import register_everywhere
     from .wrapping.specs import (
         AttentionSpec,
         CrossAttention,
@@ -98,7 +98,7 @@ if TYPE_CHECKING or find_spec("transformers") is not None:
     )
 
     AutoConfig.register(NvibConfig.model_type, NvibConfig)
-    AutoModelForSeq2SeqLM.register(NvibConfig, NvibForConditionalGeneration)
+    register_everywhere(NvibConfig, NvibForConditionalGeneration)
     AutoModelForSequenceClassification.register(NvibConfig, NvibForSequenceClassification)
     AutoModelForImageClassification.register(NvibConfig, NvibForSequenceClassification)
     AutoModelForAudioClassification.register(NvibConfig, NvibForSequenceClassification)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,6 +61,16 @@ class NvibGenerationMixin(GenerationMixin):
         if as_base:
             return generate_as_base(self, inputs, generation_config, **kwargs)
         return super().generate(inputs, generation_config, **kwargs)
+
+    @property
+    def detect_language(self) -> Callable[..., Tensor]:
+        """Whisper's: the language tokens of sounds, as their latents say."""
+        return getattr(view_of_base(self), "detect_language")  # noqa: B009 (which a base need not have)
+
+    @property
+    def generate_with_fallback(self) -> Callable[..., Any]:
+        """Whisper's, over latents; ``generate`` calls it."""
+        return getattr(view_of_base(self), "generate_with_fallback")  # noqa: B009
 
     def adjust_generation_fn(self, *args, **kwargs) -> None:
         """As loading does. Where no file says which tokens to use, the base's configuration does, which is nested."""

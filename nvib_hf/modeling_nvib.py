@@ -76,6 +76,7 @@ FOLLOWS_THE_BASE = (
     "_supports_flex_attn",
     "supports_gradient_checkpointing",
     "_can_compile_fullgraph",
+    "input_modalities",
 )
 # Some encoders share a class with their decoder, and its arguments.
 OF_THE_DECODER = {"use_cache", CACHE, "encoder_hidden_states", "encoder_attention_mask"}
@@ -137,7 +138,6 @@ class NvibForConditionalGeneration(
                 module._is_hf_initialized = True  # post_init would draw the weights of modules it does not know anew
         # The live configuration, so that a change of attention implementation or vocabulary is seen on both sides.
         config.base_config, config.base_architecture = base.config, architecture_name(architecture)
-
         config.attentions = check_attentions(config)
         cross_attention, width, self.scale, self._cached_layers = cross_attention_of(base)
         check_prior(config.prior_mu, config.prior_var, config.prior_alpha, width)
@@ -238,8 +238,7 @@ class NvibForConditionalGeneration(
     ) -> tuple[NvibLatents, BaseModelOutput]:
         """Latents, and the encoder's own output; with ``decode_only`` what decoding reads of them, and can see."""
         source, share = read_source(self, inputs), merge_share_of(self.config)
-        # Which vectors are stored ones has to be known for merging: they stay where they are.
-        alone = decode_only and not (source.stored and share < 1)
+        alone = decode_only and not (source.stored and share < 1)  # stored vectors have to stay last
         mass = {} if source.log_mass is None else {"log_mass": source.log_mass}
         made = self.nvib(source.vectors, source.padding, sample, generator, alone, **mass)
         latents = NvibLatents.of(made, self.scale)
@@ -247,8 +246,8 @@ class NvibForConditionalGeneration(
             latents.prop_vectors = latents.prop_vectors * source.share
         if share < 1:
             kappa = 1 if latents.logvar is not None else getattr(self.nvib, "kappa", 1)
-            places = {"first": kappa, "last": kappa * source.stored}
-            latents = merged(latents, self.scale, self.config.evaluation, share=share, **places)
+            at_ends = {"first": kappa, "last": kappa * source.stored}
+            latents = merged(latents, self.scale, self.config.evaluation, share=share, **at_ends)
         if decode_only and latents.logvar is None:  # of a sample, draws decide what there is to see
             latents = latents.compact()
         return latents, source.outputs

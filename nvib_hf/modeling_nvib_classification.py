@@ -92,6 +92,11 @@ class NvibEncoderModel(NvibPreTrainedModel):
             )
         if config.latent_prior is not None:
             raise ValueError("latent_prior is of latents that are decoded, and an encoder with a head has none.")
+        if config.merge_share < 1 or config.encode_sound_only:
+            raise ValueError(
+                f"merge_share={config.merge_share} and encode_sound_only={config.encode_sound_only} are about what a "
+                "decoder reads, and an encoder with a head has none. Leave them out."
+            )
         super().__init__(config)
         if base is None:
             architecture = classifier_class(config.base_config, self._autos, config.base_architecture)

@@ -13,14 +13,19 @@ from tiny_nvib import tensors, tiny_nvib
 from torch import Tensor
 
 from nvib_hf import CollapseCallback, NvibForConditionalGeneration, NvibTrainer
-from nvib_hf.layers import distributions, nvib
+from nvib_hf.layers import distributions, dropping, nvib
 
 EVERYWHERE = " with NVIB in all attentions"
 FAMILIES = ["bart", "t5", "bert2bert", "bert2gpt2", f"bart{EVERYWHERE}"]
 LENGTH = {"min_new_tokens": 5, "max_new_tokens": 5}
 BATCH = 4
 # Of a posterior: where they are called.
-DRAWS = ((nvib, "log_dirichlet_sample"), (distributions, "log_gamma_sample"), (nvib, "gaussian_sample"))
+DRAWS = (
+    (nvib, "log_dirichlet_sample"),
+    (dropping, "log_dirichlet_sample"),
+    (distributions, "log_gamma_sample"),
+    (nvib, "gaussian_sample"),
+)
 
 
 def rows_of(rank: int, world: int) -> slice:
@@ -50,7 +55,7 @@ def fix_draws(rows: slice = slice(None)) -> None:
         z = mu + (0.5 * logvar).exp() * epsilon[:, : mu.shape[1]]
         return z.masked_fill(~mask[..., None], 0)
 
-    for (module, name), draws in zip(DRAWS, (log_dirichlet, log_gamma_draws, gaussian), strict=True):
+    for (module, name), draws in zip(DRAWS, (log_dirichlet, log_dirichlet, log_gamma_draws, gaussian), strict=True):
         setattr(module, name, draws)
 
 

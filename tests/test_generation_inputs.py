@@ -159,7 +159,7 @@ def options_of(family: str) -> dict[str, dict]:
     smaller = tiny_base(family, seed=1, vocab_size=VOCAB_SIZE - 5)
     return {
         "stop_strings": {
-            "stop_strings": [*string.ascii_letters, *string.digits],
+            "stop_strings": [*string.printable[:94]],
             "tokenizer": tokenizer,
             "max_new_tokens": 9,
         },

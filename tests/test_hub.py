@@ -25,9 +25,12 @@ from nvib_hf.wrapping.hub import flattened
 # What a model needs to run: neither training, but that of its learned prior, nor the parts for plain PyTorch.
 CODE = {
     "configuration_nvib.py",
+    "files.py",
     "generation_nvib.py",
+    "latents_checks.py",
     "latents_latents.py",
     "latents_learned.py",
+    "latents_merging.py",
     "latents_sampling.py",
     "latents_transport.py",
     "layers_causal_transformer.py",
@@ -39,6 +42,7 @@ CODE = {
     "layers_initialisation.py",
     "layers_kl.py",
     "layers_latent_prior.py",
+    "layers_merging.py",
     "layers_nvib.py",
     "layers_settings.py",
     "loss.py",
@@ -46,18 +50,26 @@ CODE = {
     "outputs.py",
     "training_latent_prior_training.py",
     "versions.py",
+    "wrapping_adapters.py",
+    "wrapping_architecture.py",
+    "wrapping_auto_classes.py",
     "wrapping_base.py",
+    "wrapping_cached_keys.py",
     "wrapping_cross_attention.py",
+    "wrapping_halves.py",
     "wrapping_hub.py",
     "wrapping_model_card.py",
     "wrapping_pretrained.py",
     "wrapping_self_attention.py",
+    "wrapping_sound.py",
+    "wrapping_source.py",
     "wrapping_specs.py",
     "wrapping_stacked_encoder.py",
     "wrapping_wrap.py",
 }
 AUTO_MAP = {
     "AutoConfig": "configuration_nvib.NvibConfig",
+    "AutoModel": "modeling_nvib.NvibForConditionalGeneration",
     "AutoModelForSeq2SeqLM": "modeling_nvib.NvibForConditionalGeneration",
 }
 

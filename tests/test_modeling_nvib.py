@@ -292,19 +292,23 @@ def test_compact_latents_give_the_same_logits(family):
 
 
 # ------------------------------------------------------------------------------------------------------------ outputs
-def test_loss_is_the_cross_entropy_and_the_weighted_divergences():
-    model = tiny_nvib(lambda_gaussian=0.3, lambda_dirichlet=0.2)
+@pytest.mark.parametrize("training", [True, False])
+def test_loss_is_the_cross_entropy_and_the_weighted_divergences(training):
+    """In evaluation the moving weights count as 1, so that its losses compare over a training."""
+    model = tiny_nvib(lambda_gaussian=0.3, lambda_dirichlet=0.2).train(training)
     inputs, labels = tiny_inputs("bart"), tiny_labels("bart")
     model.kl_beta.copy_(torch.tensor([0.5, 0.25, 1.0]))
     with torch.no_grad():
-        outputs = model(**inputs, labels=labels)
+        outputs = model(**inputs, labels=labels, generator=torch.Generator().manual_seed(0))
     nll = F.cross_entropy(outputs.logits.transpose(1, 2), labels, reduction="none")
     tokens = (labels != -100).sum(-1)
-    kl = 0.5 * 0.3 * outputs.kl_gaussian + 0.25 * 0.2 * outputs.kl_dirichlet
+    gaussian, dirichlet = (0.5, 0.25) if training else (1, 1)
+    kl = gaussian * 0.3 * outputs.kl_gaussian + dirichlet * 0.2 * outputs.kl_dirichlet
     assert_close(outputs.cross_entropy, nll.sum() / tokens.sum())
     assert_close(outputs.loss, (nll.sum() + (tokens * kl).sum()) / tokens.sum())
     with torch.no_grad():
-        scaled = model(**inputs, labels=labels, num_items_in_batch=100)
+        again = {"generator": torch.Generator().manual_seed(0)}
+        scaled = model(**inputs, labels=labels, num_items_in_batch=100, **again)
     assert_close(scaled.loss, (nll.sum() + (tokens * kl).sum()) / 100)
 
 

@@ -6,7 +6,7 @@
 The VAE is trained as the example trains it for reconstruction. Its latents are then drawn from
 
 * the prior that it was trained with: independent Gaussians;
-* a learned prior (`nvib_hf.learned_prior`), trained on the means of the training texts' latents;
+* a learned prior (`model.fit_latent_prior`), trained on the means of the training texts' latents;
 * real latents of held-out texts whose vectors are shuffled: the floor;
 
 and written greedily. The ceiling is a language model on the texts' tokens, with the same transformer, the same number
@@ -29,14 +29,12 @@ from torch.nn import functional as F
 from training import clauses, train
 from transformers import set_seed
 
-from nvib_hf import NvibLatents
-from nvib_hf.causal_transformer import CausalTransformer
-from nvib_hf.evaluation import reconstruct, reconstruction_scores
-from nvib_hf.learned_prior import LatentPrior, sharpened
-from nvib_hf.learned_prior_training import fit_latent_prior, padded, shuffled_batches
-from nvib_hf.sample_quality import sample_scores
-from nvib_hf.text_batches import as_read, decoded, encode_texts, evaluating, generate_texts, length_batches
-from nvib_hf.text_batches import token_lengths as lengths_of
+from nvib_hf import NvibForConditionalGeneration, NvibLatents, decode_latents, encode_texts, reconstruct
+from nvib_hf.evaluation.samples import sample_scores
+from nvib_hf.evaluation.texts import as_read, decoded, evaluating, length_batches, reconstruction_scores
+from nvib_hf.latents.learned import vectors_of, with_prior_component
+from nvib_hf.layers.causal_transformer import CausalTransformer, sharpened
+from nvib_hf.training.latent_prior_training import shuffled_batches
 
 FULL = {
     "texts": None,
@@ -60,7 +58,7 @@ QUICK = {
     "samples": 8,
     "judge": "tiny",
 }
-# Arguments of `LatentPrior.sample`, and of the language model's sampling without the noise.
+# Arguments of `model.sample_latents`, and of the language model's sampling without the noise.
 SAMPLINGS = [
     {"temperature": 1.0, "top_p": 1.0, "noise": 1.0},
     {"temperature": 1.0, "top_p": 1.0, "noise": 0.0},
@@ -159,40 +157,17 @@ def train_token_model(
 
 
 # ------------------------------------------------------------------------------------------- latents
-def latents_of(model, tokenizer, texts: list[str], batch_size: int) -> tuple[list[Tensor], list[Tensor], float]:
-    """Means and log-variances of each text's vectors, the prior's component left out, and their mean log-weight."""
-    means, logvars = ([None] * len(texts) for _ in range(2))
-    weights = []
-    with evaluating(model):
-        for batch in length_batches(lengths_of(tokenizer, texts), batch_size):
-            latents = encode_texts(model, tokenizer, [texts[i] for i in batch], sample=False)
-            for row, i in enumerate(batch):
-                seen = latents.attention_mask[row]
-                means[i], logvars[i] = latents.z[row, seen][1:], latents.logvar[row, seen][1:]
-                weights.append((latents.log_alpha[row, seen][1:] - latents.log_alpha[row, 0]).mean().item())
-    return means, logvars, sum(weights) / len(weights)
+def with_vectors(model: NvibForConditionalGeneration, latents: NvibLatents, change) -> NvibLatents:
+    """Latents of as many vectors as these have, which ``change`` makes of a row's ``(n, P)``; of one weight all."""
+    z, mask, _ = vectors_of(latents)
+    rows = [change(row[seen]) for row, seen in zip(z, mask, strict=True)]
+    return with_prior_component(model, nn.utils.rnn.pad_sequence(rows, True), mask, model.latent_prior.log_weight)
 
 
-def as_latents(model, z: Tensor, mask: Tensor, log_weight: float) -> NvibLatents:
-    """Vectors as latents of the model: the prior's component in front, and the same weight for each of them."""
-    first = model.nvib.prior_mu.expand(len(z), 1, -1)
-    seen = F.pad(mask, (1, 0), value=True)
-    log_pi = F.pad(torch.full(mask.shape, log_weight), (1, 0)).masked_fill(~seen, float("-inf")).log_softmax(-1)
-    return NvibLatents(z=torch.cat([first, z], dim=1), log_pi=log_pi, attention_mask=seen)
-
-
-def shuffled(rows: list[Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    return padded([row[torch.randperm(len(row), generator=generator)] for row in rows])
-
-
-def average(function, latents: list[list[Tensor]], batch_size: int) -> float:
-    """The mean over texts of what a prior says of batches of them."""
-    total = 0.0
-    with torch.no_grad():
-        for start in range(0, len(latents[0]), batch_size):
-            columns = [padded(column[start : start + batch_size]) for column in latents]
-            total += function(*(z for z, _ in columns), columns[0][1]).sum().item()
-    return total / len(latents[0])
+def average(function, latents: NvibLatents, batch_size: int) -> float:
+    """The mean over latents of what a model says of batches of them."""
+    values = [function(latents[start : start + batch_size]) for start in range(0, len(latents), batch_size)]
+    return torch.cat(values).mean().item()
 
 
 # ---------------------------------------------------------------------------------------------- a run
@@ -207,23 +182,26 @@ def one(settings: dict, cache: Path) -> dict:
     train(model, tokenizer, [purpose.steering()], texts, {**settings, "steps": vae_steps})
     model.eval()
     references = as_read(tokenizer, held_out)
-    means, logvars, log_weight = latents_of(model, tokenizer, texts, size)
-    held_out_means, held_out_logvars, _ = latents_of(model, tokenizer, held_out, size)
+    latents, held_out_latents = (encode_texts(model, tokenizer, x, batch_size=size) for x in (texts, held_out))
 
     results = {"reconstruction": reconstruction_scores(reconstruct(model, tokenizer, held_out), references)}
-    prior = LatentPrior(model.nvib.prior_mu.shape[0], settings["codes"], settings["d_model"])
     started = time.process_time()
-    history = fit_latent_prior(
-        prior, means, held_out_means, max_steps=settings["steps"], batch_size=size, seed=seed, progress=False
+    history = model.fit_latent_prior(
+        latents,
+        held_out_latents,
+        sizes={"num_codes": settings["codes"], "d_model": settings["d_model"]},
+        max_steps=settings["steps"],
+        batch_size=size,
+        seed=seed,
+        progress=False,
     )
-    prior.fit_draws(*(padded(rows)[0] for rows in (means, logvars)), padded(means)[1])
     results["prior"] = {
         "seconds": time.process_time() - started,
         "steps": history[-1]["step"],
-        "parameters": sum(p.numel() for p in prior.parameters()),
+        "parameters": sum(p.numel() for p in model.latent_prior.parameters()),
         "codes_nats": min(entry["held_out_loss"] for entry in history),
-        "density_nats": -average(prior.log_prob, [held_out_means], size),
-        "rate": average(prior.rate, [held_out_means, held_out_logvars], size),
+        "density_nats": -average(model.log_prob, held_out_latents, size),
+        "rate": average(model.rate, held_out_latents, size),
     }
     language_model = TokenModel(len(tokenizer), settings["d_model"])
     started = time.process_time()
@@ -235,12 +213,8 @@ def one(settings: dict, cache: Path) -> dict:
     )
     results["language_model"]["seconds"] = time.process_time() - started
 
-    def write(z: Tensor, mask: Tensor) -> list[str]:
-        written: list[str] = []
-        for start in range(0, len(z), size):
-            latents = as_latents(model, z[start : start + size], mask[start : start + size], log_weight)
-            written += generate_texts(model, tokenizer, encoder_outputs=latents)
-        return written
+    def write(latents: NvibLatents) -> list[str]:
+        return decode_latents(model, tokenizer, latents, batch_size=size)
 
     def timed(name: str, draw):
         start = time.perf_counter()
@@ -249,23 +223,19 @@ def one(settings: dict, cache: Path) -> dict:
         return drawn
 
     chance, milliseconds, made = torch.Generator().manual_seed(seed), {}, {}
-    given = held_out_means[:count]
-    made["shuffled"] = write(*shuffled(given, chance))
-    z, mask = padded(given)
-    made["independent"] = write(torch.randn(z.shape, generator=chance), mask)
+    given = held_out_latents[:count]
+    made["shuffled"] = write(with_vectors(model, given, lambda row: row[torch.randperm(len(row), generator=chance)]))
+    made["independent"] = write(with_vectors(model, given, lambda row: torch.randn(row.shape, generator=chance)))
     for sampling in SAMPLINGS:
         setting = f"temperature {sampling['temperature']}, top-p {sampling['top_p']}"
         name = f"learned, {setting}, noise {sampling['noise']}"
-        drawn = timed(name, lambda s=sampling: prior.sample(count, generator=chance, **s))
-        made[name] = write(*drawn)
+        made[name] = write(timed(name, lambda s=sampling: model.sample_latents(count, generator=chance, **s)))
         name = f"language model, {setting}"
         if name not in made:
             how = (tokenizer.bos_token_id, tokenizer.eos_token_id, sampling["temperature"], sampling["top_p"], seed)
             made[name] = decoded(tokenizer, timed(name, lambda how=how: language_model.sample(count, *how)))
     judge = load_or_tiny(settings["judge"], texts, cache)
-    scores = sample_scores(
-        made, references, texts, reverse_steps=0, seed=seed, language_model=judge[0], lm_tokenizer=judge[1]
-    )
+    scores = sample_scores(made, references, texts, seed=seed, language_model=judge[0], lm_tokenizer=judge[1])
     for name, written in made.items():
         again = reconstruct(model, tokenizer, [text or " " for text in written])
         scores[name]["agreement"] = sum(map(str.__eq__, again, written)) / count

@@ -61,7 +61,7 @@ def with_prior_component(model: HasLatentPrior, z: Tensor, mask: Tensor, log_wei
     log_pi = F.pad(log_weight.float().expand(mask.shape), (1, 0)).masked_fill(~seen, -math.inf).log_softmax(-1)
     first = model.nvib.prior_mu.to(z).expand(len(z), 1, z.shape[-1])
     z = torch.cat([first, z], dim=1).to(model.dtype)
-    scale = torch.full_like(log_pi[:, 0], model.nvib.scale)
+    scale = torch.full_like(log_pi[:, 0], float(model.nvib.scale))
     return NvibLatents(z=z, log_pi=log_pi, attention_mask=seen, scale=scale)
 
 

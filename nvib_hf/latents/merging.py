@@ -16,21 +16,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..layers.merging import merge
+from ..layers.merging import Limit, merge
 from ..layers.settings import checked
 from .latents import NvibLatents
 
 if TYPE_CHECKING:
     from ..configuration_nvib import NvibConfig
 
-Limit = float | Sequence[float] | Tensor
 UNTRACEABLE = (
     "how often vectors are merged depends on them, so that no graph holds it. Compile with fullgraph=False, or set "
     "merge_share=1"
 )
 
 
-@torch.compiler.disable(reason=UNTRACEABLE)
+@torch.compiler.disable(reason=UNTRACEABLE)  # type: ignore[untyped-decorator]
 def merged(
     latents: NvibLatents,
     scale: float,

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ..layers.distributions import gaussian_sample, log_dirichlet_sample
+from ..layers.merging import Limit
 from ..layers.settings import check_choice
 from .checks import check_count, check_latents, check_number
 from .latents import NvibLatents, interpolate
 from .learned import HasLatentPrior, LearnedPriorMixin, sample_from_learned_prior
-from .merging import Limit, merged
+from .merging import merged
 from .transport import interpolate_by_transport
 
 if TYPE_CHECKING:
@@ -253,7 +254,8 @@ class NvibLatentsMixin(LearnedPriorMixin):
         """
         check_latents(latents, self.nvib)
         limits = {"num_vectors": num_vectors, "share": share, "cost": cost}
-        return merged(latents, self.scale, self.config.evaluation, **limits, order=order)
+        fewer: NvibLatents = merged(latents, self.scale, self.config.evaluation, **limits, order=order)
+        return fewer
 
     @torch.no_grad()
     def blend_latents(

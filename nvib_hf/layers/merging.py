@@ -27,6 +27,7 @@ from .denoising_attention import at_least_float32
 from .distributions import log_of_positive
 from .settings import check_choice
 
+Limit = float | Sequence[float] | Tensor
 ORDERS = ("neighbours", "any")
 # Costs count as equal in a round within a step of their logarithm, and equal ones are told apart by a number of the
 # pair that looks random: else every pair of a slope, or of equal vectors, waits for its neighbour, a round each.
@@ -126,7 +127,9 @@ def _check(z: Tensor, log_mass: Tensor, logvar: Tensor | None, fixed: Tensor | N
         raise ValueError(f"power must be a number of at least 0, but got {power}: 1 is Ward's criterion.")
 
 
-def _limits(num_vectors, share, cost, count: Tensor) -> tuple[Tensor, Tensor]:
+def _limits(
+    num_vectors: Limit | None, share: Limit | None, cost: Limit | None, count: Tensor
+) -> tuple[Tensor, Tensor]:
     """Of each row: how many vectors to leave at least, and the logarithm of the highest cost, each ``(B,)``.
 
     Args:
@@ -347,7 +350,7 @@ def naive_merge(
         total, mean = moments()
         costs = (1 / (1 / total[:, None] + 1 / total)) ** power * (mean[:, None] - mean).square().sum(-1)
         pairs = torch.ones_like(costs).triu(1).tril(1 if order == "neighbours" else len(groups))
-        i, j = divmod(costs.masked_fill(pairs == 0, float("inf")).argmin().item(), len(groups))
+        i, j = divmod(int(costs.masked_fill(pairs == 0, float("inf")).argmin()), len(groups))
         groups[i] = groups[i] + groups.pop(j)
     assignment = torch.full((len(z),), -1)
     for k, group in enumerate(groups):

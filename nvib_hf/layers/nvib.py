@@ -143,7 +143,6 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
         learned = dropping != "threshold"
         self.keep_weight = nn.Parameter(torch.empty(size_in)) if learned else None
         self.keep_bias = nn.Parameter(torch.empty(1)) if learned else None
-        self.drops = learned or alpha_threshold > 0  # whether anything decides what is kept
         self.make_prior(size_out)
         self.register_buffer("threshold_share", torch.tensor(float(threshold_share)))
         self.set_prior(prior_mu, prior_var, math.log(prior_alpha))
@@ -258,7 +257,8 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
         log_alpha = self._log_alpha(x)
         if log_alpha_below is not None:
             log_alpha = log_alpha + log_alpha_below
-        keep_logit = self._keep_logit(x, log_alpha) if self.drops else None
+        drops = self.keep_weight is not None or self.alpha_threshold > 0
+        keep_logit = self._keep_logit(x, log_alpha) if drops else None
         weighty = log_alpha > self._log_zero
         keep = mask & (weighty if keep_logit is None else weighty & kept(keep_logit, self.threshold_share))
         if kept_only and (order := kept_first(keep)) is not None:

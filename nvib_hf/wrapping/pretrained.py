@@ -23,8 +23,10 @@ from ..layers.latent_prior import LatentPrior
 from ..layers.nvib import NvibLayer, SinglePrecisionMixin
 from .adapters import check_is_bare
 from .architecture import warn_if_not_found
+from .auto_classes import IN_SAVED_CODE
 from .base import check_known, damage_explained
 from .cross_attention import restore_cross_attention
+from .halves import OfTheBaseMixin
 from .hub import auto_map_entry, put_in_place, save_code, written_last
 from .model_card import model_card
 from .self_attention import DenoisingSelfAttention, restore_self_attention
@@ -32,7 +34,7 @@ from .stacked_encoder import unstack
 from .wrap import hand_back, split_settings, wrap
 
 
-class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
+class NvibPreTrainedModel(SinglePrecisionMixin, OfTheBaseMixin, PreTrainedModel):
     """A model of Transformers around a ``base``, with NVIB layers in it.
 
     Subclasses set ``base``, ``config`` and ``_self_attention_names`` (the modules' names in the model by those of
@@ -183,7 +185,10 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
         ``model.name_or_path`` is from then on where it was saved or pushed to: what an adapter takes for its base.
         """
         known = getattr(self.config, "auto_map", None) or {}
-        self.config.auto_map = {**known, self._auto_name: auto_map_entry(type(self))}
+        autos = [self._auto_name]
+        if self.config.is_encoder_decoder:
+            autos += ["AutoModel", IN_SAVED_CODE.get(self.base.main_input_name, self._auto_name)]
+        self.config.auto_map = {**known, **dict.fromkeys(autos, auto_map_entry(type(self)))}
         folder = Path(save_directory)
         if self._holds_an_adapter():
             super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
@@ -284,7 +289,7 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
 
         Args:
             batches: the model's inputs, for instance a ``DataLoader``; with the decoder's inputs or ``labels`` if the
-                decoder's self-attention has NVIB.
+                decoder's self-attention has NVIB. Columns that are no tensors are passed over.
 
         Returns:
             The prior of the layer between the halves; where self-attentions have NVIB, those of all, by their names.
@@ -298,7 +303,7 @@ class NvibPreTrainedModel(SinglePrecisionMixin, PreTrainedModel):
         statistics = {name: PriorStatistics(layer.scale) for name, layer in layers.items()}
         with torch.no_grad(), self._watched(statistics):
             for batch in batches:
-                self._read(batch)
+                self._read({name: value for name, value in batch.items() if isinstance(value, Tensor)})
         priors = {name: seen.prior(name) for name, seen in statistics.items()}
         with torch.no_grad():
             for name, layer in layers.items():

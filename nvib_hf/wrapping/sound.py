@@ -26,6 +26,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from ..configuration_nvib import NvibConfig
 from .base import run_encoder
 
 MARGIN = 25  # vectors heard after the sound, half a second
@@ -50,8 +51,13 @@ class Heard(NamedTuple):
     window: int
 
 
-class SoundMixin:
+class SoundMixin(nn.Module):
     """For a model around Whisper, ``base``, that has to know silence."""
+
+    base: PreTrainedModel
+    config: NvibConfig
+    silence: Tensor
+    _has_stacked_encoder: bool
 
     def make_silence(self) -> None:
         """A buffer ``silence`` for :meth:`store_silence` or a checkpoint to fill.

@@ -45,7 +45,8 @@ def read_source(model, inputs: dict) -> Source:
         outputs, mask = BaseModelOutput(last_hidden_state=states), inputs.get("attention_mask")
         if mask is not None:
             check_mask_of_states(model.base, mask, states)
-    vectors, left = outputs.last_hidden_state, current_pass().left if stacked else None
+    vectors, this_pass = outputs.last_hidden_state, current_pass() if stacked else None
+    left = None if this_pass is None else this_pass.left
     if left is not None:
         padding, share = left  # of the source, not of what its layers left of it
         check_length_is_left(padding, vectors)

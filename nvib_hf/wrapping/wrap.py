@@ -136,7 +136,20 @@ def chosen(half: nn.Module, kind: str, config: NvibConfig) -> dict[str, tuple[nn
             "dropping='relaxed' keeps every vector in training, at a smaller weight that layers above do not see. "
             "Set dropping='threshold' and an alpha_threshold, or leave the encoder out of attentions."
         )
+    if kind == "encoder" and is_stacked(config) and config.is_encoder_decoder and shortens_after_its_layers(half):
+        raise ValueError(
+            f"{type(half).__name__} has an adapter that makes fewer vectors of what its layers leave, so that nobody "
+            "knows which of those are dropped. Leave 'encoder' out of attentions, or load it with add_adapter=False."
+        )
     return {f"{kind}.{number}": modules[number] for number in layers}
+
+
+def shortens_after_its_layers(encoder: nn.Module) -> bool:
+    """Whether an encoder of sound has an adapter on top that changes the length."""
+    if getattr(encoder, "adapter", None) is None:
+        return False
+    with_and_without = {int(encoder._get_feat_extract_output_lengths(10_000, add_adapter=x)) for x in (True, False)}
+    return len(with_and_without) > 1
 
 
 def wrap(model_class: type[PreTrainedModel], base: PreTrainedModel, settings: dict) -> PreTrainedModel:

@@ -660,7 +660,7 @@ def test_training_from_scratch_starts_at_the_prior():
         ({"prior_mu": float("nan")}, "prior_mu must be finite, but got nan"),
         ({"prior_var": float("inf")}, "prior_var must be finite, but got inf"),
         ({"prior_alpha": 0.0}, "prior_alpha must be a positive number, but got 0.0"),
-        ({"prior_alpha": float("inf")}, "prior_alpha must be a positive number, but got inf"),
+        ({"prior_alpha": float("inf")}, "prior_alpha must be finite, but got inf"),
         ({"alpha_threshold": -1.0}, "alpha_threshold must be .* but got -1.0"),
         ({"alpha_activation": "softplus"}, "alpha_activation must be one of 'exp', 'relu', but got 'softplus'"),
         ({"scale": 0.0}, "scale must be positive, but got 0.0"),

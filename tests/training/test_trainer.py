@@ -44,7 +44,8 @@ def fixed_draws(monkeypatch):
         places = torch.arange(mu.shape[1])[:, None] + 7 * torch.arange(mu.shape[2])
         return (mu + torch.exp(0.5 * logvar) * torch.sin(places.float())).masked_fill(~mask[..., None], 0)
 
-    monkeypatch.setattr("nvib_hf.layers.nvib.log_dirichlet_sample", log_dirichlet)
+    for module in ("nvib", "dropping"):
+        monkeypatch.setattr(f"nvib_hf.layers.{module}.log_dirichlet_sample", log_dirichlet)
     monkeypatch.setattr("nvib_hf.layers.nvib.gaussian_sample", gaussian)
 
 

@@ -454,17 +454,6 @@ def test_learned_dropping_decodes_what_it_keeps(family, tmp_path):
     assert torch.equal(generate(loaded, inputs), generated)
 
 
-@pytest.mark.capability("learned dropping")
-@over_families
-def test_hard_draws_reach_the_decision_through_what_they_drop(family):
-    model = deciding(family, dropping="hard").train()
-    output = model(**tiny_inputs(family), labels=tiny_labels(family))
-    dropped = output.latents.dropped > 0.5
-    assert dropped.any() and output.latents.log_pi[dropped].eq(-float("inf")).all()
-    (gradient,) = torch.autograd.grad(output.cross_entropy, output.latents.dropped)
-    assert gradient[dropped].ne(0).all() and gradient[~dropped].eq(0).all()
-
-
 @pytest.mark.capability("gradient checkpointing")
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non_reentrant"])
 @over_families

@@ -121,3 +121,17 @@ def test_what_fails_changes_nothing():
     with pytest.raises(ValueError, match="decoder"):
         model.fit_prior([{"input_ids": torch.full((2, 4), 5), "labels": torch.full((2, 1), 5)}])  # one token, no mean
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("attentions", [None, ALL])
+def test_columns_that_are_no_tensors_are_passed_over(attentions):
+    """As a data set has them beside the inputs: texts, numbers, nothing."""
+    models = [NvibForConditionalGeneration.from_base_pretrained(tiny_base("bart"), attentions=attentions)] * 2
+    others = {"text": ["one", "two", "three"], "number": 3, "nothing": None}
+    priors = [
+        model.fit_prior([{**batch, **extra} for batch in batches("bart")])
+        for model, extra in zip(models, ({}, others), strict=True)
+    ]
+    one, other = (p if attentions is None else p["cross"] for p in priors)
+    for name in one._fields:
+        torch.testing.assert_close(getattr(one, name), getattr(other, name))
