@@ -70,10 +70,10 @@ def result_tables(results: dict) -> list[list[tuple[str, ...]]]:
     of_texts = [_rows(part, [results.get(part, {})]) for part in ("reconstruction", "rate_distortion")]
     tables = [[("measure", "value"), *of_texts[0], *of_texts[1]]]
     if samples := results.get("samples"):
-        kinds = [f"{kind} texts" if kind == "real" else kind for kind in samples]
+        kinds = [f"{kind} texts" if kind == "real" else verbatim(kind) for kind in samples]
         tables.append([("samples from the prior", *kinds), *_rows("samples", list(samples.values()))])
     if paths := results.get("interpolation"):
-        tables.append([("interpolations", *paths), *_rows("interpolation", list(paths.values()))])
+        tables.append([("interpolations", *map(verbatim, paths)), *_rows("interpolation", list(paths.values()))])
     return tables
 
 
@@ -81,7 +81,7 @@ def _walk(paths: dict[str, dict]) -> list[tuple[str, ...]]:
     """The example of each method at every weight, and the perplexity there, as a table with titles."""
     steps = len(next(iter(paths.values()))["example"])
     columns = {"weight": [f"{i / (steps - 1):.2f}" for i in range(steps)]}
-    for method, path in paths.items():
+    for method, path in ((verbatim(name), path) for name, path in paths.items()):
         columns[method] = [verbatim(text) for text in path["example"]]
         if "fluency" in path:
             columns[f"perplexity, {method}"] = [_written(value, "{:.1f}") for value in path["fluency"]]
@@ -107,7 +107,9 @@ def evaluation_section(results: dict) -> str:
     ]
     for name, title in KEPT.items():
         if groups := results.get("kept", {}).get(name):
-            rows = [(g["group"], f"{g['kept']:.1%}", f"{g['log_alpha']:.2f}", str(g["tokens"])) for g in groups]
+            rows = [
+                (verbatim(g["group"]), f"{g['kept']:.1%}", f"{g['log_alpha']:.2f}", str(g["tokens"])) for g in groups
+            ]
             parts.append(markdown_table((title, "kept", "mean log pseudo-count", "tokens"), *rows))
     parts += [markdown_table(*table) for table in others]
     if paths:
@@ -118,7 +120,7 @@ def evaluation_section(results: dict) -> str:
     for kind, of_kind in samples.items():
         if texts := of_kind.get("examples"):
             listed = "\n".join(f"- {verbatim(text)}" for text in texts)
-            parts.append(f"Samples from the prior, {kind}:\n\n{listed}")
+            parts.append(f"Samples from the prior, {verbatim(kind)}:\n\n{listed}")
     return "\n\n".join(parts)
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import fields
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ..configuration_nvib import NvibConfig, is_hub_id, setting_names
+from ..versions import ADDRESS
 
 
 def markdown_table(titles: Sequence[object], *rows: Sequence[object]) -> str:
@@ -25,22 +28,22 @@ def verbatim(text: str) -> str:
     return re.sub(r"([\\`*_|<>\[\]#])", r"\\\1", " ".join(text.split())) or "*(nothing)*"
 
 
-PACKAGE = "https://pypi.org/project/nvib-hf/"
-
-TASKS = {"input_ids": "text2text-generation", "pixel_values": "image-to-text"}  # others: speech
+# Tasks of the Hub by what the encoder reads, but for bases that translate; others: speech.
+TASKS = {"input_ids": "text-generation", "inputs_embeds": "text-generation", "pixel_values": "image-to-text"}
+TRANSLATORS = ("fsmt", "m2m_100", "marian", "nllb-moe")
 
 READ_TEXT = """\
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained({name}, trust_remote_code=True)
 inputs = tokenizer(["The first text.", "Another text."], padding=True, return_tensors="pt")"""
 
 READ_SPEECH = """\
 import numpy as np
 from transformers import AutoFeatureExtractor, AutoModelForSeq2SeqLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
-processor = AutoFeatureExtractor.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained({name}, trust_remote_code=True)
+processor = AutoFeatureExtractor.from_pretrained({name}, trust_remote_code=True)
 sounds = [np.zeros(16_000), np.zeros(16_000)]  # put your own here, at 16 kHz
 inputs = processor(sounds, sampling_rate=16_000, return_tensors="pt")"""
 
@@ -48,13 +51,13 @@ READ_IMAGE = """\
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForSeq2SeqLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
-processor = AutoImageProcessor.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained({name}, trust_remote_code=True)
+processor = AutoImageProcessor.from_pretrained({name}, trust_remote_code=True)
 images = [Image.new("RGB", (224, 224)), Image.new("RGB", (224, 224))]  # put your own here
 inputs = processor(images, return_tensors="pt")"""
 
 USE = """\
-model = AutoModelForSeq2SeqLM.from_pretrained("{name}", trust_remote_code=True)
+model = AutoModelForSeq2SeqLM.from_pretrained({name}, trust_remote_code=True)
 
 
 def decode(latents):
@@ -62,8 +65,10 @@ def decode(latents):
     return tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 
+tokens = model.generate(**inputs, max_new_tokens=32)  # as of any model
+print(tokenizer.batch_decode(tokens, skip_special_tokens=True))
 latents = model.encode(**inputs)
-print(decode(latents))
+print(decode(latents))  # the same
 print(decode(model.sample_latents(num_samples=2, num_vectors=8)))  # drawn from the prior
 print(decode(model.interpolate_latents(latents[:1], latents[1:], weight=0.5)))  # needs the package POT"""
 
@@ -98,7 +103,7 @@ decoded, and latents can also be drawn from the prior or lie between those of tw
 ```
 
 `trust_remote_code=True` runs the code that lies beside the weights: nothing has to be installed but PyTorch and
-Transformers. It can be left out where [nvib_hf]({package}), with which this model was made, is installed and imported.
+Transformers. It can be left out where nvib_hf, with which this model was made, is installed{install} and imported.
 
 ## Settings
 
@@ -121,26 +126,66 @@ def model_card(model, name: str, training: str = "", **metadata) -> ModelCard:
         training: a section on its training.
         metadata: further fields of the card's header (``license``, ``language``, ``datasets``, ...), before those of
             ``model.card_metadata``. The licence is for the user to say: a base's is not always known.
+
+    Raises:
+        TypeError: a field that YAML cannot hold, or tags that are no text.
     """
     read = {"input_ids": READ_TEXT, "pixel_values": READ_IMAGE}.get(model.main_input_name, READ_SPEECH)
     data = {
         "library_name": "transformers",
-        "pipeline_tag": TASKS.get(model.main_input_name, "automatic-speech-recognition"),
+        "pipeline_tag": task_of(model),
         "base_model": base_ids(model.config) or None,
-        **{field: value for field, value in {**model.card_metadata, **metadata}.items() if value},
+        **plain_fields({**model.card_metadata, **metadata}),
     }
-    data["tags"] = list(dict.fromkeys([*(model.model_tags or []), *data.get("tags", [])]))
+    data["tags"] = list(dict.fromkeys([*(model.model_tags or []), *as_tags(data.get("tags", []))]))
     text = TEXT.format(
-        title=name.rsplit("/", 1)[-1],
+        title=verbatim(name.rsplit("/", 1)[-1]),
         base=_base(model.config),
         inside=_inside(model.config),
-        snippet=f"{read}\n\n{USE}".format(name=name),
+        snippet=f"{read}\n\n{USE}".format(name=as_literal(name)),
         settings=markdown_table(("setting", "value"), *((f"`{k}`", value) for k, value in _settings(model).items())),
         training=training and f"## Training\n\n{training.strip()}\n\n",
-        package=PACKAGE,
+        install=f" (`pip install git+{ADDRESS}`)" if ADDRESS else "",
         citation=CITATION,
     )
     return ModelCard(f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{text}")
+
+
+def task_of(model) -> str:
+    """The task of the Hub that a model is listed under."""
+    if model.config.base_config.model_type in TRANSLATORS:
+        return "translation"
+    return TASKS.get(model.main_input_name, "automatic-speech-recognition")
+
+
+def as_literal(text: str) -> str:
+    """A text as Python writes it, on one line, without what would end a block of code."""
+    return json.dumps(text, ensure_ascii=False).replace("`", r"\x60")
+
+
+def plain_fields(given: dict[str, object]) -> dict[str, object]:
+    """The fields of a header that say something.
+
+    Raises:
+        TypeError: one that YAML cannot hold.
+    """
+    for field, value in given.items():
+        try:
+            yaml.safe_dump({field: value})
+        except yaml.YAMLError:
+            raise TypeError(
+                f"The model card's {field} must be text, a number, or lists and dicts of these, but got {value!r}. "
+                "Convert it, for instance with .tolist() or str()."
+            ) from None
+    return {field: value for field, value in given.items() if value}
+
+
+def as_tags(tags: object) -> list[str]:
+    """One tag, or a list of them."""
+    tags = [tags] if isinstance(tags, str) else tags
+    if not isinstance(tags, (list, tuple, set)) or not all(isinstance(tag, str) for tag in tags):
+        raise TypeError(f"The model card's tags must be a list of texts, but got {tags!r}. Pass ['one', 'another'].")
+    return list(tags)
 
 
 def base_ids(config: NvibConfig) -> list[str]:

@@ -1,7 +1,9 @@
 """The model card is tested like code: what it says is true of the model, and its snippet runs."""
 
+import ast
 import re
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -15,7 +17,7 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from nvib_hf import NvibForConditionalGeneration, NvibTrainer, add_to_model_card
+from nvib_hf import NvibForConditionalGeneration, NvibTrainer, add_to_model_card, evaluation_section
 from nvib_hf.wrapping.model_card import base_ids, model_card
 
 
@@ -56,7 +58,7 @@ def rows(text):
 def test_names_the_base(family, names, ids, said):
     model = wrap(family, names)
     header, text = read(model_card(model, "someone/model"))
-    expected = {"library_name": "transformers", "pipeline_tag": "text2text-generation", "tags": ["nvib"]}
+    expected = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["nvib"]}
     assert header == expected | ({"base_model": ids} if ids else {})
     assert said in text and text.strip().startswith("# model\n")
     for name in ids or []:
@@ -73,7 +75,18 @@ def test_folder_is_no_base(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("family", "task"),
-    [("whisper", "automatic-speech-recognition"), ("vit2gpt2", "image-to-text"), ("t5", "text2text-generation")],
+    [
+        ("whisper", "automatic-speech-recognition"),
+        ("wav2vec2_to_bert", "automatic-speech-recognition"),
+        ("vit2gpt2", "image-to-text"),
+        ("t5", "text-generation"),
+        ("bert2gpt2", "text-generation"),
+        ("pop2piano", "text-generation"),
+        ("marian", "translation"),
+        ("m2m_100", "translation"),
+        ("fsmt", "translation"),
+        ("nllb_moe", "translation"),
+    ],
 )
 def test_names_the_task(family, task):
     assert read(model_card(wrap(family), "model"))[0]["pipeline_tag"] == task
@@ -159,7 +172,61 @@ def test_license_is_what_the_user_says(tmp_path):
     header, text = read((tmp_path / "README.md").read_text())
     assert (header["license"], header["language"]) == ("mit", "en")
     assert read(model_card(model, "model", license="gpl-3.0"))[0]["license"] == "gpl-3.0"
-    assert "[nvib_hf](https://pypi.org/project/nvib-hf/)" in text
+    assert "pypi" not in text and "pip install" not in text  # until there is an address
+
+
+def test_the_address_is_one_constant(monkeypatch):
+    monkeypatch.setattr("nvib_hf.wrapping.model_card.ADDRESS", "https://example.org/nvib_hf")
+    assert "is installed (`pip install git+https://example.org/nvib_hf`) and" in str(model_card(wrap(), "model"))
+
+
+NAMES = ['with "quotes"', "two\nlines", "a `tick`", "```python", "# [x](y) <b>", "C:\\new", "{name}", "äöü 中"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_reach_neither_heading_nor_code_unescaped(name):
+    _, text = read(model_card(wrap(), name))
+    heading, snippet = text.strip().split("\n")[0], re.search(r"```python\n(.*?)\n```\n", text, re.DOTALL)[1]
+    assert heading.startswith("# ") and not re.search(r"(?<!\\)[`<\[]", heading[2:])
+    loaded = [node for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Call) and node.keywords]
+    named = {call.args[0].value for call in loaded if getattr(call.func, "attr", "") == "from_pretrained"}
+    assert named == {name}
+    assert "## Settings" in text.split("```")[2]
+
+
+def test_names_of_decodings_are_escaped():
+    """In every table and heading of an evaluation: a pipe would begin a cell."""
+    name = "a|b\n`c` [d](e)"
+    section = evaluation_section(
+        {
+            "settings": {"texts": 7, "seed": 0},
+            "reconstruction": {"exact_match": 0.5},
+            "samples": {name: {"distinct_1": 0.5, "examples": ["x"]}},
+            "interpolation": {name: {"example": ["x", "y"], "fluency": [1.0, 2.0]}},
+        }
+    )
+    assert name not in section and r"a\|b \`c\` \[d\](e)" in section and "\n`c`" not in section
+
+
+@pytest.mark.parametrize("tags", ["abc", ["abc"], ("abc",)])
+def test_one_tag_is_one_tag(tags):
+    model = wrap()
+    model.card_metadata = {"tags": tags}
+    assert read(model_card(model, "model"))[0]["tags"] == ["nvib", "abc"]
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(2), torch.tensor(1.0), np.float64(1), object(), {"a": [torch.ones(1)]}])
+def test_what_yaml_cannot_hold_is_refused(wrong):
+    model = wrap()
+    model.card_metadata = {"metrics": wrong}
+    with pytest.raises(TypeError, match=r"model card's metrics must be text, a number, or lists and dicts"):
+        model_card(model, "model")
+
+
+@pytest.mark.parametrize("wrong", [3, [1, 2], {"a": 1}])
+def test_tags_are_texts(wrong):
+    with pytest.raises(TypeError, match="model card's tags must be a list of texts, but got"):
+        model_card(wrap(), "model", tags=wrong)
 
 
 # ---------------------------------------------------------------------------------------------- when it is written
@@ -219,7 +286,7 @@ def test_snippet_runs(family, tmp_path, monkeypatch, capsys):
     tokens = model.generate(encoder_outputs=latents, max_new_tokens=32)
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == str(tiny_tokenizer().batch_decode(tokens, skip_special_tokens=True))
-    assert len(printed) == 3
+    assert printed[1] == printed[0] and len(printed) == 4  # generate() of the inputs and of their latents
 
 
 # ---------------------------------------------------------------------------------------------- after training
