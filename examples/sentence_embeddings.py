@@ -6,8 +6,8 @@
     embeddings = model.encode(["The first text.", "Another text."])
 
 `my-nvib` is a folder or repository with a saved model and its tokenizer. The embedding is `latents.pooled()`: the
-weighted mean of the vectors that the decoder sees. It trains with the losses of sentence-transformers; the KL terms are
-not part of these.
+weighted mean of the vectors that the decoder sees. It trains with the losses of sentence-transformers; the KL terms
+are not part of these.
 """
 
 from __future__ import annotations

@@ -76,6 +76,7 @@ def test_nothing_deprecated_is_used(family):
     assert not [message for message in said if "deprecat" in message.lower()]
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of the old name, as of the base
 def test_a_cache_has_two_names():
     model, tokens = tiny_nvib(), torch.tensor([[START, 5, 6]])
     latents = model.encode(torch.tensor([[5, 6, 2]]))

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import fields
 
-import yaml
+import yaml  # type: ignore[import-untyped]  # it has no types
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 from transformers import PreTrainedConfig
