@@ -8,7 +8,7 @@ Marian that this script makes first, knows words of the Bible in Basic English; 
 of them names, and tested on such that it never saw. For a checkpoint and pairs of your own replace the two functions.
 
 How much may a latent cost the task? The plain model is fine-tuned first. What it reaches on watched words, which are
-neither trained on nor tested, and a tenth more is the cross-entropy that the constraint accepts. So training begins to
+neither trained on nor tested, and a fifth more is the cross-entropy that the constraint accepts. So training begins to
 compress when the task is learnt, and compresses as far as this allows.
 """
 
@@ -37,7 +37,7 @@ from nvib_hf.evaluation.texts import word_edits
 
 MAX_TOKENS, SIZES = 16, {"layers": 2, "attention_heads": 4, "ffn_dim": 512}
 NVIB = {"tau_sigma": 0.1, "lambda_gaussian": 1.0, "lambda_dirichlet": 1.0}  # near the model's own function
-ACCEPTED = 1.1  # times the cross-entropy of the plain model
+ACCEPTED = 1.2  # times the cross-entropy of the plain model
 Pairs = list[tuple[str, str]]
 
 
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("finetuned"), metavar="DIR", help="default: finetuned")
     parser.add_argument("--quick", action="store_true", help="everything runs, nothing is learnt")
     args = parser.parse_args()
-    steps, fine_tuning_steps, test_size = (2, 2, 20) if args.quick else (400, 400, 1000)
+    steps, fine_tuning_steps, test_size = (2, 2, 20) if args.quick else (400, 1000, 1000)
 
     set_seed(0)
     known, others = read_pairs()
@@ -140,7 +140,7 @@ def main() -> None:
     print(f"\nThe plain model reaches {reached:.3f} nats per token on watched words: {accepted:.3f} are accepted.\n")
 
     model = NvibForConditionalGeneration.from_base_pretrained(args.output / "pretrained", **NVIB)
-    constraint = ConstraintCallback(accepted, start_beta=0.005, rate=0.02, interval=1 if args.quick else 10)
+    constraint = ConstraintCallback(accepted, rate=0.02, interval=1 if args.quick else 10)
     before = rate_distortion(model, tokenizer, *zip(*test, strict=True))["rate"]
     results["NVIB"], _ = train(model, tokenizer, training, watched, test, fine_tuning_steps, [constraint])
     after = rate_distortion(model, tokenizer, *zip(*test, strict=True))["rate"]
