@@ -166,7 +166,24 @@ def test_nothing_is_left_after_an_exception(which, family, place, call):
     assert current_pass() is None
     for one, other in zip((forward, encode, generate), expected, strict=True):
         assert_same(one(model, family, 2), other)
-    model.get_encoder()(**batch_of(family, 2))
+
+
+@over_families
+@over_models
+@torch.no_grad()
+def test_nothing_is_left_of_an_encoder_that_failed_by_itself(which, family):
+    model = model_of(which, family)
+    expected = model.get_encoder()(**batch_of(family, 2)).last_hidden_state
+
+    def fail(*_) -> None:
+        raise Failed
+
+    hook = model.nvib_layers()["encoder.1"].register_forward_hook(fail)
+    with pytest.raises(Failed):
+        model.get_encoder()(**batch_of(family, 4))
+    hook.remove()
+    assert current_pass() is None
+    assert torch.equal(model.get_encoder()(**batch_of(family, 2)).last_hidden_state, expected)
     assert current_pass() is None
 
 
@@ -190,6 +207,8 @@ def test_a_generator_is_of_its_own_pass_alone(which, fails):
         model(**inputs, generator=generator)
     used = generator.get_state()
     assert not torch.equal(used, torch.Generator().manual_seed(7).get_state())
+    model.get_encoder()(**tiny_inputs("bart"))  # draws, and takes its generator from the pass that it is in
+    model.generate(**tiny_inputs("bart"), max_new_tokens=2)
     torch.manual_seed(1)
     expected = model(**inputs)
     assert torch.equal(generator.get_state(), used)

@@ -54,10 +54,9 @@ def test_a_saved_folder_loads_by_an_auto_class(name):
 
 def test_what_the_saved_models_have_is_at_work():
     """Otherwise the tests above would show little."""
-    bart = NvibForConditionalGeneration.from_pretrained(SAVED / "bart_threshold")
-    assert bart.nvib.alpha_threshold == 0.1
-    pi = load_file(SAVED / "bart_threshold" / "expected.safetensors")["pi"]
-    assert (pi == 0).any() and (pi.amax(-1) < 0.6).all()
+    bart = load_file(SAVED / "bart_threshold" / "expected.safetensors")
+    weights = bart["pi"][:, 1:][bart["attention_mask"].bool()]  # the threshold drops some, and no vector has it all
+    assert (weights == 0).any() and (weights > 0).any() and (weights < 0.6).all()
     t5 = NvibForConditionalGeneration.from_pretrained(SAVED / "t5_every_attention")
     assert {name.partition(".")[0] for name in t5.nvib_layers()} == {"cross", "encoder", "decoder"}
     bert = NvibForSequenceClassification.from_pretrained(SAVED / "bert_classifier")
