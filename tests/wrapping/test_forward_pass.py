@@ -1,11 +1,13 @@
 """One object for one pass: threads, a call inside a call and an exception cannot mix up what belongs to a pass."""
 
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from tiny_models import decoder_inputs, tiny_base, tiny_inputs, tiny_labels
+from torch.nn.parallel import replicate
 from torch.testing import assert_close
 
 from nvib_hf import NvibForConditionalGeneration
@@ -106,6 +108,27 @@ def test_threads_get_what_each_gets_alone(which, family, training):
     for one, other in zip(found, expected, strict=True):
         assert_same(one, other)
     assert current_pass() is None
+
+
+@over_families
+@over_models
+@torch.no_grad()
+def test_replicas_of_data_parallel_get_what_the_model_gets(which, family, monkeypatch):
+    """As ``nn.DataParallel`` makes them, a thread for each, but on one device."""
+    monkeypatch.setattr(
+        sys.modules[replicate.__module__],
+        "_broadcast_coalesced_reshape",
+        lambda tensors, devices, detach: [list(tensors) for _ in devices],
+    )
+    model, seeds = model_of(which, family), range(THREADS)
+    expected = [forward(model, family, seed) for seed in seeds]
+    replicas = replicate(model, list(seeds), detach=True)
+    assert not {id(module) for module in model.modules()} & {id(module) for module in replicas[0].modules()}
+    without_gradients = torch.no_grad()(forward)  # which each thread is told by itself
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = list(pool.map(lambda seed: without_gradients(replicas[seed], family, seed), seeds))
+    for one, other in zip(found, expected, strict=True):
+        assert_same(one, other)
 
 
 def test_a_thread_is_in_no_pass_of_another():
