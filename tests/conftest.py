@@ -5,6 +5,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core (pytest -n auto): more threads would only wait
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -30,6 +32,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "capability(name): a column of the table of architectures")
     config.stash[OUTCOMES] = {}
+    config.pluginmanager.register(Outcomes(config))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -38,9 +41,20 @@ def pytest_runtest_makereport(item, call):
     marker = item.get_closest_marker("capability")
     if marker is not None and (report.when == "call" or report.outcome != "passed"):
         reason = report.longrepr[2].removeprefix("Skipped: ") if report.skipped else None
-        cell = (item.callspec.params["family"], marker.args[0])
-        item.config.stash[OUTCOMES].setdefault(cell, []).append((report.outcome, reason))
+        report.user_properties.append(("cell", (item.callspec.params["family"], marker.args[0], reason)))
     return report
+
+
+class Outcomes:
+    """Gathers the cells of the table from the reports, which come from every process of ``pytest -n``."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def pytest_runtest_logreport(self, report):
+        for family, capability, reason in (value for name, value in report.user_properties if name == "cell"):
+            outcomes = self.config.stash[OUTCOMES].setdefault((family, capability), [])
+            outcomes.append((report.outcome, reason))
 
 
 def pytest_sessionfinish(session):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from safetensors.torch import save as serialise
 from torch import Tensor
 from torch.nn import functional as F
@@ -212,7 +212,8 @@ class NvibLatents:
         if Path(path).is_dir():
             raise ValueError(f"{path} is a folder. {remedy}")
         try:
-            tensors = load_file(path)
+            # One read of one file: load_file() opens the path twice, and may find another file the second time.
+            tensors = load(Path(path).read_bytes())
         except SafetensorError as error:
             raise ValueError(
                 f"{path} is not a whole safetensors file ({error}). {remedy} torch.load() reads torch.save()'s."
