@@ -164,7 +164,7 @@ def train(model: NvibForConditionalGeneration, data: Transcripts, options: argpa
         target_prop_vectors=options.keep,
         start_beta=0.2,
         rate=0.01,
-        threshold_share=1.0,
+        dropping_share=1.0,
         interval=5,
     )
     arguments = Seq2SeqTrainingArguments(
@@ -181,7 +181,7 @@ def train(model: NvibForConditionalGeneration, data: Transcripts, options: argpa
     )
     trainer = NvibTrainer(model, arguments, data_collator=data.collate, train_dataset=data, callbacks=[callback])
     trainer.train()
-    model.nvib.threshold_share.fill_(1.0)  # what was learnt counts, should the cross-entropy never have been met
+    model.nvib.dropping_share.fill_(1.0)  # what was learnt counts, should the cross-entropy never have been met
     return trainer.state.log_history
 
 

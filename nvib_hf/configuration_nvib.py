@@ -20,6 +20,7 @@ from .layers.settings import (
     CHOICES,
     KINDS,
     RANGES,
+    RENAMED,
     SWITCHES,
     attentions_by_kind,
     check_dropping,
@@ -105,7 +106,7 @@ class NvibConfig(PreTrainedConfig):
             (:meth:`~nvib_hf.NvibForConditionalGeneration.freeze_base`). What a layer of the encoder drops is gone
             from the layers above it too; a decoder's layers drop nothing.
         alpha_threshold: components with a pseudo-count at or below it are dropped, in training and evaluation.
-        threshold_share: the share of the training examples in which vectors are dropped, so that one can come back
+        dropping_share: the share of the training examples in which vectors are dropped, so that one can come back
             through the others; 0 turns dropping off, in evaluation too. Where training starts: a callback may move
             it.
         merge_share: the share of its vectors that a latent is merged to, in (0, 1], in training and evaluation: those
@@ -180,7 +181,7 @@ class NvibConfig(PreTrainedConfig):
     alpha_activation: str = "exp"
     dropping: str = "threshold"
     alpha_threshold: float = 0.0
-    threshold_share: float = 1.0
+    dropping_share: float = 1.0
     merge_share: float = 1.0
     encode_sound_only: bool = False
     tau_alpha: float | dict[str, float] = TAUS["tau_alpha"]
@@ -219,6 +220,8 @@ class NvibConfig(PreTrainedConfig):
                 f"This configuration was written by a newer nvib_hf (config_version {self.config_version}; this "
                 f"one reads up to {CONFIG_VERSION}). {UPDATE}"
             )
+        for old in RENAMED.keys() & kwargs.keys():
+            setattr(self, RENAMED[old], kwargs.pop(old))
         refuse_misspelt_settings(kwargs)
         self._check_settings()
         if isinstance(self.base_config, PreTrainedConfig):
@@ -370,7 +373,9 @@ def setting_names() -> set[str]:
 
 
 def refuse_misspelt_settings(names: Iterable[str]) -> None:
-    """Raise TypeError for a name that is nearly that of a setting."""
+    """Raise TypeError for a name that was, or is nearly, that of a setting."""
     for name in names:
+        if name in RENAMED:
+            raise TypeError(f"{name!r} is now called {RENAMED[name]!r}. Pass that.")
         if close := difflib.get_close_matches(name, setting_names(), n=1, cutoff=0.75):
             raise TypeError(f"{name!r} is no setting of NvibConfig. Did you mean {close[0]!r}?")

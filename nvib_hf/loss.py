@@ -68,11 +68,11 @@ def layer_terms(
     for name, module in attentions.items():
         if module not in records:
             continue
-        posterior, visible, sources = records[module]
+        posterior, source_mask, sources = records[module]
         if targets is not None and name.startswith("decoder"):
-            visible = targets
-        if visible is not None:
-            mask = F.pad(visible, (1, 0), value=True)
+            source_mask = targets
+        if source_mask is not None:
+            mask = F.pad(source_mask, (1, 0), value=True)
             posterior = posterior._replace(mask=mask, keep=posterior.keep & mask)
         terms.kl_gaussian[name], terms.kl_dirichlet[name] = module.nvib.kl(posterior, posterior, kappa=1)
         statistics = posterior.statistics()

@@ -187,7 +187,7 @@ ONE_LAYER = {
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("family", ["bart", "t5"])
 def test_compiled_whole_without_a_break(family):
-    dropping = {"alpha_threshold": 0.1, "threshold_share": 0.7, "lambda_vectors": 0.1, "word_dropout": 0.3}
+    dropping = {"alpha_threshold": 0.1, "dropping_share": 0.7, "lambda_vectors": 0.1, "word_dropout": 0.3}
     weights = {"lambda_gaussian": 0.1, "lambda_dirichlet": 0.1, "free_bits_dirichlet": 0.1}
     model = tiny_nvib(family, base=ONE_LAYER[family], **weights, **dropping)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -225,7 +225,7 @@ def test_compiled_to_kernels():
 
 
 # ------------------------------------------------------------------------------------------------------ half precision
-ISLANDS = ("nvib.alpha_", "nvib.prior_", "nvib.threshold_share", "kl_beta")
+ISLANDS = ("nvib.alpha_", "nvib.prior_", "nvib.dropping_share", "kl_beta")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -36,7 +36,7 @@ INTERPOLATIONS = [
 ]
 METHODS = ("transport", "mixture")  # of interpolation
 # What is kept of a training's log
-TRACE = ("step", "cross_entropy", "kl_gaussian", "prop_vectors", "threshold_share", "constraint_beta")
+TRACE = ("step", "cross_entropy", "kl_gaussian", "prop_vectors", "dropping_share", "constraint_beta")
 LEGEND = """
 Mean ± standard deviation over seeds. Cross-entropy in nats per token, of the posterior itself and of one draw of it;
 `KL_G` and `KL_D` as the loss weighs them (`KL_G` is a mean over vectors and channels); rate: nats that the latent of a
@@ -177,7 +177,7 @@ def control_table(groups: list[list[dict]]) -> str:
     """What the constraint held: no collapse, no oscillation."""
     rows = []
     for group in groups:
-        after = [[e for e in entries(record) if e["threshold_share"] > 0] for record in group]
+        after = [[e for e in entries(record) if e["dropping_share"] > 0] for record in group]
         betas = [[entry["constraint_beta"] for entry in trace] for trace in after]
         rows.append(
             {
@@ -241,7 +241,7 @@ def report(args: argparse.Namespace, records: dict[str, dict], real: str) -> Non
     args.report.parent.mkdir(parents=True, exist_ok=True)
     figure = args.report.with_suffix(".png")
     draw(groups, of_real, figure)
-    begun = [group for group in groups if group[0]["results"]["trace"].get("threshold_share", [0])[-1]]
+    begun = [group for group in groups if group[0]["results"]["trace"].get("dropping_share", [0])[-1]]
     constrained = [group for group in begun if "constraint_beta" in group[0]["results"]["trace"]]
     traces = figure.with_stem(f"{figure.stem}_traces")
     if constrained:

@@ -133,10 +133,10 @@ class Sums:
         for name in self.PER_TEXT:
             if (value := getattr(latents, name)) is not None:
                 self.add(name, value)
-        seen = latents.log_pi > -math.inf
+        keep = latents.log_pi > -math.inf
         if latents.log_alpha is not None:
-            seen[:, 0] = False  # the prior's component
-        self.moments.add(latents.z, seen)
+            keep[:, 0] = False  # the prior's component
+        self.moments.add(latents.z, keep)
 
     def results(self) -> dict[str, float]:
         """Means per text or per target token, and what follows from them."""
@@ -169,8 +169,8 @@ def divergences(layer: NvibLayer, latents: NvibLatents) -> dict[str, Tensor]:
         layer: has the prior.
         latents: posteriors, as ``encode(sample=False)`` returns them.
     """
-    visible, channels = latents.log_pi > -math.inf, latents.z.shape[-1]
-    gaussian, components = {"kl_gaussian": latents.kl_gaussian}, visible.sum(-1)
+    keep, channels = latents.log_pi > -math.inf, latents.z.shape[-1]
+    gaussian, components = {"kl_gaussian": latents.kl_gaussian}, keep.sum(-1)
     if latents.log_alpha is not None and latents.logvar is not None:
         posterior: dict[str, Any] = {
             "mu": latents.z,
@@ -178,7 +178,7 @@ def divergences(layer: NvibLayer, latents: NvibLatents) -> dict[str, Tensor]:
             "log_alpha": latents.log_alpha,
             "batch_first": True,
         }
-        masks: dict[str, Any] = {"memory_key_padding_mask": ~latents.attention_mask, "keep": visible}
+        masks: dict[str, Any] = {"memory_key_padding_mask": ~latents.attention_mask, "keep": keep}
         weights = {"kl_gaussian": "drawn", "kl_gaussian_published": "pseudo_counts"}
         prior: dict[str, Any] = {"prior_mu": layer.prior_mu, "prior_var": layer.prior_logvar.exp()}
         gaussian = {k: kl_gaussian(weights=w, **posterior, **masks, **prior) for k, w in weights.items()}
@@ -237,9 +237,9 @@ def draw_and_log_ratio(
         log_pi = log_g.masked_fill(~keep, -math.inf).log_softmax(-1)
         n = keep.sum(-1, keepdim=True).double()
         prior = (layer.prior_log_total(n - 1) - n.log()).expand_as(log_pi)
-        visible = log_pi.masked_fill(~keep, 0)
-        log_ratio = log_ratio + dirichlet_log_density(visible, prior, keep)
-        log_ratio = log_ratio - dirichlet_log_density(visible, log_alpha, keep)
+        finite = log_pi.masked_fill(~keep, 0)
+        log_ratio = log_ratio + dirichlet_log_density(finite, prior, keep)
+        log_ratio = log_ratio - dirichlet_log_density(finite, log_alpha, keep)
 
     device, dtype = latents.z.device, latents.z.dtype
     draw = NvibLatents(

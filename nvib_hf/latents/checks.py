@@ -83,14 +83,14 @@ def check_shapes(latents: NvibLatents) -> None:
 
 def check_values(latents: NvibLatents) -> None:
     """Raise ValueError unless each latent is a distribution over finite vectors: all of it is looked at once."""
-    log_pi, seen = latents.log_pi, latents.log_pi > -math.inf
+    log_pi, keep = latents.log_pi, latents.log_pi > -math.inf
     total = log_pi.float().logsumexp(-1)
-    vectors = latents.z.isfinite() | ~seen[..., None]
+    vectors = latents.z.isfinite() | ~keep[..., None]
     if latents.logvar is not None:  # -inf is a variance of 0
-        vectors = vectors & ((latents.logvar < math.inf) | ~seen[..., None])
+        vectors = vectors & ((latents.logvar < math.inf) | ~keep[..., None])
     wrong = [
         (log_pi.isnan() | (log_pi == math.inf)).any(-1),
-        ~seen.any(-1),
+        ~keep.any(-1),
         total.abs() > WEIGHTS_TOLERANCE,
         ~vectors.all(-1).all(-1),
     ]

@@ -187,8 +187,8 @@ class NvibLatents:
         For nearest neighbours and clustering; its distances are never above :func:`~nvib_hf.latent_distance`.
         """
         z = self.z.to(torch.promote_types(self.z.dtype, torch.float32))
-        hidden = (self.log_pi == float("-inf"))[..., None]
-        return (self.log_pi.to(z.dtype).softmax(-1)[..., None] * z.masked_fill(hidden, 0)).sum(1)
+        keep = self.log_pi > float("-inf")
+        return (self.log_pi.to(z.dtype).softmax(-1)[..., None] * z.masked_fill(~keep[..., None], 0)).sum(1)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file of the fields, in their dtypes: whole or not at all.

@@ -45,8 +45,8 @@ def vectors_of(latents: NvibLatents) -> tuple[Tensor, Tensor, Tensor | None]:
             "prior is of one: use encode(..., sample=False)."
         )
     latents = latents.compact()
-    seen = latents.log_pi > -math.inf
-    mask = seen[:, 1:]
+    keep = latents.log_pi > -math.inf
+    mask = keep[:, 1:]
     if bool((mask.sum(-1) < 1).any()):
         row = int((mask.sum(-1) < 1).nonzero()[0])
         raise ValueError(f"Latent {row} has no vector but the prior's. Leave it out.")
@@ -57,12 +57,12 @@ def vectors_of(latents: NvibLatents) -> tuple[Tensor, Tensor, Tensor | None]:
 
 def with_prior_component(model: HasLatentPrior, z: Tensor, mask: Tensor, log_weight: Tensor) -> NvibLatents:
     """Vectors as latents of a model: its prior's component in front, and one weight for all others."""
-    seen = F.pad(mask, (1, 0), value=True)
-    log_pi = F.pad(log_weight.float().expand(mask.shape), (1, 0)).masked_fill(~seen, -math.inf).log_softmax(-1)
+    keep = F.pad(mask, (1, 0), value=True)
+    log_pi = F.pad(log_weight.float().expand(mask.shape), (1, 0)).masked_fill(~keep, -math.inf).log_softmax(-1)
     first = model.nvib.prior_mu.to(z).expand(len(z), 1, z.shape[-1])
     z = torch.cat([first, z], dim=1).to(model.dtype)
     scale = torch.full_like(log_pi[:, 0], float(model.nvib.scale))
-    return NvibLatents(z=z, log_pi=log_pi, attention_mask=seen, scale=scale)
+    return NvibLatents(z=z, log_pi=log_pi, attention_mask=keep, scale=scale)
 
 
 def fitted_prior(model: HasLatentPrior, purpose: str) -> LatentPrior:

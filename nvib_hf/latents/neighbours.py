@@ -125,17 +125,17 @@ def _points_of(first: NvibLatents, second: NvibLatents) -> tuple[_Points, _Point
     both = []
     for latents in (first.detach().compact(), second.detach().compact()):
         latents = pad_latents(latents, latents.z.shape[1], with_logvar=mixture).to("cpu")
-        seen = latents.log_pi > -math.inf
-        if not seen.any(-1).all():
+        keep = latents.log_pi > -math.inf
+        if not keep.any(-1).all():
             raise ValueError("A latent has no vector left: all its log_pi are -inf. Leave it at least one.")
         logvar = None if latents.logvar is None else latents.logvar.double()
-        points = gaussian_points(latents.z.double(), logvar).masked_fill(~seen[..., None], 0)
+        points = gaussian_points(latents.z.double(), logvar).masked_fill(~keep[..., None], 0)
         if not points.isfinite().all():
             raise ValueError("The vectors of a latent must be finite, but some are infinite or NaN.")
-        order = (~seen).to(torch.uint8).argsort(dim=-1, stable=True)
+        order = (~keep).to(torch.uint8).argsort(dim=-1, stable=True)
         points = points.take_along_dim(order[..., None], dim=1)
         weights = latents.log_pi.double().softmax(-1).take_along_dim(order, dim=1)
-        counts: list[int] = seen.sum(-1).tolist()
+        counts: list[int] = keep.sum(-1).tolist()
         both.append(_Points(points, weights, counts, (weights[..., None] * points).sum(1)))
     return both[0], both[1]
 

@@ -98,11 +98,11 @@ def vary(
             "leave the weights as they are."
         )
     latents = latents.compact()
-    seen = latents.log_pi > -math.inf
+    keep = latents.log_pi > -math.inf
     log_tau = math.log(temperature) if temperature > 0 else -math.inf
-    z = gaussian_sample(latents.z, latents["logvar"] + 2 * log_tau, seen, generator)
-    log_pi = log_dirichlet_sample(latents["log_alpha"], seen, generator) if redraw_weights else latents.log_pi
-    return NvibLatents(z=z, log_pi=log_pi, attention_mask=seen, scale=latents.scale)
+    z = gaussian_sample(latents.z, latents["logvar"] + 2 * log_tau, keep, generator)
+    log_pi = log_dirichlet_sample(latents["log_alpha"], keep, generator) if redraw_weights else latents.log_pi
+    return NvibLatents(z=z, log_pi=log_pi, attention_mask=keep, scale=latents.scale)
 
 
 def blend(

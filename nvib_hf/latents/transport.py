@@ -182,12 +182,12 @@ def interpolate_by_transport(first: NvibLatents, second: NvibLatents, weight: fl
         return torch.where(at_first, first[name], torch.where(at_second, second[name], between[name]))
 
     log_pi = chosen("log_pi")
-    seen = log_pi > -torch.inf
+    keep = log_pi > -torch.inf
     return NvibLatents(
-        z=chosen("z").masked_fill(~seen[..., None], 0),
+        z=chosen("z").masked_fill(~keep[..., None], 0),
         log_pi=log_pi,
-        logvar=chosen("logvar").masked_fill(~seen[..., None], 0) if mixture else None,
-        attention_mask=seen,
+        logvar=chosen("logvar").masked_fill(~keep[..., None], 0) if mixture else None,
+        attention_mask=keep,
         scale=scale,
     )
 
@@ -229,8 +229,8 @@ def _transport(first: NvibLatents, second: NvibLatents) -> tuple[tuple[Tensor, T
 
     def points(latents: NvibLatents) -> Tensor:
         latents = pad_latents(latents, latents.z.shape[1], with_logvar=mixture)
-        hidden = (latents.log_pi == -torch.inf)[..., None]
-        return gaussian_points(latents.z.to(dtype), latents.logvar).masked_fill(hidden, 0)
+        keep = latents.log_pi > -torch.inf
+        return gaussian_points(latents.z.to(dtype), latents.logvar).masked_fill(~keep[..., None], 0)
 
     x, y = points(first), points(second)
     return (x, y), transport_plan(x, first.log_pi, y, second.log_pi)

@@ -63,7 +63,7 @@ def kept_first(keep: Tensor) -> Tensor | None:
     return (~keep).to(torch.uint8).argsort(dim=-1, stable=True)[:, :length]
 
 
-def spared_examples(keep_logit: Tensor, share: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def examples_that_keep_all(keep_logit: Tensor, share: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Draws in which examples of a training batch ``(B, Nl)`` nothing is dropped, ``(B, 1)``."""
     draws = noise(torch.rand, keep_logit[:, :1], generator)
     return draws >= share.to(keep_logit.device)
@@ -120,7 +120,7 @@ def draw_dropping(
     posterior: Posterior,
     dropping: str,
     share: Tensor,
-    weighty: Tensor,
+    positive: Tensor,
     kappa: int,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Posterior]:
@@ -130,16 +130,16 @@ def draw_dropping(
         posterior: with the keep logits.
         dropping: ``"threshold"`` or ``"relaxed"``.
         share: of the examples in which vectors are dropped.
-        weighty: ``(B, Ns + 1)``, True = a component with any weight at all.
+        positive: ``(B, Ns + 1)``, True = a component whose pseudo-count is above 0.
         kappa: vectors drawn per component.
     """
     assert posterior.keep_logit is not None, "nothing decides what this posterior drops"
-    spared = weighty & spared_examples(posterior.keep_logit, share, generator)
+    keep_all = positive & examples_that_keep_all(posterior.keep_logit, share, generator)
     if dropping == "threshold":
-        drawn = posterior._replace(keep=posterior.keep | spared).repeated(kappa)
+        drawn = posterior._replace(keep=posterior.keep | keep_all).repeated(kappa)
         return log_dirichlet_sample(drawn.log_alpha, drawn.keep, generator), drawn
-    log_gate = relaxed_log_gate(posterior.keep_logit, generator).masked_fill(spared, 0)
-    drawn = posterior._replace(keep=weighty).repeated(kappa)
+    log_gate = relaxed_log_gate(posterior.keep_logit, generator).masked_fill(keep_all, 0)
+    drawn = posterior._replace(keep=positive).repeated(kappa)
     log_pi = log_dirichlet_sample(drawn.log_alpha, drawn.keep, generator)
     log_pi = (log_pi + log_gate.repeat_interleave(kappa, dim=1)).log_softmax(-1)
     return log_pi.masked_fill(~drawn.keep, -math.inf), drawn

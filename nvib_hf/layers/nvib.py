@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from .dropping import (
 )
 from .initialisation import PriorMixin, identity_parameters
 from .kl import component_weights, dirichlet_divergence, gaussian_divergence
-from .settings import check_dropping, check_prior, checked
+from .settings import RENAMED, check_dropping, check_prior, checked
 
 HALF = 2  # bytes: less than single precision
 
@@ -49,6 +49,13 @@ def _at_least_single(value: Tensor, applied: Tensor) -> Tensor:
     if applied.is_floating_point() and applied.element_size() <= HALF:
         return value.to(applied.device, torch.float32)
     return applied
+
+
+def _read_renamed(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: object) -> None:
+    """Before a state dict is loaded: what it has under an old name stands under the new one."""
+    for old, new in RENAMED.items():
+        if prefix + old in state_dict:
+            state_dict[prefix + new] = state_dict.pop(prefix + old)
 
 
 class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
@@ -82,7 +89,7 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
             start.
         alpha_threshold: components with a pseudo-count at or below it are dropped, in training as in evaluation. 0
             drops none under ``"exp"``.
-        threshold_share: share of the training examples in which vectors are dropped, so that a dropped vector can
+        dropping_share: share of the training examples in which vectors are dropped, so that a dropped vector can
             come back through the others; 0 turns dropping off, in evaluation too. Kept in a buffer, for a schedule to
             set.
         kl_weights: how KL_G weighs the components: ``"pseudo_counts"`` as published, or ``"drawn"`` (see
@@ -96,7 +103,7 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
     Source: Henderson & Fehr (ICLR 2023), section 3.1; the quadratic term: Fehr & Henderson (COLM 2024).
     """
 
-    threshold_share: Tensor
+    dropping_share: Tensor
     kappa: int
     scale: float
 
@@ -113,7 +120,7 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
         alpha_activation: str = "exp",
         dropping: str = "threshold",
         alpha_threshold: float = 0.0,
-        threshold_share: float = 1.0,
+        dropping_share: float = 1.0,
         kl_weights: str = "pseudo_counts",
         scale: float | None = None,
     ) -> None:
@@ -126,7 +133,7 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
             ("alpha_activation", alpha_activation),
             ("dropping", dropping),
             ("alpha_threshold", alpha_threshold),
-            ("threshold_share", threshold_share),
+            ("dropping_share", dropping_share),
             ("kl_weights", kl_weights),
         ):
             checked(name, value)
@@ -144,7 +151,8 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
         self.keep_weight = nn.Parameter(torch.empty(size_in)) if learned else None
         self.keep_bias = nn.Parameter(torch.empty(1)) if learned else None
         self.make_prior(size_out)
-        self.register_buffer("threshold_share", torch.tensor(float(threshold_share)))
+        self.register_buffer("dropping_share", torch.tensor(float(dropping_share)))
+        self.register_load_state_dict_pre_hook(_read_renamed)
         self.set_prior(prior_mu, prior_var, math.log(prior_alpha))
         self.reset_parameters()
 
@@ -259,8 +267,9 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
             log_alpha = log_alpha + log_alpha_below
         drops = self.keep_weight is not None or self.alpha_threshold > 0
         keep_logit = self._keep_logit(x, log_alpha) if drops else None
-        weighty = log_alpha > self._log_zero
-        keep = mask & (weighty if keep_logit is None else weighty & kept(keep_logit, self.threshold_share))
+        keep = mask & (log_alpha > self._log_zero)
+        if keep_logit is not None:
+            keep = keep & kept(keep_logit, self.dropping_share)
         if kept_only and (order := kept_first(keep)) is not None:
             hidden_states = hidden_states.take_along_dim(order[..., None], dim=1)
             log_alpha, keep = (x.take_along_dim(order, dim=1) for x in (log_alpha, keep))
@@ -307,9 +316,9 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
             drawn = posterior if self.kappa == 1 else posterior.repeated(self.kappa)
             log_pi = log_dirichlet_sample(drawn.log_alpha, drawn.keep, generator)
         else:
-            weighty = posterior.mask & (posterior.log_alpha > self._log_zero)
+            positive = posterior.mask & (posterior.log_alpha > self._log_zero)
             log_pi, drawn = draw_dropping(
-                posterior, self.dropping, self.threshold_share, weighty, self.kappa, generator
+                posterior, self.dropping, self.dropping_share, positive, self.kappa, generator
             )
         z = gaussian_sample(posterior.mu, posterior.logvar, posterior.mask, generator, repeats=self.kappa)
         return z, log_pi, drawn
@@ -319,7 +328,7 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
 
         KL_G is computed once per component: its vectors share one Gaussian and one pseudo-count.
         """
-        keep = drawn.keep[:, ::kappa]  # in training the threshold may have spared some
+        keep = drawn.keep[:, ::kappa]  # training drops nothing in some of the examples
         log_alpha = posterior.log_alpha.masked_fill(~posterior.mask, -math.inf)
         weights = component_weights(self.kl_weights, log_alpha, posterior.mask, keep)
         divergence = gaussian_divergence(posterior.mu, posterior.logvar, self.prior_mu, self.prior_logvar.exp())
@@ -337,7 +346,7 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
         if posterior.keep_logit is None:
             return None
         share = relaxed_share(posterior.keep_logit[:, 1:], posterior.mask[:, 1:])
-        return share if self.keep_weight is None else torch.where(self.threshold_share > 0, share, 1.0)
+        return share if self.keep_weight is None else torch.where(self.dropping_share > 0, share, 1.0)
 
     def extra_repr(self) -> str:
         return (

@@ -104,7 +104,7 @@ class LayerSettings(TypedDict, total=False):
     alpha_activation: str
     dropping: str
     alpha_threshold: float
-    threshold_share: float
+    dropping_share: float
     kl_weights: str
     scale: float | None
 
@@ -133,7 +133,7 @@ class Nvib(NvibLayer):
     Args:
         size_in, size_out, prior_mu, prior_var, prior_alpha, delta, kappa: see :class:`~nvib_hf.layers.nvib.NvibLayer`.
         batch_first: ``(B, Ns, H)`` instead of ``(Ns, B, H)``, inputs and outputs.
-        settings: its others: ``alpha_activation``, ``dropping``, ``alpha_threshold``, ``threshold_share``,
+        settings: its others: ``alpha_activation``, ``dropping``, ``alpha_threshold``, ``dropping_share``,
             ``kl_weights``, ``scale``.
 
     Raises:

@@ -41,7 +41,7 @@ RANGES: dict[str, Range] = {
     "delta": SHARE._replace(what="it is the share of the source length that the prior expects to keep."),
     "kappa": COUNT,
     "alpha_threshold": NOT_NEGATIVE._replace(words="0 (drop nothing) or positive"),
-    "threshold_share": SHARE._replace(what="it is the share of the training examples in which vectors are dropped."),
+    "dropping_share": SHARE._replace(what="it is the share of the training examples in which vectors are dropped."),
     "merge_share": Range(
         "in (0, 1]", lambda x: 0 < x <= 1, "it is the share of the vectors that merging leaves, and 1 merges nothing."
     ),
@@ -68,6 +68,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "evaluation": EVALUATIONS,
     "kl_weights": KL_WEIGHTS,
 }
+
+# Settings that had another name in earlier configurations, and the buffers that hold them in earlier state dicts.
+RENAMED = {"threshold_share": "dropping_share"}
 
 SWITCHES = ("accumulate_alpha", "encode_sound_only", "exact_attention", "is_encoder_decoder")
 

@@ -73,22 +73,22 @@ def collapse_message(step: int, what: str, value: float, unit: str, least: float
     )
 
 
-def gap_message(step: int, training: float, evaluation: float, config: NvibConfig, threshold_share: float) -> str:
+def gap_message(step: int, training: float, evaluation: float, config: NvibConfig, dropping_share: float) -> str:
     """What an :class:`EvaluationGapWarning` says of the cross-entropies of one batch."""
     return (
         f"Evaluation falls behind training at step {step}: the same batch has a cross-entropy of {training:.3g} nats "
-        f"per token in training and {evaluation:.3g} decoded as in evaluation. {gap_remedy(config, threshold_share)}"
+        f"per token in training and {evaluation:.3g} decoded as in evaluation. {gap_remedy(config, dropping_share)}"
     )
 
 
-def gap_remedy(config: NvibConfig, threshold_share: float) -> str:
+def gap_remedy(config: NvibConfig, dropping_share: float) -> str:
     """What to do about a model that decodes in training alone."""
     if config.evaluation == "mixture":
         return 'Decode the means of the posterior: model.config.evaluation = "means".'
-    if 0 < threshold_share < 1:
+    if 0 < dropping_share < 1:
         return (
-            f"Evaluation drops vectors in every example, training in {threshold_share:.0%} of them: raise the "
-            "threshold_share of the model, or of the callback that sets it, and train for more steps."
+            f"Evaluation drops vectors in every example, training in {dropping_share:.0%} of them: raise the "
+            "dropping_share of the model, or of the callback that sets it, and train for more steps."
         )
     return (
         "Train for more steps, or lower lambda_gaussian: the means of the posterior, which evaluation decodes, are "
@@ -211,7 +211,7 @@ class CollapseCallback(MeasuringCallback):
     def _warn_of_gap(self, state, training: float, evaluation: float) -> None:
         shown = evaluation > max(training + self.max_gap, 2 * training)
         if self._is_due("evaluation", shown) and state.is_world_process_zero:
-            share = self._model.nvib.threshold_share.item()
+            share = self._model.nvib.dropping_share.item()
             message = gap_message(state.global_step, training, evaluation, self._model.config, share)
             warnings.warn(message, EvaluationGapWarning, stacklevel=2)
 

@@ -37,7 +37,7 @@ class ConstraintCallback(ThresholdCallback):
     count against the cross-entropy. These are ``start_beta`` until the constraint is met for the first time; nothing
     is dropped before. From there :math:`\beta` follows the error :math:`\log(\tau / \mathrm{CE})`
     (:func:`~nvib_hf.training.control.multiplier`), and the model's ``alpha_threshold`` drops vectors in
-    ``threshold_share`` of the training examples, and in all of evaluation.
+    ``dropping_share`` of the training examples, and in all of evaluation.
 
     CE is the larger of two: the running mean of training, and, every ``held_out_interval`` steps, that of held-out
     texts decoded as in evaluation. So what is met by texts that are known by heart is not compressed. The held-out
@@ -70,7 +70,7 @@ class ConstraintCallback(ThresholdCallback):
         start_beta: both multipliers before the constraint is met.
         rate: of the integrals, per step.
         gain: of the proportional parts.
-        threshold_share, interval: as of :class:`ThresholdCallback`.
+        dropping_share, interval: as of :class:`ThresholdCallback`.
         held_out_interval: steps between two looks at held-out texts.
         held_out_examples: how many of them at most; 0 for none, so that only training counts.
         max_beta: the largest multiplier; by default ten times what the evidence lower bound has in its place, where
@@ -106,14 +106,14 @@ class ConstraintCallback(ThresholdCallback):
         start_beta: float = 0.03,
         rate: float = 0.005,
         gain: float = 1.0,
-        threshold_share: float = 0.7,
+        dropping_share: float = 0.7,
         interval: int = 10,
         held_out_interval: int = 50,
         held_out_examples: int = 256,
         max_beta: float | None = None,
         min_nats: float = 1.0,
     ) -> None:
-        super().__init__(0.15 if cross_entropy is None else cross_entropy, threshold_share, interval)
+        super().__init__(0.15 if cross_entropy is None else cross_entropy, dropping_share, interval)
         self.arguments.update(
             cross_entropy=cross_entropy,
             metric=metric,

@@ -27,7 +27,7 @@ class ThresholdCallback(MeasuringCallback):
 
     Args:
         cross_entropy: of training, nats per target token, at which it begins.
-        threshold_share: share of the training examples in which it drops from there on; the others let a dropped
+        dropping_share: share of the training examples in which it drops from there on; the others let a dropped
             vector come back. In evaluation it always does.
         interval: steps between two measurements; the running mean is over about five of them.
 
@@ -37,12 +37,12 @@ class ThresholdCallback(MeasuringCallback):
 
     kept_in_checkpoints: tuple[str, ...] = ("started", "average_cross_entropy", "average_kept", "last_met", "warned")
 
-    def __init__(self, cross_entropy: float = 0.15, threshold_share: float = 0.7, interval: int = 10) -> None:
-        super().__init__({"cross_entropy": cross_entropy, "threshold_share": threshold_share, "interval": interval})
+    def __init__(self, cross_entropy: float = 0.15, dropping_share: float = 0.7, interval: int = 10) -> None:
+        super().__init__({"cross_entropy": cross_entropy, "dropping_share": dropping_share, "interval": interval})
         check_number("cross_entropy", cross_entropy, above=0)
-        check_number("threshold_share", threshold_share, above=0, most=1)
+        check_number("dropping_share", dropping_share, above=0, most=1)
         check_whole("interval", interval, unit=" step")
-        self.threshold_share, self.interval = threshold_share, int(interval)
+        self.dropping_share, self.interval = dropping_share, int(interval)
         self.tolerance, self.started = cross_entropy, False
         self.average_cross_entropy: float | None = None
         self.average_kept: float | None = None
@@ -71,7 +71,7 @@ class ThresholdCallback(MeasuringCallback):
     def apply(self) -> None:
         """Bring the model's buffers up to date."""
         for layer in self._model.nvib_layers().values():
-            layer.threshold_share.fill_(self.threshold_share if self.started else 0.0)
+            layer.dropping_share.fill_(self.dropping_share if self.started else 0.0)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if state.global_step % self.interval:
@@ -118,4 +118,4 @@ class ThresholdCallback(MeasuringCallback):
                 warnings.warn(message, ConstraintWarning, stacklevel=2)
 
     def trace(self) -> dict[str, float]:
-        return {"threshold_share": self.threshold_share if self.started else 0.0}
+        return {"dropping_share": self.dropping_share if self.started else 0.0}

@@ -228,7 +228,7 @@ def _settings(model) -> dict[str, str]:
     if not layer.prior_mu.is_meta:
         settings["prior_mu"] = _summary(layer.prior_mu)
         settings["prior_var"] = _summary(layer.prior_logvar.exp())
-        settings["threshold_share"] = f"`{layer.threshold_share.item():.4g}`"
+        settings["dropping_share"] = f"`{layer.dropping_share.item():.4g}`"
         log_alpha = layer.prior_log_alpha.item()
         settings["prior_alpha"] = f"`{math.exp(log_alpha):.4g}`" if log_alpha < 20 else f"exp(`{log_alpha:.4g}`)"
     return settings

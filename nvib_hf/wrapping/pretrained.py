@@ -21,6 +21,7 @@ from ..files import write_whole
 from ..layers.initialisation import EmpiricalPrior, PriorStatistics, prior_buffers
 from ..layers.latent_prior import LatentPrior
 from ..layers.nvib import NvibLayer, SinglePrecisionMixin
+from ..layers.settings import RENAMED
 from .adapters import check_is_bare
 from .architecture import warn_if_not_found
 from .auto_classes import IN_SAVED_CODE
@@ -52,7 +53,7 @@ class NvibPreTrainedModel(SinglePrecisionMixin, OfTheBaseMixin, PreTrainedModel)
     # afterwards see SinglePrecisionMixin.
     _keep_in_fp32_modules_strict = [
         r"nvib\.(alpha|keep|prior)_\w+",
-        "nvib.threshold_share",
+        "nvib.dropping_share",
         "kl_beta",
         r"latent_prior\.(?!is_fitted)\w+",
     ]
@@ -128,7 +129,7 @@ class NvibPreTrainedModel(SinglePrecisionMixin, OfTheBaseMixin, PreTrainedModel)
         """Prior and identity of an NVIB layer, tensor by tensor, but for those that were loaded."""
         config = self.config
         buffers = prior_buffers(config.prior_mu, config.prior_var, math.log(config.prior_alpha))
-        for name, value in (buffers | {"threshold_share": config.threshold_share}).items():
+        for name, value in (buffers | {"dropping_share": config.dropping_share}).items():
             init.copy_(layer.get_buffer(name), torch.as_tensor(value))
         parameters = layer.identity_parameters(**taus)
         for name, value in parameters.items():
@@ -160,9 +161,13 @@ class NvibPreTrainedModel(SinglePrecisionMixin, OfTheBaseMixin, PreTrainedModel)
         state_dict = kwargs.get("state_dict")
         check_name_to_load(pretrained_model_name_or_path, state_dict)
         with damage_explained(pretrained_model_name_or_path):
+            key_mapping = RENAMED | (kwargs.pop("key_mapping", None) or {})
             model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+                pretrained_model_name_or_path, *args, output_loading_info=True, key_mapping=key_mapping, **kwargs
             )
+        # Saved again, they have their new names.
+        conversions = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [rule for rule in conversions if not RENAMED.keys() & set(rule.source_patterns)]
         if output_loading_info:
             return model, info
         if state_dict is None and not kwargs.get("ignore_mismatched_sizes"):
@@ -333,8 +338,8 @@ class NvibPreTrainedModel(SinglePrecisionMixin, OfTheBaseMixin, PreTrainedModel)
 def _watch_attention(seen: PriorStatistics) -> Callable:
     def see(module: DenoisingSelfAttention, args: tuple, kwargs: dict) -> None:
         hidden_states, mask = module.states_and_mask(args, kwargs)
-        visible = module.visible(mask, hidden_states, module.handed_on_below())
-        seen.add(hidden_states, None if visible is None else ~visible)
+        source_mask = module.source_mask(mask, hidden_states, module.handed_on_below())
+        seen.add(hidden_states, None if source_mask is None else ~source_mask)
 
     return see
 

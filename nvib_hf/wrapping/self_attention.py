@@ -31,25 +31,25 @@ from .specs import AttentionSpec
 class LayerRecord(NamedTuple):
     """What a self-attention saw in one pass: enough to charge it for.
 
-    ``visible`` ``(B, N)`` is True where a position is no padding, ``None`` if there is none; ``sources`` ``(B,)`` says
-    of how many vectors the kept ones are a share, ``None`` for the visible ones.
+    ``source_mask`` ``(B, N)`` is True where a position is a vector and no padding; ``None`` is True everywhere.
+    ``sources`` ``(B,)`` counts the vectors that the kept ones are a share of; ``None`` counts those of the mask.
     """
 
     posterior: Posterior
-    visible: Tensor | None
+    source_mask: Tensor | None
     sources: Tensor | None = None
 
 
 class HandedOn(NamedTuple):
     """What an encoder layer that drops vectors or adds up pseudo-counts tells the layers above it.
 
-    ``by`` is the attention that says so. ``gone`` ``(B, N')`` is True where no vector is left. ``places`` ``(B, N')``
+    ``by`` is the attention that says so. ``keep`` ``(B, N')`` is True where a vector is left. ``places`` ``(B, N')``
     are positions in the encoder's input, ``None`` while all of it is there; ``order`` ``(B, N')`` are positions in
     this layer's own input. ``length`` is that of the encoder's input, ``sources`` ``(B,)`` counts its vectors.
     """
 
     by: nn.Module
-    gone: Tensor
+    keep: Tensor
     places: Tensor | None
     order: Tensor | None
     log_alpha: Tensor
@@ -137,7 +137,7 @@ class DenoisingSelfAttention(ConvertedAttention):
             None if this_pass is None else this_pass.generator,
             below.log_alpha if below is not None and self.nvib_config.accumulate_alpha else None,
         )
-        self._leave(this_pass, posterior, self.visible(mask, hidden_states, below), below)
+        self._leave(this_pass, posterior, self.source_mask(mask, hidden_states, below), below)
         query = self._query(hidden_states)
         read = self._projected(latent, hidden_states.dtype, cache, past)
         num_keys = read["key"].shape[2] - 1  # without the prior's
@@ -158,16 +158,16 @@ class DenoisingSelfAttention(ConvertedAttention):
         """What the layers below left; ``None`` where they leave everything."""
         return None
 
-    def visible(self, mask: Tensor | None, hidden_states: Tensor, below: HandedOn | None) -> Tensor | None:
+    def source_mask(self, mask: Tensor | None, hidden_states: Tensor, below: HandedOn | None) -> Tensor | None:
         """Positions ``(B, N)`` that a query sees; ``None`` if those are all."""
-        return visible_keys(mask, hidden_states)
+        return positions_seen_by_any(mask, hidden_states)
 
     def _leave(
-        self, this_pass: ForwardPass | None, posterior: Posterior, visible: Tensor | None, below: HandedOn | None
+        self, this_pass: ForwardPass | None, posterior: Posterior, source_mask: Tensor | None, below: HandedOn | None
     ) -> None:
         """Tell the pass what there is to charge this layer for."""
         if this_pass is not None and this_pass.records is not None:
-            this_pass.records[self] = LayerRecord(posterior, visible)
+            this_pass.records[self] = LayerRecord(posterior, source_mask)
 
     def _lengths(self, query: Tensor, num_keys: int, below: HandedOn | None) -> tuple[int, int]:
         """Of the queries and keys that a position bias is made for."""
@@ -261,7 +261,7 @@ def check_mask(mask: object, name: str) -> None:
         )
 
 
-def visible_keys(mask: Tensor | None, hidden_states: Tensor) -> Tensor | None:
+def positions_seen_by_any(mask: Tensor | None, hidden_states: Tensor) -> Tensor | None:
     """Positions that any query sees, ``(B, N)``: what is no padding. ``None`` without a mask."""
     if mask is None:
         return None

@@ -33,32 +33,32 @@ class StackedSelfAttention(DenoisingSelfAttention):
             raise RuntimeError(NOT_SEEN)
         return None
 
-    def visible(self, mask: Tensor | None, hidden_states: Tensor, below: HandedOn | None) -> Tensor | None:
+    def source_mask(self, mask: Tensor | None, hidden_states: Tensor, below: HandedOn | None) -> Tensor | None:
         """Without what the layers below dropped, too."""
-        return super().visible(mask, hidden_states, below) if below is None else ~below.gone
+        return super().source_mask(mask, hidden_states, below) if below is None else below.keep
 
     def _leave(
-        self, this_pass: ForwardPass | None, posterior: Posterior, visible: Tensor | None, below: HandedOn | None
+        self, this_pass: ForwardPass | None, posterior: Posterior, source_mask: Tensor | None, below: HandedOn | None
     ) -> None:
         """Hand on to the layer above what it has to know, too."""
         if this_pass is None:
             return
-        if visible is None:
-            visible = posterior.mask[:, 1:]
+        if source_mask is None:
+            source_mask = posterior.mask[:, 1:]
         if below is None:
-            length, sources = visible.shape[1], visible.sum(-1)
+            length, sources = source_mask.shape[1], source_mask.sum(-1)
         else:
             length, sources = below.length, below.sources
         if this_pass.records is not None:
-            this_pass.records[self] = LayerRecord(posterior, visible, sources)
-        left, log_alpha = visible & posterior.keep[:, 1:], posterior.log_alpha[:, 1:]
+            this_pass.records[self] = LayerRecord(posterior, source_mask, sources)
+        keep, log_alpha = source_mask & posterior.keep[:, 1:], posterior.log_alpha[:, 1:]
         places = None if below is None else below.places
         shortens = this_pass.shortens and self.nvib_spec.shortens
-        order = kept_first(at_least_one(left)) if shortens else None
+        order = kept_first(at_least_one(keep)) if shortens else None
         if order is not None:
-            left, log_alpha = (x.take_along_dim(order, dim=1) for x in (left, log_alpha))
+            keep, log_alpha = (x.take_along_dim(order, dim=1) for x in (keep, log_alpha))
             places = order if places is None else places.take_along_dim(order, dim=1)
-        this_pass.handed_on = HandedOn(self, ~left, places, order, log_alpha, length, sources)
+        this_pass.handed_on = HandedOn(self, keep, places, order, log_alpha, length, sources)
 
     def _lengths(self, query: Tensor, num_keys: int, below: HandedOn | None) -> tuple[int, int]:
         """Of the encoder's whole input, as the layers above may need other parts of the position bias."""
@@ -71,13 +71,13 @@ class StackedSelfAttention(DenoisingSelfAttention):
             return mask, position_bias
         if below.places is not None:
             mask, position_bias = (None if x is None else of_places(x, below.places) for x in (mask, position_bias))
-        hidden = below.gone[:, None, None]  # (B, 1, 1, N)
+        keep = below.keep[:, None, None]  # (B, 1, 1, N)
         if mask is None:
-            mask = ~hidden
+            mask = keep
         elif mask.dtype == torch.bool:
-            mask = mask & ~hidden
+            mask = mask & keep
         else:
-            mask = mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+            mask = mask.masked_fill(~keep, torch.finfo(mask.dtype).min)
         return mask, position_bias
 
 
@@ -124,7 +124,7 @@ def begin_encoder(encoder: nn.Module, args: tuple) -> None:
 def end_encoder(encoder: nn.Module, args: tuple, output: object) -> None:
     """Forward hook, called after an exception too: the model's pass gets what the encoder left of its input.
 
-    Where nothing is left, ``(B, N')``, and the share of the input that is, ``(B,)``.
+    That is where a vector is kept, ``(B, N')``, and the share of the input that is, ``(B,)``.
     """
     this_pass = current_pass()
     if this_pass is None or this_pass.encoder is not encoder:
@@ -132,7 +132,7 @@ def end_encoder(encoder: nn.Module, args: tuple, output: object) -> None:
     this_pass.__exit__()
     outer, top = current_pass(), this_pass.handed_on
     if outer is not None and top is not None:
-        outer.left = top.gone, (~top.gone).sum(-1) / top.sources.clamp(min=1)
+        outer.left = top.keep, top.keep.sum(-1) / top.sources.clamp(min=1)
 
 
 def stack(encoder: nn.Module, modules: list[StackedSelfAttention]) -> None:
@@ -175,10 +175,10 @@ def check_states_are_whole(has_stacked_encoder: bool) -> None:
         )
 
 
-def check_length_is_left(gone: Tensor, states: Tensor) -> None:
+def check_length_is_left(keep: Tensor, states: Tensor) -> None:
     """Raise ValueError where an encoder changes the length after the layers that drop vectors."""
-    if gone.shape[1] != states.shape[1]:
+    if keep.shape[1] != states.shape[1]:
         raise ValueError(
-            f"The encoder's layers leave {gone.shape[1]} vectors, of which it makes {states.shape[1]}, so that nobody "
+            f"The encoder's layers leave {keep.shape[1]} vectors, of which it makes {states.shape[1]}, so that nobody "
             "knows which are dropped. Leave 'encoder' out of attentions."
         )

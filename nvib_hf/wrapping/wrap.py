@@ -70,7 +70,7 @@ def dropping_settings(config: NvibConfig) -> dict:
     return {
         "dropping": config.dropping,
         "alpha_threshold": config.alpha_threshold,
-        "threshold_share": config.threshold_share,
+        "dropping_share": config.dropping_share,
     }
 
 

@@ -94,7 +94,7 @@ def test_any_text_file_and_the_pretrained_encoder(tmp_path):
     steered = ("--cross-entropy", 100, "--keep", 0.5)
     output = ("--output", tmp_path / "out")
     printed = run("--text", path, "--quick", "--max-steps", 11, *steered, *output, script="minilm")
-    assert "'threshold_share': '0.7'" in printed and "'constraint_beta'" in printed  # learnt enough after ten steps
+    assert "'dropping_share': '0.7'" in printed and "'constraint_beta'" in printed  # learnt enough after ten steps
     assert "48 texts to train on, 6 for the constraint to watch, 6 held out" in printed
     held_out = (tmp_path / "out" / "held_out.txt").read_text(encoding="utf-8").splitlines()
     originals = section(printed, SECTIONS[0])[::3]

@@ -27,7 +27,7 @@ def with_counts(layer: Nvib, bias: float) -> Nvib:
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_kept_is_what_is_above_the_threshold(share):
     alpha = [0.0, 1e-30, 0.05, 0.1, 0.11, 7.0]
-    model = Nvib(1, 1, batch_first=True, alpha_activation="relu", alpha_threshold=THRESHOLD, threshold_share=share)
+    model = Nvib(1, 1, batch_first=True, alpha_activation="relu", alpha_threshold=THRESHOLD, dropping_share=share)
     with torch.no_grad():
         model.alpha_weight.fill_(1)
         model.alpha_bias.fill_(0)
@@ -71,10 +71,10 @@ def test_relu_is_exact_and_its_gradient_leaks():
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_share_of_the_training_examples(share):
-    model = with_counts(layer(alpha_threshold=THRESHOLD, threshold_share=share), math.log(0.05)).train()
+    model = with_counts(layer(alpha_threshold=THRESHOLD, dropping_share=share), math.log(0.05)).train()
     x = torch.randn(4000, 3, 8)
     dropped = (model(x)["z"].log_pi[:, 1:] == -math.inf).float()
-    assert (dropped.mean(1) % 1 == 0).all()  # an example is spared as a whole
+    assert (dropped.mean(1) % 1 == 0).all()  # an example keeps all or none of them
     assert dropped.mean().item() == pytest.approx(share, abs=0.03)
     model.eval()
     for log_pi in (model(x)["z"].log_pi, model.sample_posterior(model.posterior(x))[1]):
@@ -83,7 +83,7 @@ def test_share_of_the_training_examples(share):
 
 
 def test_share_takes_the_generator():
-    model = with_counts(layer(alpha_threshold=THRESHOLD, threshold_share=0.5), math.log(0.05)).train()
+    model = with_counts(layer(alpha_threshold=THRESHOLD, dropping_share=0.5), math.log(0.05)).train()
     x = torch.randn(20, 3, 8)
     one, two, other = (model(x, generator=torch.Generator().manual_seed(seed))["z"].log_pi for seed in (7, 7, 8))
     assert torch.equal(one, two)
@@ -122,5 +122,5 @@ def test_dead_vectors_are_not_attended_to_and_gradients_are_finite():
 
 @pytest.mark.parametrize("share", [-0.1, 1.5])
 def test_refuses_a_share_outside_its_range(share):
-    with pytest.raises(ValueError, match=f"threshold_share must be in .* but got {share}"):
-        layer(alpha_threshold=0.1, threshold_share=share)
+    with pytest.raises(ValueError, match=f"dropping_share must be in .* but got {share}"):
+        layer(alpha_threshold=0.1, dropping_share=share)

@@ -76,7 +76,7 @@ def test_everything_is_kept_at_the_start():
 
 @TRAINING
 def test_a_share_of_0_drops_nothing(training):
-    model = deciding(layer(threshold_share=0.0)).train(training)
+    model = deciding(layer(dropping_share=0.0)).train(training)
     x = torch.randn(50, 4, 8)
     assert model.posterior(x).keep.all()
     torch.manual_seed(1)
@@ -87,9 +87,9 @@ def test_a_share_of_0_drops_nothing(training):
     assert (gated > -math.inf).all() and (training or torch.equal(gated, plain(x)["z"].log_pi))
 
 
-def test_a_share_of_the_examples_is_spared():
+def test_a_share_of_the_examples_keeps_all():
     """In which no gate makes a weight small; in the others all are about exp(-20 / 0.3)."""
-    model = layer(threshold_share=0.25).train()
+    model = layer(dropping_share=0.25).train()
     with torch.no_grad():
         model.keep_bias.fill_(-20)
     small = (model(torch.randn(4000, 3, 8))["z"].log_pi[:, 1:] < -30).float()
@@ -126,7 +126,7 @@ def test_weights_are_the_dirichlets_times_the_gates(kappa):
     assert torch.equal(drawn.keep, log_pi > -math.inf)
     assert_close(log_pi.exp().sum(-1), torch.ones(5))
     torch.manual_seed(2)
-    torch.rand(5, 1)  # which examples are spared
+    torch.rand(5, 1)  # which examples keep all
     gates = relaxed_log_gate(posterior.keep_logit).repeat_interleave(kappa, dim=1)
     ungated = plain.sample_posterior(posterior._replace(keep_logit=None, keep=posterior.mask))[1]
     assert_close(log_pi, (ungated + gates).log_softmax(-1))

@@ -339,8 +339,8 @@ def test_kl_of_the_gaussians_is_computed_once_per_component():
 @pytest.mark.parametrize("kl_weights", ["drawn", "pseudo_counts"])
 @pytest.mark.parametrize("kappa", [1, 3])
 def test_what_the_threshold_spares_in_training_costs(kappa, kl_weights):
-    """Against torch.distributions: a spared example pays for all its vectors, the others for those that are kept."""
-    settings = {"alpha_threshold": 0.5, "threshold_share": 0.5, "kl_weights": kl_weights}
+    """Against torch.distributions: an example that keeps all pays for all, the others for those that are kept."""
+    settings = {"alpha_threshold": 0.5, "dropping_share": 0.5, "kl_weights": kl_weights}
     layer = layer_of_given_counts(kappa=kappa, **settings).train()
     x, padding = torch.randn(40, 4, WIDTH), torch.zeros(40, 4, dtype=torch.bool)
     x[..., 0] = torch.tensor([2.0, 0.1, 0.3, 1.0]).log()
@@ -355,14 +355,14 @@ def test_what_the_threshold_spares_in_training_costs(kappa, kl_weights):
         return kappa * (weights * divergence).sum(1)
 
     drawn = layer.sample_posterior(posterior)[2]
-    latent = layer(x, padding)  # another draw of who is spared
+    latent = layer(x, padding)  # other examples keep all
     for keep, gaussian in (
         (drawn.keep[:, ::kappa], layer.kl(posterior, drawn, kappa)[0]),
         (latent["keep"][:, ::kappa], layer.kl_gaussian(**latent)),
     ):
-        spared = (keep == posterior.mask).all(1)
-        assert 0 < spared[:20].sum() < 20 and 0 < spared[20:].sum() < 20
-        assert torch.equal(keep[~spared], posterior.keep[~spared])
+        keep_all = (keep == posterior.mask).all(1)
+        assert 0 < keep_all[:20].sum() < 20 and 0 < keep_all[20:].sum() < 20
+        assert torch.equal(keep[~keep_all], posterior.keep[~keep_all])
         assert_close(gaussian, expected(keep))
     in_evaluation = layer.eval().kl_gaussian(**layer(x, padding))
     assert_close(in_evaluation, expected(posterior.keep) / kappa)

@@ -10,7 +10,7 @@ from torch import nn
 
 from nvib_hf import DenoisingMultiheadAttention, Nvib
 
-ISLANDS = ("alpha_", "prior_", "threshold_share", "kl_beta")
+ISLANDS = ("alpha_", "prior_", "dropping_share", "kl_beta")
 CASTS = {
     "half()": (lambda module: module.half(), torch.float16),
     "bfloat16()": (lambda module: module.bfloat16(), torch.bfloat16),

@@ -81,7 +81,7 @@ def test_the_others_are_named_too(name, wrong, error, message):
         NvibConfig(**{name: wrong})
 
 
-@pytest.mark.parametrize("name", ["alpha_threshold", "delta", "kappa", "prior_alpha", "scale", "threshold_share"])
+@pytest.mark.parametrize("name", ["alpha_threshold", "delta", "kappa", "prior_alpha", "scale", "dropping_share"])
 @pytest.mark.parametrize("wrong", ["2", True, [2], -1, float("inf"), float("nan")], ids=repr)
 def test_the_layer_refuses_them_too(name, wrong):
     with pytest.raises((TypeError, ValueError), match=f"^{name} must be "):

@@ -17,8 +17,8 @@ WHOLE = {
     KLAnnealingCallback: ("cycles",),
 }
 NUMBERS = {
-    ConstraintCallback: ("cross_entropy", "start_beta", "rate", "gain", "threshold_share", "max_beta", "min_nats"),
-    ThresholdCallback: ("cross_entropy", "threshold_share"),
+    ConstraintCallback: ("cross_entropy", "start_beta", "rate", "gain", "dropping_share", "max_beta", "min_nats"),
+    ThresholdCallback: ("cross_entropy", "dropping_share"),
     CollapseCallback: ("min_nats", "min_prop_vectors", "min_active_units", "max_gap"),
     KLAnnealingCallback: ("warmup_ratio", "start_ratio"),
 }

@@ -105,7 +105,7 @@ def test_a_callback_of_ones_own_takes_the_place(tmp_path):
 def test_an_evaluation_that_falls_behind_is_noticed_once(trainer_class, tmp_path):
     """All vectors are below the threshold, which drops in 0.1 % of the training examples and in all of evaluation."""
     model = tiny_model(
-        tau_alpha=0.0, alpha_threshold=1e6, threshold_share=1e-3, lambda_gaussian=0.0, lambda_dirichlet=0.0
+        tau_alpha=0.0, alpha_threshold=1e6, dropping_share=1e-3, lambda_gaussian=0.0, lambda_dirichlet=0.0
     )
 
     def gaps(**arguments) -> list[str]:
@@ -116,11 +116,11 @@ def test_an_evaluation_that_falls_behind_is_noticed_once(trainer_class, tmp_path
 
     messages = gaps(max_steps=60, learning_rate=5e-3)
     assert len(messages) == 1
-    assert "Evaluation falls behind" in messages[0] and "threshold_share" in messages[0] and "0% of" in messages[0]
+    assert "Evaluation falls behind" in messages[0] and "dropping_share" in messages[0] and "0% of" in messages[0]
     model.config.evaluation = "mixture"
     messages = gaps(max_steps=10)
     assert len(messages) == 1 and 'model.config.evaluation = "means"' in messages[0] and "at step 10" in messages[0]
-    model.nvib.threshold_share.zero_()  # off, in evaluation too
+    model.nvib.dropping_share.zero_()  # off, in evaluation too
     assert gaps(max_steps=10) == []
 
 

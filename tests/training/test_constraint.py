@@ -20,7 +20,7 @@ TRACE = {
     "constraint_cross_entropy",
     "constraint_prop_vectors",
     "constraint_tolerance",
-    "threshold_share",
+    "dropping_share",
 }
 
 
@@ -156,10 +156,10 @@ def test_begins_when_the_constraint_is_met_and_not_before():
     callback = ConstraintCallback(cross_entropy=0.15, start_beta=0.02)
     trace = simulate(callback, 400, lambda step, beta, share: 2.0, model=model)
     assert all(step.beta == step.beta_vectors == pytest.approx(0.02) for step in trace)
-    assert model.nvib.threshold_share == 0
+    assert model.nvib.dropping_share == 0
     trace = simulate(callback, 400, lambda step, beta, share: 0.1, model=model)
     assert trace[-1].beta > 0.02
-    assert model.nvib.threshold_share == pytest.approx(callback.threshold_share)
+    assert model.nvib.dropping_share == pytest.approx(callback.dropping_share)
 
 
 def test_gives_way_when_the_reconstruction_is_lost():
@@ -234,17 +234,17 @@ def test_a_step_that_mixed_precision_skips_is_not_measured():
 
 def test_threshold_callback_leaves_the_weights():
     model = tiny_model(alpha_threshold=0.1)
-    callback = ThresholdCallback(cross_entropy=0.2, threshold_share=0.5)
+    callback = ThresholdCallback(cross_entropy=0.2, dropping_share=0.5)
     state = TrainerState(max_steps=10**6)
     args = SimpleNamespace(device="cpu")
     callback.on_train_begin(args, state, None, model=model)
-    assert model.nvib.threshold_share == 0
+    assert model.nvib.dropping_share == 0
     for cross_entropy, expected in ((1.0, 0.0), (0.01, 0.0), (0.0, 0.0), *[(0.0, None)] * 8, (5.0, 0.5)):
         callback.measured = lambda device, value=cross_entropy: {"cross_entropy": value, "prop_vectors": 1.0}
         state.global_step += 10
         callback.on_step_end(args, state, None, model=model)
         if expected is not None:
-            assert model.nvib.threshold_share == expected  # once begun it stays
+            assert model.nvib.dropping_share == expected  # once begun it stays
     assert model.kl_beta.tolist() == [1.0] * 3
 
 
@@ -257,8 +257,8 @@ def test_traced_in_any_trainer(trainer_class, tmp_path):
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logs) == 8 and set(logs[-1]) >= TRACE
-    assert logs[0]["constraint_beta"] == pytest.approx(0.5) and logs[0]["threshold_share"] == 0
-    assert logs[-1]["constraint_beta"] > 0.5 and logs[-1]["threshold_share"] == 0.7
+    assert logs[0]["constraint_beta"] == pytest.approx(0.5) and logs[0]["dropping_share"] == 0
+    assert logs[-1]["constraint_beta"] > 0.5 and logs[-1]["dropping_share"] == 0.7
     assert logs[-1]["constraint_cross_entropy"] == pytest.approx(4, abs=2)
     assert model.kl_beta.tolist() == pytest.approx([callback.beta] * 3)
     assert not model._forward_hooks
@@ -295,7 +295,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(trainer_class, restore, tmp
     assert whole[-1][1] != whole[-1][2] and saved["attributes"]["slow_average_kept"] == pytest.approx(1.0)
     assert [x[1:] for x in resumed] == [pytest.approx(x[1:]) for x in whole]
     assert resumed[-1][0] == pytest.approx(whole[-1][0], rel=1e-4)
-    assert trainer.model.nvib.threshold_share == pytest.approx(0.7)
+    assert trainer.model.nvib.dropping_share == pytest.approx(0.7)
 
 
 @pytest.mark.parametrize("trainer_class", [Trainer, NvibTrainer])
@@ -327,7 +327,7 @@ def test_another_model_starts_anew(tmp_path):
 @WITH_COMPILE
 def test_under_torch_compile(tmp_path):
     def trace(**arguments):
-        callbacks = [ConstraintCallback(cross_entropy=1e3, interval=1, threshold_share=1.0), CollapseCallback()]
+        callbacks = [ConstraintCallback(cross_entropy=1e3, interval=1, dropping_share=1.0), CollapseCallback()]
         model = tiny_model(**DROPPING)
         trainer = trainer_of(Trainer, model, tmp_path, max_steps=3, callbacks=callbacks, **arguments)
         trainer.train()
@@ -366,7 +366,7 @@ def test_a_training_that_was_broken_off_leaves_nothing_behind(tmp_path):
         ({"rate": 0.0}, "rate must be a positive number"),
         ({"gain": -1.0}, "gain must be 0 or positive, but got -1.0"),
         ({"interval": 0}, "interval must be at least 1 step, but got 0"),
-        ({"threshold_share": 0.0}, "threshold_share must be in .* but got 0.0"),
+        ({"dropping_share": 0.0}, "dropping_share must be in .* but got 0.0"),
         ({"target_prop_vectors": 1.0}, "target_prop_vectors must be in .* but got 1.0"),
         ({"metric": "eval_bleu"}, "metric='eval_bleu' and metric_target=None belong together"),
     ],

@@ -104,7 +104,7 @@ def test_settings_are_those_of_the_configuration():
         "alpha_activation": "relu",
         "dropping": "threshold",
         "alpha_threshold": 0.125,
-        "threshold_share": 0.875,
+        "dropping_share": 0.875,
         "tau_alpha": 5.0,
         "tau_sigma": 0.75,
         "tau_mu": 0.5,

@@ -1,14 +1,17 @@
 """Models saved by the code as it was before the package had sub-packages: they load and compute what they did then."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_models import tiny_base
 from torch.testing import assert_close
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
-from nvib_hf import NvibForConditionalGeneration, NvibForSequenceClassification
+from nvib_hf import NvibConfig, NvibForConditionalGeneration, NvibForSequenceClassification
+from nvib_hf.layers.nvib import NvibLayer
 
 SAVED = Path(__file__).parents[1] / "saved"
 CLASSES = {
@@ -61,3 +64,27 @@ def test_what_the_saved_models_have_is_at_work():
     assert {name.partition(".")[0] for name in t5.nvib_layers()} == {"cross", "encoder", "decoder"}
     bert = NvibForSequenceClassification.from_pretrained(SAVED / "bert_classifier")
     assert bert.config.accumulate_alpha and len(bert.nvib_layers()) == 2
+
+
+def test_what_had_another_name_is_read_and_saved_by_its_new_one(tmp_path):
+    weights = load_file(SAVED / "bart_threshold" / "model.safetensors")
+    weights["nvib.threshold_share"] = torch.tensor(0.25)
+    config = NvibConfig.from_dict(
+        json.loads((SAVED / "bart_threshold" / "config.json").read_text()) | {"threshold_share": 0.5}
+    )
+    assert config.dropping_share == 0.5 and "threshold_share" not in config.to_dict()
+    model = NvibForConditionalGeneration.from_pretrained(None, config=config, state_dict=weights)
+    assert model.nvib.dropping_share == 0.25 and weights["nvib.threshold_share"] == 0.25
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved["nvib.dropping_share"] == 0.25 and "nvib.threshold_share" not in saved
+    assert NvibForConditionalGeneration.from_pretrained(tmp_path).nvib.dropping_share == 0.25
+    model.load_state_dict(weights | {"nvib.threshold_share": torch.tensor(0.125)})
+    assert model.nvib.dropping_share == 0.125
+
+
+def test_an_old_name_is_no_longer_an_argument():
+    with pytest.raises(TypeError, match="'threshold_share' is now called 'dropping_share'"):
+        NvibForConditionalGeneration.from_base_pretrained(tiny_base("bart"), threshold_share=0.5)
+    with pytest.raises(TypeError, match="threshold_share"):
+        NvibLayer(4, 4, threshold_share=0.5)

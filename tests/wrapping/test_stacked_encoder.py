@@ -79,16 +79,16 @@ def test_what_a_layer_drops_reaches_nothing_above_it(family, training):
     if training:
         model.train()
     lowest = encoder_layer(model, model._self_attention_names["encoder.0"])
-    gone = []
+    kept = []
 
     def replace(layer, args, output):
         attention = model._self_attentions()["encoder.0"]
         handed_on = current_pass().handed_on
         assert handed_on.by is attention
-        gone.append(handed_on.gone)
+        kept.append(handed_on.keep)
         states = output if isinstance(output, torch.Tensor) else output[0]
         noise = 10 * torch.randn(states.shape, generator=torch.Generator().manual_seed(5))
-        states = torch.where(handed_on.gone[..., None], noise, states)
+        states = torch.where(handed_on.keep[..., None], states, noise)
         return states if isinstance(output, torch.Tensor) else (states, *output[1:])
 
     def logits():
@@ -101,7 +101,7 @@ def test_what_a_layer_drops_reaches_nothing_above_it(family, training):
         actual = logits()
         hook.remove()
     padding = inputs["attention_mask"] == 0
-    assert (gone[0] & ~padding).any()
+    assert (~kept[0] & ~padding).any()
     # Training draws for every position, of another mean here: of what is left alone, the noise is the same.
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
@@ -184,7 +184,7 @@ def test_layer_drop_skips_layers(layers):
         dropped.add(tuple(name for name in output.layer_prop_vectors or {} if name != "cross"))
     assert len(dropped) == (4 if layers == "all" else 2)
     encoder.layerdrop = 1.0
-    model.nvib.threshold_share.zero_()
+    model.nvib.dropping_share.zero_()
     assert model(**inputs, labels=labels).prop_vectors.tolist() == [1.0] * len(labels)
 
 
