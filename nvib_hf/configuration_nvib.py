@@ -27,6 +27,7 @@ from .layers.settings import (
     check_prior,
     checked,
     checked_tau,
+    shares_by_layer,
 )
 from .versions import CACHE, UPDATE
 from .wrapping.adapters import READ_BY_PEFT, SIZES, default_targets
@@ -112,6 +113,11 @@ class NvibConfig(PreTrainedConfig):
         merge_share: the share of its vectors that a latent is merged to, in (0, 1], in training and evaluation: those
             next to each other that cost least are replaced by their mean, with the mass of all
             (:meth:`~nvib_hf.NvibForConditionalGeneration.merge_latents`). 1 merges nothing. Read at every step.
+        encoder_merge_share: the same inside the encoder: after which of its layers, counted from 0, its vectors are
+            merged, and to which share of those that are left, ``{1: 0.5, 3: 0.5}``. The layers above run on fewer
+            vectors and read their mass as pseudo-counts, so they need NVIB in their self-attention
+            (``attentions=["cross", "encoder"]``). An encoder alone keeps its length: what is merged stands in the
+            place of all.
         encode_sound_only: for Whisper: where ``attention_mask`` says how long the sound is, the encoder runs over it
             and half a second more, and stored vectors of silence stand for the rest of the window, with its mass
             (:meth:`~nvib_hf.NvibForConditionalGeneration.store_silence`). They are not merged.
@@ -183,6 +189,7 @@ class NvibConfig(PreTrainedConfig):
     alpha_threshold: float = 0.0
     dropping_share: float = 1.0
     merge_share: float = 1.0
+    encoder_merge_share: dict[int, float] | None = None
     encode_sound_only: bool = False
     tau_alpha: float | dict[str, float] = TAUS["tau_alpha"]
     tau_sigma: float | dict[str, float] = TAUS["tau_sigma"]
@@ -260,6 +267,7 @@ class NvibConfig(PreTrainedConfig):
             setattr(self, name, {kind: float(tau) for kind, tau in value.items()} if by_kind else float(value))
         self.is_encoder_decoder = checked("is_encoder_decoder", self.is_encoder_decoder)
         self.attentions = attentions_by_kind(self.attentions)
+        self.encoder_merge_share = shares_by_layer(self.encoder_merge_share)
         if self.latent_prior is not None:
             self.latent_prior = checked_sizes(self.latent_prior)
         if not isinstance(self.base_config, (PreTrainedConfig, dict, type(None))):

@@ -8,6 +8,7 @@ and its gradient: :math:`w_j` is the *mass* of a vector. Several vectors are one
 of all, up to second order of how far they are apart. Dropping a vector loses its mass, merging it does not.
 
 * :func:`merge` does it for a batch, in rounds that merge many pairs at once;
+* :func:`merge_in_place` leaves every vector where it is and puts the merged one in its place;
 * :func:`naive_merge` is the definition, one pair after the other, that the tests hold the rounds to.
 
 Source: this project, by the reduction of mixtures; with equal masses at the start the bias is the "proportional
@@ -105,6 +106,42 @@ def merge(
     with torch.no_grad():
         assignment = _assign(z, log_mass, present, mergeable, fewest, highest_cost, order, power)
     return _reduced(z, log_mass, logvar, assignment)
+
+
+class MergedInPlace(NamedTuple):
+    """What :func:`merge_in_place` made of a batch.
+
+    ``z`` ``(B, Nl, P)`` and ``log_mass`` ``(B, Nl)``: of the group that a vector became part of; ``keep`` ``(B, Nl)``:
+    True for the first vector of each group; ``group`` ``(B, Nl)``: its number, -1 where there was no vector.
+    """
+
+    z: Tensor
+    log_mass: Tensor
+    keep: Tensor
+    group: Tensor
+
+    def total(self, log_weight: Tensor) -> Tensor:
+        """Logarithms of what positive weights ``(B, Nl)`` sum to in the group of each vector."""
+        sums = _reduced(log_weight[..., None], log_weight, None, self.group).log_mass
+        return sums.gather(1, self.group.clamp(min=0))
+
+
+def merge_in_place(z: Tensor, log_mass: Tensor, share: float) -> MergedInPlace:
+    """:func:`merge`, with each vector replaced by what it became part of, so that the sequence keeps its length.
+
+    Args:
+        z, log_mass, share: as :func:`merge` takes them.
+    """
+    made = merge(z, log_mass, share=share)
+    group, there = made.assignment.clamp(min=0), made.assignment >= 0
+    # Groups are numbered by their first vectors.
+    before = F.pad(made.assignment, (1, 0), value=-1).cummax(-1).values[:, :-1]
+    return MergedInPlace(
+        z=torch.where(there[..., None], made.z.take_along_dim(group[..., None], dim=1), z),
+        log_mass=made.log_mass.gather(1, group).masked_fill(~there, float("-inf")),
+        keep=made.assignment > before,
+        group=made.assignment,
+    )
 
 
 def _check(z: Tensor, log_mass: Tensor, logvar: Tensor | None, fixed: Tensor | None, order: str, power: float) -> None:

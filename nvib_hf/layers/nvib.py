@@ -263,8 +263,8 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
             hidden_states = hidden_states.masked_fill(~mask[..., None], 0)
         x = at_least_float32(hidden_states)
         log_alpha = self._log_alpha(x)
-        if log_alpha_below is not None:
-            log_alpha = log_alpha + log_alpha_below
+        if log_alpha_below is not None:  # a pseudo-count of 0 stays 0
+            log_alpha = torch.where(log_alpha > self._log_zero, log_alpha + log_alpha_below, log_alpha)
         drops = self.keep_weight is not None or self.alpha_threshold > 0
         keep_logit = self._keep_logit(x, log_alpha) if drops else None
         keep = mask & (log_alpha > self._log_zero)

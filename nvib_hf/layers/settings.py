@@ -197,6 +197,29 @@ def checked_tau(name: str, value: Any) -> float | dict[str, float]:
     return {kind: checked(name, tau) for kind, tau in value.items()}
 
 
+def shares_by_layer(shares: Any) -> dict[int, float] | None:
+    """To which share of its vectors an encoder layer's output is merged, ``{number: share}``; of JSON, too.
+
+    Raises:
+        TypeError: no mapping. ValueError: what is no number of a layer, or no share.
+    """
+    if shares is None:
+        return None
+    if not hasattr(shares, "items"):
+        raise TypeError(
+            f"encoder_merge_share must be shares by the numbers of layers, but got {shares!r}. Pass for instance "
+            "{1: 0.5, 3: 0.5}."
+        )
+    by_layer: dict[int, float] = {}
+    for number, share in shares.items():
+        if not str(number).isdecimal():
+            raise ValueError(
+                f"encoder_merge_share must name layers by their numbers, counted from 0, but got {number!r}."
+            )
+        by_layer[int(number)] = float(checked("merge_share", share))
+    return dict(sorted(by_layer.items())) or None
+
+
 def attentions_by_kind(attentions: Any) -> dict[str, str | list[int]] | None:
     """Which layers of which kinds of attention: ``{kind: "all" or numbers}`` of that, or of a list of kinds.
 

@@ -41,18 +41,21 @@ class LayerRecord(NamedTuple):
 
 
 class HandedOn(NamedTuple):
-    """What an encoder layer that drops vectors or adds up pseudo-counts tells the layers above it.
+    """What an encoder layer that drops or merges vectors or adds up pseudo-counts tells the layers above it.
 
     ``by`` is the attention that says so. ``keep`` ``(B, N')`` is True where a vector is left. ``places`` ``(B, N')``
     are positions in the encoder's input, ``None`` while all of it is there; ``order`` ``(B, N')`` are positions in
-    this layer's own input. ``length`` is that of the encoder's input, ``sources`` ``(B,)`` counts its vectors.
+    this layer's own input. ``log_alpha`` ``(B, N')`` are accumulated pseudo-counts, ``log_mass`` ``(B, N')`` says how
+    many vectors each stands for, ``None`` while each is one. ``length`` is that of the encoder's input, ``sources``
+    ``(B,)`` counts its vectors.
     """
 
-    by: nn.Module
+    by: DenoisingSelfAttention
     keep: Tensor
     places: Tensor | None
     order: Tensor | None
     log_alpha: Tensor
+    log_mass: Tensor | None
     length: int
     sources: Tensor
 
@@ -79,7 +82,7 @@ class ForwardPass:
     ) -> None:
         self.generator, self.shortens, self.records, self.encoder = generator, shortens, records, encoder
         self.handed_on: HandedOn | None = None  # by the layer that ran last
-        self.left: tuple[Tensor, Tensor] | None = None  # what the encoder left of its input: see stacked_encoder.py
+        self.left: HandedOn | None = None  # by the encoder's last layer
         self._outer: ForwardPass | None = None
 
     def __enter__(self) -> Self:
@@ -130,12 +133,14 @@ class DenoisingSelfAttention(ConvertedAttention):
         past = 0 if cache is None else cache.get_seq_length(self.layer_idx)
         if isinstance(past, Tensor):
             past = past.clone()  # a static cache's own counter
-        this_pass, below = current_pass(), self.handed_on_below()
+        this_pass, below, from_below = current_pass(), self.handed_on_below(), None
+        if below is not None:  # accumulated pseudo-counts have the mass in them
+            from_below = below.log_alpha if self.nvib_config.accumulate_alpha else below.log_mass
         latent, posterior = self.nvib(
             hidden_states,
             self.nvib_config.evaluation,
             None if this_pass is None else this_pass.generator,
-            below.log_alpha if below is not None and self.nvib_config.accumulate_alpha else None,
+            from_below,
         )
         self._leave(this_pass, posterior, self.source_mask(mask, hidden_states, below), below)
         query = self._query(hidden_states)

@@ -48,9 +48,9 @@ def read_source(model, inputs: dict) -> Source:
     vectors, this_pass = outputs.last_hidden_state, current_pass() if stacked else None
     left = None if this_pass is None else this_pass.left
     if left is not None:
-        keep, share = left  # of the source, not of what its layers left of it
-        check_length_is_left(keep, vectors)
-        return Source(outputs, vectors, ~keep, share=share)
+        check_length_is_left(left.keep, vectors)
+        share = left.keep.sum(-1) / left.sources.clamp(min=1)  # of the source, not of what its layers left of it
+        return Source(outputs, vectors, ~left.keep, left.log_mass, share=share)
     if mask is not None and mask.shape[1] != vectors.shape[1]:
         mask = shortened_mask(model.base.get_encoder(), mask, vectors.shape[1])
     return Source(outputs, vectors, None if mask is None else mask == 0)

@@ -1,7 +1,10 @@
-"""Encoder layers on top of each other that hand on which vectors are left, and their pseudo-counts.
+"""Encoder layers on top of each other that hand on which vectors are left, what each stands for, and pseudo-counts.
 
 What a layer drops is hidden from the layers above it and from the decoder. For generation it is taken out of their
-sequence altogether. What is handed on is part of the :class:`~nvib_hf.wrapping.self_attention.ForwardPass`.
+sequence altogether. What a layer's output is merged to goes on with the mass of all
+(:mod:`nvib_hf.layers.merging`): as pseudo-counts of the layers above and of the decoder's latent. Where a decoder
+follows, their sequence is shorter from there on, in training too. What is handed on is part of the
+:class:`~nvib_hf.wrapping.self_attention.ForwardPass`.
 """
 
 from __future__ import annotations
@@ -9,13 +12,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..latents.merging import UNTRACEABLE
 from ..layers.distributions import Posterior
 from ..layers.dropping import kept_first
+from ..layers.merging import merge_in_place
 from .self_attention import DenoisingSelfAttention, ForwardPass, HandedOn, LayerRecord, current_pass
 
 NOT_SEEN = (
-    "An encoder layer cannot see what the one below it dropped or weighed: its forward pass runs again without it, as "
-    "in gradient checkpointing. Train without it, or with NVIB in the encoder's last layer alone."
+    "An encoder layer cannot see what the one below it dropped, merged or weighed: its forward pass runs again "
+    "without it, as in gradient checkpointing. Train without it, or with NVIB in the encoder's last layer alone."
 )
 
 
@@ -49,6 +54,7 @@ class StackedSelfAttention(DenoisingSelfAttention):
             length, sources = source_mask.shape[1], source_mask.sum(-1)
         else:
             length, sources = below.length, below.sources
+        log_mass = None if below is None else below.log_mass
         if this_pass.records is not None:
             this_pass.records[self] = LayerRecord(posterior, source_mask, sources)
         keep, log_alpha = source_mask & posterior.keep[:, 1:], posterior.log_alpha[:, 1:]
@@ -57,8 +63,9 @@ class StackedSelfAttention(DenoisingSelfAttention):
         order = kept_first(at_least_one(keep)) if shortens else None
         if order is not None:
             keep, log_alpha = (x.take_along_dim(order, dim=1) for x in (keep, log_alpha))
+            log_mass = None if log_mass is None else log_mass.take_along_dim(order, dim=1)
             places = order if places is None else places.take_along_dim(order, dim=1)
-        this_pass.handed_on = HandedOn(self, keep, places, order, log_alpha, length, sources)
+        this_pass.handed_on = HandedOn(self, keep, places, order, log_alpha, log_mass, length, sources)
 
     def _lengths(self, query: Tensor, num_keys: int, below: HandedOn | None) -> tuple[int, int]:
         """Of the encoder's whole input, as the layers above may need other parts of the position bias."""
@@ -95,24 +102,50 @@ def of_places(scores: Tensor, places: Tensor) -> Tensor:
     return scores.take_along_dim(places[:, None, None, :], dim=3)
 
 
+@torch.compiler.disable(reason=UNTRACEABLE)
+def merged_states(states: Tensor, handed_on: HandedOn, share: float, shorten: bool) -> tuple[Tensor, HandedOn]:
+    """The output ``(B, N', H)`` of an encoder layer merged to a share of its vectors, and what it hands on then.
+
+    Args:
+        shorten: take merged vectors out of the sequence. Otherwise each stands in the place of all that it is of, and
+            attention reads the first.
+    """
+    log_mass = torch.zeros_like(states[..., 0]) if handed_on.log_mass is None else handed_on.log_mass
+    made = merge_in_place(states, log_mass.masked_fill(~handed_on.keep, -torch.inf), share)
+    log_alpha = made.total(handed_on.log_alpha.masked_fill(~handed_on.keep, -torch.inf))
+    states, keep, places = made.z, made.keep, handed_on.places
+    log_mass, log_alpha = (x.masked_fill(~keep, 0) for x in (made.log_mass, log_alpha))
+    if shorten and (order := kept_first(at_least_one(keep))) is not None:
+        states = states.take_along_dim(order[..., None], dim=1)
+        keep, log_mass, log_alpha = (x.take_along_dim(order, dim=1) for x in (keep, log_mass, log_alpha))
+        places = order if places is None else places.take_along_dim(order, dim=1)
+    return states, handed_on._replace(keep=keep, places=places, order=None, log_alpha=log_alpha, log_mass=log_mass)
+
+
 class Shortening:
-    """Takes what an attention dropped out of the output of its encoder layer: a forward hook of that.
+    """Takes what an attention dropped out of the output of its encoder layer, and merges the rest: its forward hook.
 
     By name, so that the hook of a copied model is one of the copy.
+
+    Args:
+        attention: its name in the layer.
+        share: of the vectors that merging leaves; 1 merges nothing.
     """
 
-    def __init__(self, attention: str) -> None:
-        self.attention = attention
+    def __init__(self, attention: str, share: float = 1.0) -> None:
+        self.attention, self.share = attention, share
 
     def __call__(self, layer: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
-        this_pass = current_pass()
-        handed_on = None if this_pass is None else this_pass.handed_on
-        if handed_on is None or handed_on.order is None or handed_on.by is not layer.get_submodule(self.attention):
+        this_pass, attention = current_pass(), layer.get_submodule(self.attention)
+        if this_pass is None or (handed_on := this_pass.handed_on) is None or handed_on.by is not attention:
             return output
-        order = handed_on.order[..., None]
-        if isinstance(output, Tensor):
-            return output.take_along_dim(order, dim=1)
-        return (output[0].take_along_dim(order, dim=1), *output[1:])
+        states = output if isinstance(output, Tensor) else output[0]
+        if handed_on.order is not None:
+            states = states.take_along_dim(handed_on.order[..., None], dim=1)
+        if self.share < 1:
+            shorten = handed_on.by.nvib_config.is_encoder_decoder and handed_on.by.nvib_spec.shortens
+            states, this_pass.handed_on = merged_states(states, handed_on, self.share, shorten)
+        return states if isinstance(output, Tensor) else (states, *output[1:])
 
 
 def begin_encoder(encoder: nn.Module, args: tuple) -> None:
@@ -122,27 +155,30 @@ def begin_encoder(encoder: nn.Module, args: tuple) -> None:
 
 
 def end_encoder(encoder: nn.Module, args: tuple, output: object) -> None:
-    """Forward hook, called after an exception too: the model's pass gets what the encoder left of its input.
-
-    That is where a vector is kept, ``(B, N')``, and the share of the input that is, ``(B,)``.
-    """
+    """Forward hook, called after an exception too: the model's pass gets what the encoder's last layer handed on."""
     this_pass = current_pass()
     if this_pass is None or this_pass.encoder is not encoder:
         return
     this_pass.__exit__()
-    outer, top = current_pass(), this_pass.handed_on
-    if outer is not None and top is not None:
-        outer.left = top.keep, top.keep.sum(-1) / top.sources.clamp(min=1)
+    outer = current_pass()
+    if outer is not None:
+        outer.left = this_pass.handed_on
 
 
-def stack(encoder: nn.Module, modules: list[StackedSelfAttention]) -> None:
-    """Put converted modules of an encoder on top of each other, the lowest first."""
+def stack(encoder: nn.Module, modules: dict[int, StackedSelfAttention], shares: dict[int, float]) -> None:
+    """Put converted modules of an encoder on top of each other.
+
+    Args:
+        modules: by the numbers of their layers, the lowest first.
+        shares: of its vectors that a layer's output is merged to, by the layer's number.
+    """
     names = {id(module): name for name, module in encoder.named_modules()}
-    for module in modules:
-        module.nvib_lowest = module is modules[0]
+    for number, module in modules.items():
+        module.nvib_lowest = number == min(modules)
         name = names[id(module)]
         layer = encoder_layer(encoder, name)
-        encoder.get_submodule(layer).register_forward_hook(Shortening(name.removeprefix(f"{layer}.")))
+        shortening = Shortening(name.removeprefix(f"{layer}."), shares.get(number, 1.0))
+        encoder.get_submodule(layer).register_forward_hook(shortening)
     encoder.register_forward_pre_hook(begin_encoder)
     encoder.register_forward_hook(end_encoder, always_call=True)
 

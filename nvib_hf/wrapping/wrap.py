@@ -101,13 +101,16 @@ def put_into_self_attention(base: PreTrainedModel, halves: dict[str, nn.Module],
         mixin = StackedSelfAttention if stacked and in_encoder else DenoisingSelfAttention
         convert_self_attention(module, spec, made, config, mixin)
     if stacked:
-        stack(halves["encoder"], [module for layer, (module, _) in found.items() if layer.startswith("encoder")])
+        in_encoder = {name: module for name, (module, _) in found.items() if name.startswith("encoder")}
+        modules = {int(name.partition(".")[2]): module for name, module in in_encoder.items()}
+        stack(halves["encoder"], modules, config.encoder_merge_share or {})
     return {layer: names[id(module)] for layer, (module, _) in found.items()}
 
 
 def is_stacked(config: NvibConfig) -> bool:
-    """Whether the encoder's layers hand on to each other what they dropped, or their pseudo-counts."""
-    return "encoder" in config.attentions and (config.drops or config.accumulate_alpha)
+    """Whether the encoder's layers hand on to each other what they dropped or merged, or their pseudo-counts."""
+    hands_on = config.drops or config.accumulate_alpha or bool(config.encoder_merge_share)
+    return "encoder" in config.attentions and hands_on
 
 
 def chosen(half: nn.Module, kind: str, config: NvibConfig) -> dict[str, tuple[nn.Module, AttentionSpec]]:
@@ -127,9 +130,14 @@ def chosen(half: nn.Module, kind: str, config: NvibConfig) -> dict[str, tuple[nn
         )
     if kind == "encoder" and is_stacked(config) and layers != list(range(layers[0], len(modules))):
         raise ValueError(
-            f"attentions['encoder'] is {layers}, but what a layer drops is gone from all layers above it, and "
-            f"accumulated pseudo-counts go from each layer to the next: name all of them from one on, for instance "
-            f"{list(range(layers[0], len(modules)))}."
+            f"attentions['encoder'] is {layers}, but what a layer drops or merges is gone from all layers above it, "
+            f"and accumulated pseudo-counts go from each layer to the next: name all of them from one on, for "
+            f"instance {list(range(layers[0], len(modules)))}."
+        )
+    if kind == "encoder" and (others := sorted((config.encoder_merge_share or {}).keys() - set(layers))):
+        raise ValueError(
+            f"encoder_merge_share merges after layer {others[0]}, but attentions['encoder'] puts NVIB into the layers "
+            f"{layers}. Name one of these, or put NVIB into layer {others[0]} too."
         )
     if kind == "encoder" and config.drops and config.dropping == "relaxed":
         raise ValueError(
@@ -139,7 +147,8 @@ def chosen(half: nn.Module, kind: str, config: NvibConfig) -> dict[str, tuple[nn
     if kind == "encoder" and is_stacked(config) and config.is_encoder_decoder and shortens_after_its_layers(half):
         raise ValueError(
             f"{type(half).__name__} has an adapter that makes fewer vectors of what its layers leave, so that nobody "
-            "knows which of those are dropped. Leave 'encoder' out of attentions, or load it with add_adapter=False."
+            "knows which of those are dropped or merged. Leave 'encoder' out of attentions, or load it with "
+            "add_adapter=False."
         )
     return {f"{kind}.{number}": modules[number] for number in layers}
 
@@ -251,7 +260,13 @@ def check_attentions(config: NvibConfig) -> dict:
             f"attentions are {list(config.attentions)}, but the latents of an encoder-decoder are what its "
             "cross-attention reads: name 'cross' too. As it is initialised it computes what the base computes."
         )
-    return {"cross": "all"} if config.attentions is None else config.attentions
+    attentions = {"cross": "all"} if config.attentions is None else config.attentions
+    if config.encoder_merge_share and "encoder" not in attentions:
+        raise ValueError(
+            f"encoder_merge_share={config.encoder_merge_share} needs NVIB in the encoder, whose attention reads the "
+            f"mass. Set attentions={[*attentions, 'encoder']}."
+        )
+    return attentions
 
 
 def check_one_scale(name: str, scales: set[float]) -> None:
