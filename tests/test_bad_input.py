@@ -62,9 +62,9 @@ SETTINGS = [
     ({"label_smoothing": 1.0}, "label_smoothing must be in [0, 1), but got 1.0"),
     ({"delta": None}, "delta must be a number, but got None"),
     ({"prior_alpha": "much"}, "prior_alpha must be a number, but got 'much'"),
-    ({"lamda_gaussian": 0.1}, "'lamda_gaussian' is no setting of NvibConfig. Did you mean 'lambda_gaussian'?"),
-    ({"prior_variance": 0.1}, "'prior_variance' is no setting of NvibConfig. Did you mean 'prior_var'?"),
-    ({"label_smoothing_factor": 0.1}, "is no setting of NvibConfig. Did you mean 'label_smoothing'?"),
+    ({"lamda_gaussian": 0.1}, "'lamda_gaussian' is not a setting of NvibConfig. Did you mean 'lambda_gaussian'?"),
+    ({"prior_variance": 0.1}, "'prior_variance' is not a setting of NvibConfig. Did you mean 'prior_var'?"),
+    ({"label_smoothing_factor": 0.1}, "is not a setting of NvibConfig. Did you mean 'label_smoothing'?"),
     ({"attn_implementation": "eager"}, "A loaded model takes no argument 'attn_implementation'. Leave it out."),
 ]
 
