@@ -200,7 +200,7 @@ def test_latents_and_targets_of_different_number(rows):
     """One latent would be broadcast over the batch without a word."""
     model = tiny_nvib()
     latents = model.encode(**tiny_inputs("bart"))[:rows]
-    message = says(f"There are {rows} latents but 3 decoder inputs", "one latent for each row")
+    message = says(f"There are {rows} latents but 3 decoder inputs", "one latent for each example")
     with pytest.raises(ValueError, match=message):
         model(encoder_outputs=latents, labels=tiny_labels("bart"))
     with pytest.raises(ValueError, match=message):
@@ -311,7 +311,7 @@ def test_interpolation_of_batches_of_different_size():
 
 
 def test_concatenation():
-    with pytest.raises(ValueError, match="latents is empty: pass at least one"):
+    with pytest.raises(ValueError, match=r"latents is empty\. Pass at least one"):
         concatenate_latents([])
     with pytest.raises(ValueError, match=says("widths", "[16, 32]")):
         concatenate_latents([tiny_nvib(base={"d_model": d}).sample_latents(1, 3) for d in (32, 16)])
