@@ -228,10 +228,10 @@ def test_latents_whose_fields_do_not_belong_together():
     model = tiny_nvib()
     latents = model.encode(**tiny_inputs("bart"))
     broken = NvibLatents(z=latents.z, log_pi=latents.log_pi[:, :-1], attention_mask=latents.attention_mask)
-    with pytest.raises(ValueError, match=says("do not belong together", "'log_pi': (3, 9)", "(B, Nl)")):
+    with pytest.raises(ValueError, match=says("do not fit together", "'log_pi': (3, 9)", "(B, Nl)")):
         model.generate(encoder_outputs=broken, max_new_tokens=2)
     broken = dataclasses.replace(latents, logvar=latents.logvar[:1])
-    with pytest.raises(ValueError, match=says("do not belong together", "'logvar': (1, 10, 32)")):
+    with pytest.raises(ValueError, match=says("do not fit together", "'logvar': (1, 10, 32)")):
         model(encoder_outputs=broken, labels=tiny_labels("bart"))
 
 

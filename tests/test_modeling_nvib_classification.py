@@ -310,7 +310,7 @@ def test_priors_and_taus():
 @pytest.mark.parametrize("attentions", [["cross", "encoder"], ["decoder"]])
 def test_attentions_that_it_does_not_have_are_refused(attentions):
     base = base_of("bert")
-    with pytest.raises(ValueError, match="'encoder' alone"):
+    with pytest.raises(ValueError, match="'encoder' only"):
         wrap("bert", base, attentions=attentions)
     assert not any(isinstance(module, DenoisingSelfAttention) for module in base.modules())
 

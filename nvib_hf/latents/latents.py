@@ -217,7 +217,7 @@ class NvibLatents:
             tensors = load(Path(path).read_bytes())
         except SafetensorError as error:
             raise ValueError(
-                f"{path} is not a whole safetensors file ({error}). {remedy} Read torch.save()'s files by torch.load()."
+                f"{path} is not a whole safetensors file ({error}). {remedy} For a torch.save() file use torch.load()."
             ) from error
         unknown = sorted(tensors.keys() - cls.__dataclass_fields__.keys())
         if unknown:

@@ -85,7 +85,7 @@ WRONG = {
         lambda x: dataclasses.replace(x, attention_mask=x.attention_mask[:, 1:]),
         "fields do not fit together",
     ),
-    "a number too few": (lambda x: dataclasses.replace(x, kl_gaussian=x.kl_gaussian[1:]), "do not belong together"),
+    "a number too few": (lambda x: dataclasses.replace(x, kl_gaussian=x.kl_gaussian[1:]), "do not fit together"),
     "another scale": (
         lambda x: dataclasses.replace(x, scale=2 * x.scale),
         "The latents were made for attention of scale=[0.7",
