@@ -322,7 +322,7 @@ def test_a_model_without_such_a_head_is_refused():
 
 def test_a_wrapped_model_is_refused():
     model = wrap("bert")
-    with pytest.raises(ValueError, match="part of an NVIB model already"):
+    with pytest.raises(ValueError, match="NVIB model already, or part of one"):
         wrap("bert", model.base)
 
 

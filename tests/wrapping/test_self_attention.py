@@ -484,7 +484,7 @@ def test_freeze_base_trains_all_nvib_layers():
 @pytest.mark.parametrize(
     ("attentions", "message"),
     [
-        (["encoder"], "name 'cross' too"),
+        (["encoder"], "Name 'cross' too"),
         (["cross", "self"], "'cross', 'encoder', 'decoder'"),
         ({"cross": "all", "encoder": [0, 7]}, "names layer 7.*has 2"),
         ({"cross": "all", "encoder": []}, "numbers of layers"),
