@@ -52,7 +52,7 @@ def kept(keep_logit: Tensor, share: Tensor | float) -> Tensor:
 
 
 def kept_first(keep: Tensor) -> Tensor | None:
-    """Positions ``(B, L)`` of what is kept, in order, for the largest number ``L`` kept in a row of ``(B, N)``.
+    """Positions ``(B, L)`` of kept vectors, in order. ``L`` is the most that any example of ``keep`` ``(B, N)`` keeps.
 
     Examples that keep fewer are filled up with vectors that they do not keep. ``None`` if ``L`` is ``N``. This reads a
     length from the device.

@@ -338,7 +338,7 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
         )
 
     def relaxed_share(self, posterior: Posterior) -> Tensor | None:
-        """:func:`~nvib_hf.layers.dropping.relaxed_share` ``(B,)`` of source vectors; ``None`` if nothing is dropped.
+        """:func:`~nvib_hf.layers.dropping.relaxed_share` ``(B,)`` of source vectors; ``None`` without dropping.
 
         While dropping is off it is 1 for a learned decision. Otherwise the penalty would push the logits down before
         dropping starts.

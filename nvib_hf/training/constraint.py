@@ -47,8 +47,8 @@ class ConstraintCallback(ThresholdCallback):
 
     Without ``target_prop_vectors``, :math:`\beta_V = \beta`. With it, :math:`\beta_V` follows its own error by the
     same law (:func:`~nvib_hf.training.control.share_error`), and :math:`\beta` goes on compressing the vectors that
-    are kept. That error is the share of vectors really kept, which has no gradient if a threshold decides. The
-    pseudo-counts learn from ``lambda_vectors`` and the relaxed share
+    are kept. The error of :math:`\beta_V` uses the share of vectors really kept, which has no gradient if a threshold
+    decides. The pseudo-counts learn from ``lambda_vectors`` and the relaxed share
     (:func:`~nvib_hf.layers.dropping.relaxed_share`), so set ``lambda_vectors`` above 0.
 
     A multiplier never exceeds ``max_beta``, and does not rise while vectors say less than ``min_nats``. A

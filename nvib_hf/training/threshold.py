@@ -20,7 +20,7 @@ SLACK = 0.05
 class ThresholdCallback(MeasuringCallback):
     """Decides when, and in what share of the examples, ``alpha_threshold`` or a learned decision drops vectors.
 
-    Nothing is dropped, in evaluation either, until the running mean of the cross-entropy has come down to
+    Nothing is dropped, not even in evaluation, until the running mean of the cross-entropy has come down to
     ``cross_entropy``: vectors that are dropped before the text is learned are never learned. If that takes longer than
     a third of the training, a :class:`ConstraintWarning` says what to do. Use this callback with fixed weights;
     :class:`ConstraintCallback` does the same and more.
