@@ -35,7 +35,7 @@ from .wrapping.hub import auto_map_entry, name_until_finished, save_code
 
 CONFIG_VERSION = 1
 
-TAUS = {"tau_alpha": 10.0, "tau_sigma": 0.0, "tau_mu": 1.0}  # which compute the base model's function
+TAUS = {"tau_alpha": 10.0, "tau_sigma": 0.0, "tau_mu": 1.0}  # these values compute the base model's function
 
 
 def _of_base(name: str, *default: object) -> property:
@@ -63,7 +63,7 @@ def _attention_implementations(config: PreTrainedConfig) -> dict:
 
 
 def is_hub_id(name: str | None) -> bool:
-    """Whether a name may be that of a repository, rather than a folder's, which means nothing elsewhere."""
+    """Whether a name can be a repository's. The name of a folder means nothing on another machine."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -72,7 +72,7 @@ def is_hub_id(name: str | None) -> bool:
 
 
 def _number(value: object) -> object:
-    """A number as a command line or a file brings it; anything else as it is, for its check."""
+    """The number in a string, as a command line or a file gives it. Other values go to their check unchanged."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
@@ -82,69 +82,71 @@ def _number(value: object) -> object:
 class NvibConfig(PreTrainedConfig):
     r"""Configuration of :class:`~nvib_hf.NvibForConditionalGeneration`.
 
-    ``lambda_*``, ``free_bits_*``, ``word_dropout*`` and ``label_smoothing`` are read at every step; the other settings
-    are those of a model's layer when it is made.
+    The model reads ``lambda_*``, ``free_bits_*``, ``word_dropout*`` and ``label_smoothing`` at every step. It takes
+    the other settings when its layers are made.
 
     Args:
-        base_config: configuration of the encoder-decoder model that is wrapped (an object or a dict). Copied: the
-            model it came from is not touched.
-        base_architecture: class of the base model in Transformers, ``"BartForConditionalGeneration"``, or of your own
-            in a module that is imported, ``"my_models:MyBart"``; by default what Transformers' Auto classes make of
-            ``base_config``.
-        attentions: which attentions have NVIB, each with a layer of its own. ``None``: the cross-attention of an
-            encoder-decoder, all of an encoder alone. Or those of ``("cross", "encoder", "decoder")`` as a list, which
-            means all layers, or as ``{"cross": "all", "encoder": [3, 4, 5]}``, counted from 0.
-        accumulate_alpha: pseudo-counts of an encoder's layers are added to those of the layer above, so that what has
-            no weight in one keeps none; a fresh wrap does not compute the base's function with it.
+        base_config: configuration of the encoder-decoder model that you wrap (an object or a dict). It is copied, so
+            the model it came from does not change.
+        base_architecture: the base model's class. Name a class of Transformers (``"BartForConditionalGeneration"``),
+            or a class of your own in a module that you import (``"my_models:MyBart"``). By default Transformers' Auto
+            classes choose it from ``base_config``.
+        attentions: which attentions have NVIB, each with a layer of its own. ``None`` means the cross-attention of an
+            encoder-decoder, and all attentions of an encoder alone. A list such as ``["cross", "encoder"]``, out of
+            ``"cross"``, ``"encoder"`` and ``"decoder"``, means all layers of each. A dict chooses layers, counted
+            from 0: ``{"cross": "all", "encoder": [3, 4, 5]}``.
+        accumulate_alpha: add the pseudo-counts of each encoder layer to those of the layer above. A vector without
+            weight in one layer then has none in later layers. A fresh wrap does not compute the base's function.
         prior_mu, prior_var: the prior's mean and variance, one number or one value per channel.
         prior_alpha: pseudo-count of the prior's component, above 0.
-        delta: conditional prior, in [0, 1]: the share of the source length that the prior expects to keep.
-        kappa: vectors drawn per component in training, at least 1; in self-attention it is 1.
+        delta: the share of the source length that the (conditional) prior expects to keep, in [0, 1].
+        kappa: vectors drawn per component in training, at least 1. Self-attention always draws 1.
         alpha_activation: ``"exp"`` (quadratic pseudo-counts) or ``"relu"``.
-        dropping: what decides which vectors the decoder does not get. ``"threshold"``: ``alpha_threshold``, under the
-            pseudo-counts, if it is not 0. ``"relaxed"``: a decision that is learned, one linear unit on the encoder's
-            vectors, which keeps them all at the start; for a decoder that is frozen
-            (:meth:`~nvib_hf.NvibForConditionalGeneration.freeze_base`). What a layer of the encoder drops is gone
-            from the layers above it too; a decoder's layers drop nothing.
+        dropping: what decides which vectors are dropped before the decoder. ``"threshold"``: vectors whose
+            pseudo-count is at or below ``alpha_threshold``, if that is not 0. ``"relaxed"``: a learned decision, one
+            linear unit on the encoder's vectors, which keeps them all at the start. Use it where the decoder is frozen
+            (:meth:`~nvib_hf.NvibForConditionalGeneration.freeze_base`). If an encoder layer drops a vector, the layers
+            above it lack the vector too. A decoder's layers drop nothing.
         alpha_threshold: components with a pseudo-count at or below it are dropped, in training and evaluation.
-        dropping_share: the share of the training examples in which vectors are dropped, so that one can come back
-            through the others; 0 turns dropping off, in evaluation too. Where training starts: a callback may move
-            it.
-        merge_share: the share of its vectors that a latent is merged to, in (0, 1], in training and evaluation: those
-            next to each other that cost least are replaced by their mean, with the mass of all
+        dropping_share: the share of the training examples in which vectors are dropped. The other examples let a
+            vector come back. 0 turns dropping off, in evaluation too. Training starts with this value; a callback may
+            move it.
+        merge_share: each latent is merged to this share of its vectors, in (0, 1], in training and evaluation.
+            Merging replaces the neighbours that cost least by their mean, with the mass of all
             (:meth:`~nvib_hf.NvibForConditionalGeneration.merge_latents`). 1 merges nothing. Read at every step.
-        encoder_merge_share: the same inside the encoder: after which of its layers, counted from 0, its vectors are
-            merged, and to which share of those that are left, ``{1: 0.5, 3: 0.5}``. The layers above run on fewer
+        encoder_merge_share: the same inside the encoder. It says after which layers, counted from 0, the vectors are
+            merged, and to which share of those that are left: ``{1: 0.5, 3: 0.5}``. The layers above run on fewer
             vectors and read their mass as pseudo-counts, so they need NVIB in their self-attention
-            (``attentions=["cross", "encoder"]``). An encoder alone keeps its length: what is merged stands in the
-            place of all.
-        encode_sound_only: for Whisper: where ``attention_mask`` says how long the sound is, the encoder runs over it
-            and half a second more, and stored vectors of silence stand for the rest of the window, with its mass
+            (``attentions=["cross", "encoder"]``). An encoder alone keeps its length: each merged vector stands in the
+            place of all that it replaces.
+        encode_sound_only: for Whisper. If ``attention_mask`` gives the length of the sound, the encoder runs over the
+            sound and half a second more. Stored vectors of silence replace the rest of the window, with its mass
             (:meth:`~nvib_hf.NvibForConditionalGeneration.store_silence`). They are not merged.
-        tau_alpha, tau_sigma, tau_mu: identity initialisation. The defaults compute the base model's function;
-            smaller ``tau_alpha`` and larger ``tau_sigma`` regularise it. A number, or one for each kind of attention:
-            ``{"encoder": 5.0}`` leaves the others at the default.
+        tau_alpha, tau_sigma, tau_mu: identity initialisation. The defaults compute the base model's function.
+            A smaller ``tau_alpha`` or a larger ``tau_sigma`` regularises it. Pass a number, or one for each kind of
+            attention: ``{"encoder": 5.0}`` leaves the others at the default.
         lambda_gaussian, lambda_dirichlet: weights of the two KL terms in the loss, per target token.
-        lambda_vectors: weight of the share of vectors kept in the loss, as relaxed by
-            :func:`~nvib_hf.layers.dropping.relaxed_share`, per target token; needs something that drops.
+        lambda_vectors: weight of the (relaxed) share of vectors kept in the loss, per target token
+            (:func:`~nvib_hf.layers.dropping.relaxed_share`). Something must drop vectors.
         free_bits_gaussian, free_bits_dirichlet: nats of an example's KL that cost nothing.
-        word_dropout: share of the decoder's input tokens replaced in training, in [0, 1): it has to ask the latent
-            for what it cannot read.
-        word_dropout_token_id: by what; the base's padding token by default.
+        word_dropout: share of the decoder's input tokens that training replaces, in [0, 1). The decoder must then find
+            those words in the latent.
+        word_dropout_token_id: the token that replaces them; the base's padding token by default.
         label_smoothing: smoothing of the cross-entropy's targets, in [0, 1).
-        evaluation: what is decoded in evaluation. ``"means"``: the posterior's means, scored as their samples are on
-            average, which is what training with ``kappa = 1`` fits. ``"mixture"``: the posterior itself, as published;
-            it is what ``tau_sigma > 0`` without training needs, where the variance is the regulariser.
-        kl_weights: how KL_G weighs the components. ``"drawn"``: each as one, since training draws ``kappa`` vectors
-            of every component; what a threshold drops costs nothing. ``"pseudo_counts"``: by their pseudo-counts, as
-            published, which lets vectors of small pseudo-count carry information that is not paid for.
-        latent_prior: sizes of a learned prior, of :data:`~nvib_hf.layers.latent_prior.SIZES` those that differ, ``{}``
-            for none. :meth:`~nvib_hf.NvibForConditionalGeneration.fit_latent_prior` trains it, and sets this.
-        exact_attention: keep the query-norm term of the mixture's score, as exact Bayes has it. The published
-            score leaves it out.
+        evaluation: what evaluation decodes. ``"means"``: the posterior's means, with the scores that their samples
+            have on average. This fits training with ``kappa = 1``. ``"mixture"``: the posterior itself, as published.
+            You need it for ``tau_sigma > 0`` without training, where the variance is the regulariser.
+        kl_weights: how KL_G weighs the components. ``"drawn"``: every component counts as one, because training draws
+            ``kappa`` vectors of each. What a threshold drops costs nothing. ``"pseudo_counts"``: components count by
+            their pseudo-counts, as published. Vectors of small pseudo-count then carry information for free.
+        latent_prior: sizes of a learned prior. Give the ones that differ from
+            :data:`~nvib_hf.layers.latent_prior.SIZES`; ``{}`` keeps them all.
+            :meth:`~nvib_hf.NvibForConditionalGeneration.fit_latent_prior` trains the prior and sets this.
+        exact_attention: keep the query-norm term of the mixture's score, as exact Bayes does. The published score
+            leaves it out.
 
     Raises:
-        ValueError: a value outside its range, named with what to do.
+        ValueError: a value outside its range. The message names it and says what to do.
 
     Example:
         >>> from transformers import BartConfig
@@ -232,8 +234,8 @@ class NvibConfig(PreTrainedConfig):
         refuse_misspelt_settings(kwargs)
         self._check_settings()
         if isinstance(self.base_config, PreTrainedConfig):
-            # super().__post_init__ resets the attention implementation of its parts; on a live model's own
-            # configuration its causal mask would vanish without a word.
+            # super().__post_init__ resets the attention implementation of the parts. If it did so on the configuration
+            # of a live model, the model would silently lose its causal mask.
             implementations = _attention_implementations(self.base_config)
             kwargs.setdefault(
                 "attn_implementation", {"": self.base_config._attn_implementation, "base_config": implementations}
@@ -242,12 +244,12 @@ class NvibConfig(PreTrainedConfig):
         waiting = vars(self).pop("_waiting", {})
         super().__post_init__(**kwargs)
         for name, value in waiting.items():
-            if value is not None and not self.is_encoder_decoder:  # whose base may have labels, but uses none
+            if value is not None and not self.is_encoder_decoder:  # an encoder-decoder uses no labels of its base
                 setattr(self, name, value)
         self._check_together()
 
     def _check_settings(self) -> None:
-        """Every setting by itself, made plain Python, which JSON can hold, whatever it came as."""
+        """Check each setting by itself, and turn it into plain Python, which JSON can hold."""
         for name in ("prior_mu", "prior_var"):
             value = getattr(self, name)
             setattr(self, name, value.tolist() if hasattr(value, "tolist") else value)
@@ -282,22 +284,22 @@ class NvibConfig(PreTrainedConfig):
             )
 
     def _check_together(self) -> None:
-        """Settings that do not go with each other."""
+        """Refuse settings that contradict each other."""
         check_dropping(self.dropping, self.alpha_threshold)
         if self.exact_attention and self.evaluation != "mixture":
             raise ValueError(
-                f"exact_attention is a term of the mixture's score, but evaluation is {self.evaluation!r}. Set "
+                f"exact_attention=True adds a term to the mixture's score, but evaluation is {self.evaluation!r}. Set "
                 "evaluation='mixture' too."
             )
         if self.accumulate_alpha and self.alpha_activation == "relu":
             raise ValueError(
-                "accumulate_alpha adds log pseudo-counts, which alpha_activation='relu' has none of where it is 0. "
-                "Set alpha_activation='exp'."
+                "accumulate_alpha=True adds log pseudo-counts, but with alpha_activation='relu' a pseudo-count can be "
+                "0, which has no logarithm. Set alpha_activation='exp'."
             )
         if self.alpha_activation == "relu" and min(self.taus(kind)["tau_alpha"] for kind in KINDS) <= 0:
             raise ValueError(
-                f"tau_alpha must be above 0 with alpha_activation='relu', but got {self.tau_alpha}: pseudo-counts "
-                "start at it, and one that starts at 0 has no gradient."
+                f"tau_alpha must be above 0 with alpha_activation='relu', but got {self.tau_alpha}. It is the "
+                "pseudo-counts' first value, and a pseudo-count of 0 has no gradient."
             )
         if self.lambda_vectors > 0 and not self.drops:
             raise ValueError(
@@ -317,11 +319,11 @@ class NvibConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
-        """As in the base class, but the configuration of another kind of model is refused."""
+        """As in the base class, but refuses the configuration of another kind of model."""
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         name = str(pretrained_model_name_or_path)
         if not config:
-            raise OSError(f"{name} has no config.json, so it is no saved model.")
+            raise OSError(f"{name} has no config.json, so it is not a saved model.")
         if config.get("model_type") != cls.model_type:
             raise ValueError(
                 f"{name} is a model of type {config.get('model_type')!r}, not an NVIB model. To put NVIB into it, "
@@ -334,29 +336,29 @@ class NvibConfig(PreTrainedConfig):
         """Does nothing: a saved configuration brings its code anyway."""
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """As in the base class; the code of this class is written beside it (see ``wrapping/hub.py``)."""
+        """As in the base class, and writes the code of this class beside it (see ``wrapping/hub.py``)."""
         self.auto_map = {**(getattr(self, "auto_map", None) or {}), "AutoConfig": auto_map_entry(type(self))}
         super().save_pretrained(save_directory, *args, **kwargs)
         save_code(type(self), save_directory)
 
     def to_json_file(self, json_file_path: str | os.PathLike, *args, **kwargs) -> None:
-        """As in the base class; under another name while the model that it belongs to is being saved."""
+        """As in the base class, but uses another name for the file until its model is saved completely."""
         super().to_json_file(name_until_finished(Path(json_file_path)), *args, **kwargs)
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, *args, **kwargs):
-        """The last step of each push, also of one by ``save_pretrained``, which has not written the code by then."""
+        """The last step of each push. A push by ``save_pretrained`` comes here before the code is written."""
         save_code(type(self), working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """As in the base class. What is the base's is in its part alone."""
+        """As in the base class. The base's settings appear in the base's part only."""
         return {name: value for name, value in super().to_diff_dict().items() if name not in READ_BY_PEFT}
 
     def to_dict(self) -> dict:
-        """As in the base class. Folders from which the model or parts of it were loaded are not named."""
+        """As in the base class, without the names of the folders that the model or its parts were loaded from."""
         config = super().to_dict()
         base = config["base_config"]
-        config |= {name: base[name] for name in READ_BY_PEFT if name in base}  # which PEFT reads
+        config |= {name: base[name] for name in READ_BY_PEFT if name in base}  # PEFT reads them here
         default_targets(self.model_type, base.get("model_type", ""))
         parts = [config]
         for part in parts:
@@ -366,7 +368,7 @@ class NvibConfig(PreTrainedConfig):
         return config
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        """The base configuration's text part: caches, masks and embeddings are made after it."""
+        """The base configuration's text part, which Transformers uses to make caches, masks and embeddings."""
         return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
 
 
@@ -375,15 +377,15 @@ for _name in SIZES:
 
 
 def setting_names() -> set[str]:
-    """The bottleneck's settings: what :class:`NvibConfig` has beside any configuration's fields and the base."""
+    """The bottleneck's settings: the fields that :class:`NvibConfig` adds, except the base and the version."""
     names = {field.name for field in fields(NvibConfig)} - {field.name for field in fields(PreTrainedConfig)}
     return names - {"base_config", "base_architecture", "config_version"}
 
 
 def refuse_misspelt_settings(names: Iterable[str]) -> None:
-    """Raise TypeError for a name that was, or is nearly, that of a setting."""
+    """Raise TypeError if a name is a setting's old name, or nearly a setting's name."""
     for name in names:
         if name in RENAMED:
             raise TypeError(f"{name!r} is now called {RENAMED[name]!r}. Pass that.")
         if close := difflib.get_close_matches(name, setting_names(), n=1, cutoff=0.75):
-            raise TypeError(f"{name!r} is no setting of NvibConfig. Did you mean {close[0]!r}?")
+            raise TypeError(f"{name!r} is not a setting of NvibConfig. Did you mean {close[0]!r}?")

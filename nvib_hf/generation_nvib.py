@@ -1,4 +1,4 @@
-"""``generate()`` from inputs or from latents: what it overrides of Transformers."""
+"""``generate()`` from inputs or from latents: the methods of Transformers that it overrides."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from .wrapping.base import STATES, LatentOutput
 from .wrapping.sound import heard_frames, mark_end, mark_unheard
 
 TOKEN_IDS = ("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
-# What is read instead of each other: of a base's own kind or refused.
+# Kinds of input. A base reads some of them; the others are refused.
 MODALITIES = frozenset({"input_ids", "inputs_embeds", "input_features", "input_values", "pixel_values"})
 
 
 class NvibGenerationMixin(GenerationMixin):
-    """Encodes once, drops the vectors that decoding cannot see, and decodes with any strategy."""
+    """Encodes once, leaves out the vectors that decoding cannot see, and decodes with any strategy."""
 
     def generate(self, inputs=None, generation_config=None, **kwargs):
         """As ``GenerationMixin.generate``; ``encoder_outputs`` may be :class:`~nvib_hf.NvibLatents`.
 
-        Latents are left as they are. From inputs, the posterior is decoded in ``eval()`` and a sample of it in
-        ``train()``; likewise from ``encoder_last_hidden_state``, which ``encode`` takes too, with the
-        ``attention_mask`` that belongs to it. Whisper generates by its own ``generate()``, with its arguments
-        (``language``, ``task``, ``return_timestamps``), unless ``decoder_input_ids`` say what to begin with; Pop2Piano
-        by its own from sound (``composer``). ``merge_share`` is the share of their vectors that inputs are merged to,
-        by default ``config.merge_share``.
+        Given latents do not change. Given inputs, it decodes the posterior in ``eval()`` and a sample of it in
+        ``train()``. The same holds for ``encoder_last_hidden_state`` with its ``attention_mask``, which ``encode``
+        takes too. Whisper uses its own ``generate()`` and its arguments (``language``, ``task``,
+        ``return_timestamps``), unless you pass ``decoder_input_ids``. Pop2Piano uses its own on sound (``composer``).
+        ``merge_share``: latents of inputs are merged to this share of their vectors, by default
+        ``config.merge_share``.
         """
         if (share := kwargs.pop("merge_share", None)) is not None:
             if kwargs.get("encoder_outputs") is not None:
@@ -64,16 +64,16 @@ class NvibGenerationMixin(GenerationMixin):
 
     @property
     def detect_language(self) -> Callable[..., Tensor]:
-        """Whisper's: the language tokens of sounds, as their latents say."""
-        return getattr(view_of_base(self), "detect_language")  # noqa: B009 (which a base need not have)
+        """Whisper's method: the language tokens of sounds, read from their latents."""
+        return getattr(view_of_base(self), "detect_language")  # noqa: B009 (not every base has it)
 
     @property
     def generate_with_fallback(self) -> Callable[..., Any]:
-        """Whisper's, over latents; ``generate`` calls it."""
+        """Whisper's method, over latents; ``generate`` calls it."""
         return getattr(view_of_base(self), "generate_with_fallback")  # noqa: B009
 
     def adjust_generation_fn(self, *args, **kwargs) -> None:
-        """As loading does. Where no file says which tokens to use, the base's configuration does, which is nested."""
+        """As in Transformers. If no file names the special tokens, they come from the base's nested configuration."""
         of_base = self.generation_config.to_dict()
         super().adjust_generation_fn(*args, **kwargs)
         loaded = self.generation_config
@@ -83,33 +83,32 @@ class NvibGenerationMixin(GenerationMixin):
                     setattr(loaded, name, value)
 
     def _check_inputs(self, kwargs: dict[str, Any]) -> None:
-        """Raise ValueError for what reads another modality than the base, as the base does."""
+        """Raise ValueError for inputs of a kind that the base does not read."""
         others = (MODALITIES - self._argument_names).intersection(kwargs)
         if given := sorted(name for name in others if kwargs[name] is not None):
             known = ", ".join(sorted(MODALITIES & self._argument_names))
             raise ValueError(
-                f"{given[0]} is nothing that {type(self.base).__name__} reads. Pass {known}, or latents as "
-                "encoder_outputs."
+                f"{type(self.base).__name__} does not read {given[0]}. Pass {known}, or latents as encoder_outputs."
             )
 
     def _check_rows(self, packed: Tensor, given: dict[str, Any]) -> None:
-        """Raise ValueError unless there are latents, as many as rows of what is given beside them."""
+        """Raise ValueError unless there are latents, and as many of them as examples in the other inputs."""
         if not len(packed):
-            raise ValueError("encoder_outputs are no latents at all: there is nothing to decode. Pass at least one.")
+            raise ValueError("encoder_outputs hold no latents, so there is nothing to decode. Pass at least one.")
         for name in ("inputs", "decoder_input_ids", *sorted(self._source_names)):
             value = given.get(name)
             if isinstance(value, Tensor) and value.dim() > 1 and len(value) != len(packed):
-                refuse_batch(packed, value, "decoder inputs" if name == "decoder_input_ids" else f"rows of {name}")
+                refuse_batch(packed, value, "decoder inputs" if name == "decoder_input_ids" else f"examples of {name}")
 
     def _has_a_generate_for(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> bool:
-        """Whether the base generates by its own method: Whisper, told by tokens what to write; Pop2Piano, of sound."""
+        """Whether the base generates by its own method: Whisper from its prompts, Pop2Piano from sound."""
         if hasattr(self.base, "get_mel_conditioner_outputs"):
             from_latents = any(kwargs.get(name) is not None for name in ("encoder_outputs", STATES))
             return not from_latents and (inputs is not None or kwargs.get("input_features") is not None)
         return kwargs.get("decoder_input_ids") is None and has_prompts(self.generation_config)
 
     def _packed_encoder_outputs(self, latents: NvibLatents | BaseModelOutput) -> BaseModelOutput:
-        """What decoding reads of the latents. What is packed already is handed on: nothing changes it in place."""
+        """What decoding reads of the latents. It returns packed latents as they are; nothing changes them."""
         check_encoder_outputs(latents)
         if not isinstance(latents, NvibLatents):
             return latents
@@ -117,12 +116,12 @@ class NvibGenerationMixin(GenerationMixin):
         return self._packed(latents.compact())
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As in ``GenerationMixin``, without what generation hands on that is for no model, as a tokenizer is."""
+        """As in ``GenerationMixin``, without arguments that ``forward`` does not take, such as a tokenizer."""
         prepared = super().prepare_inputs_for_generation(*args, **kwargs)
         return {name: value for name, value in prepared.items() if name in self._forward_names}
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        """What the base's encoder takes is known, too."""
+        """As in ``GenerationMixin``, but knows the arguments of the base's encoder too."""
         others = {name: value for name, value in model_kwargs.items() if name not in self._encoder_argument_names}
         super()._validate_model_kwargs(others)
 
@@ -143,9 +142,9 @@ class NvibGenerationMixin(GenerationMixin):
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, **model_kwargs
     ):
-        """Repeats all but the latents: the beams of a source share them, and their keys and values.
+        """Repeats everything but the latents. The beams of a source share its latent, and its keys and values.
 
-        Not so where PEFT has named an adapter for every beam.
+        If PEFT has named an adapter for every beam, the latents are repeated too.
         """
         packed = model_kwargs.pop("encoder_outputs")
         if expand_size > 1 and rows_have_adapters(self):
@@ -156,30 +155,30 @@ class NvibGenerationMixin(GenerationMixin):
         return input_ids, {**model_kwargs, "encoder_outputs": packed}
 
     def _reorder_cache(self, cache, beam_idx):
-        """Beams change places among those of their source, whose keys and values they share."""
+        """Reorders the self-attention cache only: beams stay with their source, and share its keys and values."""
         cache.self_attention_cache.reorder_cache(beam_idx)
         return cache
 
 
 def has_prompts(generation_config: GenerationConfig) -> bool:
-    """Whether a model of this configuration is told by tokens what to write: Whisper's checkpoints are."""
+    """Whether prompt tokens tell a model of this configuration what to write, as in Whisper's checkpoints."""
     return getattr(generation_config, "no_timestamps_token_id", None) is not None
 
 
 def rows_have_adapters(model: PreTrainedModel) -> bool:
-    """Whether PEFT runs each row of a batch through an adapter of its own (``adapter_names``): its hooks say so."""
+    """Whether PEFT's hooks run each example of a batch through an adapter of its own (``adapter_names``)."""
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
     return any(isinstance(hook, functools.partial) and "adapter_names" in hook.keywords for hook in hooks)
 
 
 class LatentView:
-    """Mixed in before a base's own class by :func:`view_of_base`: what it encodes and runs is the NVIB model."""
+    """Makes a base's own class encode and run the NVIB model; :func:`view_of_base` mixes it in first."""
 
     packed: LatentOutput | None
     model_of_latents: Any
 
     def __call__(self, *args, encoder_outputs=None, input_features=None, **kwargs):
-        if encoder_outputs is None and self.packed is not None:  # asked for a language, outside of plain generation
+        if encoder_outputs is None and self.packed is not None:  # detect_language(), outside of plain generation
             encoder_outputs, input_features = self._of_rows(input_features), None
         source = {"encoder_outputs": encoder_outputs, "input_features": input_features}
         return self.model_of_latents(*args, **source, **kwargs)
@@ -188,7 +187,7 @@ class LatentView:
         return self.model_of_latents.get_compiled_call(*args, **kwargs)
 
     def _of_rows(self, sound: Tensor) -> LatentOutput:
-        """The latents of the rows that are left."""
+        """The latents of the examples that are left."""
         return LatentOutput(self.packed.last_hidden_state[rows_of(sound)])
 
     def _prepare_text_encoder_decoder_kwargs_for_generation(self, inputs_tensor, model_kwargs, *args, **kwargs):
@@ -197,12 +196,12 @@ class LatentView:
         prepare = self.model_of_latents._prepare_text_encoder_decoder_kwargs_for_generation
         if not self.model_of_latents.config.encode_sound_only:
             return prepare(inputs_tensor, model_kwargs, *args, **kwargs)
-        # The mask is of all rows and of all of the sound; these rows' own length is marked in them.
+        # The mask covers all examples and their whole sound. The windows themselves mark where their sound ends.
         prepared = prepare(inputs_tensor, {**model_kwargs, "attention_mask": None}, *args, **kwargs)
         return {**prepared, "attention_mask": model_kwargs.get("attention_mask")}
 
     def _get_input_segment(self, **window):
-        """A window cut out of long sound. Whisper's loop fills it up with zeros, which are no silence."""
+        """A window of long sound. Whisper's loop pads it with zeros, which the encoder does not read as silence."""
         segment = super()._get_input_segment(**window)
         if segment is None or not self.model_of_latents.config.encode_sound_only or self.packed is not None:
             return segment
@@ -222,14 +221,14 @@ def _view_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def view_of_base(model, packed: LatentOutput | None = None) -> PreTrainedModel:
-    """The base of an NVIB model, of the same parameters, that generates from latents; the base is left as it is.
+    """A view of an NVIB model's base: it has the same parameters and generates from latents. The base does not change.
 
     Args:
-        packed: latents in place of those of its inputs.
+        packed: latents to decode in place of the inputs' own.
     """
     view = copy.copy(model.base)
     view.__class__ = _view_class(type(model.base))
-    # Beside the modules: the base has not got the model in it.
+    # Set in vars(), not as a submodule: the base must not contain the model.
     generation_config = copy.deepcopy(model.generation_config)  # Pop2Piano writes into it
     vars(view).update(model_of_latents=model, packed=packed, generation_config=generation_config)
     return view
@@ -238,15 +237,15 @@ def view_of_base(model, packed: LatentOutput | None = None) -> PreTrainedModel:
 def generate_as_base(model, inputs=None, generation_config: GenerationConfig | None = None, **kwargs):
     """``generate()`` of the base's own class over the latents of ``model``.
 
-    Latents, packed as ``encoder_outputs``, are of one window of sound, which is written in one go.
+    Each latent in ``encoder_outputs`` (packed) stands for one window of sound, which is decoded at once.
 
     Raises:
-        ValueError: ``return_token_timestamps``, which are read off attention to all frames of the sound.
+        ValueError: ``return_token_timestamps``, which need attention to all frames of the sound.
     """
     if kwargs.get("return_token_timestamps"):
         raise ValueError(
-            "return_token_timestamps=True reads times off cross-attention to every frame, which a latent lacks. Pass "
-            "return_timestamps=True for the times of segments."
+            "return_token_timestamps=True reads times from cross-attention to every frame, but a latent has none. "
+            "Pass return_timestamps=True for the times of segments."
         )
     packed, mask = kwargs.pop("encoder_outputs", None), kwargs.get("attention_mask")
     if model.config.encode_sound_only and packed is None and mask is not None:
@@ -261,7 +260,7 @@ def generate_as_base(model, inputs=None, generation_config: GenerationConfig | N
 
 
 def check_encoder_outputs(given: object) -> None:
-    """Raise TypeError for what ``generate()`` cannot decode."""
+    """Raise TypeError unless ``generate()`` can decode it."""
     if not isinstance(given, (NvibLatents, BaseModelOutput)):
         raise TypeError(
             f"encoder_outputs must be latents, but got {type(given).__name__}. Pass what encode(), "
@@ -269,14 +268,14 @@ def check_encoder_outputs(given: object) -> None:
         )
 
 
-# Whisper's loop reads only the length of its sound, drops rows that are done, and carries no other tensor along.
-# Where there are latents and no sound, a window stands for each of them: its number, everywhere.
+# Whisper's loop reads only the length of its sound, removes examples that are done, and carries no other tensor along.
+# If you pass latents without sound, each latent gets a window whose values are all the latent's number.
 def sound_for_rows(latents: Tensor, config: PreTrainedConfig) -> Tensor:
-    """A window ``(B, mels, frames)`` for each of ``B`` latents, from which :func:`rows_of` reads which one it is."""
+    """A window ``(B, mels, frames)`` for each of ``B`` latents. :func:`rows_of` reads the latent's number from it."""
     rows = torch.arange(len(latents), device=latents.device, dtype=torch.float32)
     return rows[:, None, None].expand(-1, config.num_mel_bins, 2 * config.max_source_positions)
 
 
 def rows_of(sound: Tensor) -> Tensor:
-    """Which latents the windows of :func:`sound_for_rows` that are left stand for."""
+    """The numbers of the latents whose windows (:func:`sound_for_rows`) are left."""
     return sound[:, 0, 0].long()

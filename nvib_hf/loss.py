@@ -15,22 +15,22 @@ if TYPE_CHECKING:
     from .latents.latents import NvibLatents
     from .wrapping.self_attention import DenoisingSelfAttention, LayerRecord
 
-# What to do where a Trainer's own smoothing of labels would take the place of this loss.
+# What to do if a Trainer's own label smoothing would replace this loss.
 SMOOTHING = "Set label_smoothing_factor to 0 in TrainingArguments and use NvibConfig(label_smoothing=...) instead"
 
-# Where the Trainer has taken the labels out of the inputs.
+# The Trainer has taken the labels out of the inputs.
 LABELS_WERE_TAKEN = (
-    f"The Trainer took the labels out of the inputs, so its loss would lack the KL terms. {SMOOTHING}; in place of a "
-    "compute_loss_func, override Trainer.compute_loss."
+    f"The Trainer took the labels out of the inputs, so its loss would lack the KL terms. {SMOOTHING}. If you use "
+    "compute_loss_func, override Trainer.compute_loss instead."
 )
 
 TERMS = ("gaussian", "dirichlet", "vectors")  # what ``lambda_*`` weigh, in the order of the model's ``kl_beta``
 
 
 class Charged(NamedTuple):
-    """What the loss charges an example for, ``(B,)`` each: the fields of those names of latents, or means over layers.
+    """What the loss charges an example for, ``(B,)`` each: fields of latents by the same names, or means over layers.
 
-    ``None`` where there is no such term.
+    A term that does not exist is ``None``.
     """
 
     kl_gaussian: Tensor | None
@@ -39,9 +39,9 @@ class Charged(NamedTuple):
 
 
 class LayerTerms(NamedTuple):
-    """Per example ``(B,)``, by the names of the NVIB layers: what the loss charges, and the share of vectors kept.
+    """What the loss charges and the share of vectors kept, ``(B,)`` each, by the names of the NVIB layers.
 
-    ``relaxed_prop_vectors`` is of the layers that can drop vectors.
+    Only layers that can drop vectors have ``relaxed_prop_vectors``.
     """
 
     kl_gaussian: dict[str, Tensor]
@@ -56,13 +56,13 @@ def layer_terms(
     records: dict[torch.nn.Module, LayerRecord],
     targets: Tensor | None = None,
 ) -> tuple[LayerTerms, Charged]:
-    """What the NVIB layers of a model cost in one pass, by layer, and their means, which the loss charges for.
+    """What each NVIB layer of a model costs in one pass, and the means over the layers, which the loss charges.
 
     Args:
-        latents: of the layer between the halves, ``"cross"``; those of no text cost nothing.
+        latents: of the layer between the halves, ``"cross"``. Latents that encode no text cost nothing.
         attentions: the self-attentions with NVIB, by the names of their layers.
-        records: what those of them that ran left in the pass.
-        targets: ``(B, Nt)``, True where a decoder's position has a target; by default all that its mask shows.
+        records: what the self-attentions recorded in this pass, for each one that ran.
+        targets: ``(B, Nt)``, True where a decoder's position has a target; by default True wherever its mask is.
     """
     terms = LayerTerms({}, {}, {}, {})
     for name, module in attentions.items():
@@ -92,7 +92,7 @@ def layer_terms(
 
 
 def regulariser(charged: Charged, beta: Tensor | None, config: NvibConfig) -> Tensor | None:
-    r"""What one target token of an example pays for its latent, ``(B,)``; ``None`` for latents of no text.
+    r"""What one target token of an example pays for its latent, ``(B,)``; ``None`` if the latents encode no text.
 
     .. math::
         k = \beta_G \lambda_G \max(KL_G, f_G) + \beta_D \lambda_D \max(KL_D, f_D) + \beta_V \lambda_V \, \mathrm{share}
@@ -100,11 +100,11 @@ def regulariser(charged: Charged, beta: Tensor | None, config: NvibConfig) -> Te
     with the free bits :math:`f` and the relaxed share of vectors kept.
 
     Args:
-        charged: the terms; latents with their KLs do as well.
-        beta: the current weights ``(3,)`` of the terms, which a callback anneals or controls; ``None`` for 1 each.
-        config: of the model, for ``lambda_*`` and ``free_bits_*``.
+        charged: the terms. Latents with KLs work too.
+        beta: the current multipliers ``(3,)`` of the terms, which a callback moves; ``None`` means 1 each.
+        config: the model's configuration, for ``lambda_*`` and ``free_bits_*``.
 
-    Source: Henderson & Fehr (ICLR 2023), section 3.3; free bits, Kingma et al. (NeurIPS 2016), here by example.
+    Source: Henderson & Fehr (ICLR 2023), section 3.3; free bits, Kingma et al. (NeurIPS 2016), here for each example.
     """
     if charged.kl_gaussian is None or charged.kl_dirichlet is None:
         return None
@@ -128,15 +128,15 @@ def nvib_loss(
     .. math::
         \frac1N \sum_b \Bigl( \sum_t \mathrm{nll}_{bt} + n_b \, k_b \Bigr)
 
-    with :math:`n_b` target tokens of an example and :math:`N` those of the whole optimisation step. So the KL's mean
-    weights examples as the cross-entropy does, and the loss of a step is exactly the sum over its micro-batches.
+    An example has :math:`n_b` target tokens; the whole optimisation step has :math:`N`. So the KL's mean weighs
+    examples as the cross-entropy does, and the loss of a step is exactly the sum over its micro-batches.
 
     Args:
         logits: ``(B, Nt, V)``.
         labels: ``(B, Nt)``; -100 is ignored.
-        regularisation: ``k``, ``(B,)``, of :func:`regulariser`.
+        regularisation: ``k``, ``(B,)``, from :func:`regulariser`.
         num_items_in_batch: ``N``; by default the target tokens of this batch. Without any, the loss is 0.
-        label_smoothing: of the cross-entropy's targets.
+        label_smoothing: smoothing of the cross-entropy's targets.
     """
     labels = labels.to(logits.device)
     nll = cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing)
@@ -148,10 +148,10 @@ def nvib_loss(
 
 
 def count_of_step(items: int | Tensor, device: torch.device) -> Tensor:
-    """The target tokens of an optimisation step to divide by: 1 where there are none, whose sum is 0 anyway.
+    """The target tokens of an optimisation step to divide by. It is 1 if there are none: the sum is 0 anyway.
 
     Raises:
-        ValueError: a negative number; of one on a device, which would have to be waited for, it is not known.
+        ValueError: a negative number. A number on a device is not checked: the check would wait for it.
     """
     is_known = not isinstance(items, Tensor) or (items.device.type == "cpu" and not torch.compiler.is_compiling())
     if is_known and not items >= 0:

@@ -87,18 +87,18 @@ class NvibForConditionalGeneration(
 ):
     r"""An encoder-decoder model whose decoder reads a distribution instead of the encoder's vectors.
 
-    The NVIB layer turns the encoder's output into a posterior over mixtures; training samples from it, evaluation
-    attends to it; the decoder's cross-attention becomes denoising attention. The loss is
+    The NVIB layer turns the encoder's output into a posterior over mixtures. Training samples from the posterior;
+    evaluation attends to it. The decoder's cross-attention becomes denoising attention. The loss is
 
     .. math:: CE + \beta_G \lambda_G \, \overline{KL_G} + \beta_D \lambda_D \, \overline{KL_D}
 
-    with the means over a batch weighted by target tokens, as in the cross-entropy. :math:`\beta` are the multipliers
-    that a callback moves in training (:class:`~nvib_hf.KLAnnealingCallback`, :class:`~nvib_hf.ConstraintCallback`).
-    In evaluation they are 1, so that its losses can be compared over a training.
+    The means over a batch weigh examples by target tokens, as the cross-entropy does. Callbacks move the multipliers
+    :math:`\beta` in training (:class:`~nvib_hf.KLAnnealingCallback`, :class:`~nvib_hf.ConstraintCallback`). In
+    evaluation the multipliers are 1, so you can compare evaluation losses over a training.
 
     Args:
         config: the configuration.
-        base: the model to wrap, changed in place; a fresh one of ``config.base_config`` if ``None``.
+        base: the model to wrap, changed in place. ``None`` makes a fresh one from ``config.base_config``.
 
     Example:
         >>> from transformers import BartConfig, BartForConditionalGeneration
@@ -135,8 +135,8 @@ class NvibForConditionalGeneration(
             base = architecture._from_config(config.base_config)
         else:
             for module in base.modules():
-                module._is_hf_initialized = True  # post_init would draw the weights of modules it does not know anew
-        # The live configuration, so that a change of attention implementation or vocabulary is seen on both sides.
+                module._is_hf_initialized = True  # else post_init draws the weights of unknown modules anew
+        # The live configuration: both sides then see a change of the attention implementation or the vocabulary.
         config.base_config, config.base_architecture = base.config, architecture_name(architecture)
         config.attentions = check_attentions(config)
         cross_attention, width, self.scale, self._cached_layers = cross_attention_of(base)
@@ -182,7 +182,7 @@ class NvibForConditionalGeneration(
         Args:
             encoder: name, path or model.
             decoder: name, path, model, or a configuration for fresh weights.
-            kwargs: settings of :class:`NvibConfig`; the others go to both ``from_pretrained``.
+            kwargs: settings of :class:`NvibConfig`. The others go to ``from_pretrained`` of both models.
         """
         settings, others = split_settings(kwargs)
         return wrap(cls, join_encoder_decoder(encoder, decoder, **others), settings)
@@ -198,22 +198,21 @@ class NvibForConditionalGeneration(
         merge_share: float | None = None,
         **inputs,
     ) -> NvibLatents:
-        """Inputs to latents: with a graph in ``train()``, in ``eval()`` without, unless an input requires gradients.
+        """Inputs to latents. They carry a graph in ``train()``, and in ``eval()`` if an input requires gradients.
 
         Args:
-            input_ids, attention_mask, inputs: what the base's encoder takes. Or, in place of them, what an earlier
-                call of the model returned as ``encoder_last_hidden_state`` ``(B, Ns, H)``, with its mask if it has one
-                (``(B, Ns)``, or as the encoder took it): a frozen encoder need not run again.
-            sample: draw from the posterior (``kappa`` vectors per component), or take the posterior itself; by
-                default as in training or evaluation, whichever mode the model is in. (In the encoder's own attentions
-                the mode decides.)
+            input_ids, attention_mask, inputs: what the base's encoder takes. So that a frozen encoder need not run
+                again, you can pass ``encoder_last_hidden_state`` ``(B, Ns, H)`` of an earlier call instead, with its
+                mask if it has one (``(B, Ns)``, or as the encoder took it).
+            sample: True draws from the posterior (``kappa`` vectors per component); False takes the posterior itself.
+                By default the model's mode decides, as it always does in the encoder's own attentions.
             generator: for the draws.
-            merge_share: the share of their vectors that the latents are merged to, by default ``config.merge_share``.
+            merge_share: latents are merged to this share of their vectors, by default ``config.merge_share``.
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
         inputs = {name: value for name, value in inputs.items() if value is not None}
         check_known(inputs, type(self).__name__, self._argument_names)
-        # Outside of training nobody asks for gradients, and the latents of a corpus would keep its graph.
+        # Outside of training nobody needs gradients, and the latents of a corpus would keep all its graphs in memory.
         with_graph = self.training or any(isinstance(x, Tensor) and x.requires_grad for x in inputs.values())
         with sharing(merge_share), nullcontext() if with_graph else torch.no_grad():
             return self._encode_alone(inputs, sample, generator)[0]
@@ -236,7 +235,7 @@ class NvibForConditionalGeneration(
         generator: torch.Generator | None = None,
         decode_only: bool = False,
     ) -> tuple[NvibLatents, BaseModelOutput]:
-        """Latents, and the encoder's own output; with ``decode_only`` what decoding reads of them, and can see."""
+        """Latents, and the encoder's own output. ``decode_only`` keeps the fields and vectors that decoding reads."""
         source, share = read_source(self, inputs), merge_share_of(self.config)
         alone = decode_only and not (source.stored and share < 1)  # stored vectors have to stay last
         mass = {} if source.log_mass is None else {"log_mass": source.log_mass}
@@ -248,12 +247,12 @@ class NvibForConditionalGeneration(
             kappa = 1 if latents.logvar is not None else getattr(self.nvib, "kappa", 1)
             at_ends = {"first": kappa, "last": kappa * source.stored}
             latents = merged(latents, self.scale, self.config.evaluation, share=share, **at_ends)
-        if decode_only and latents.logvar is None:  # of a sample, draws decide what there is to see
+        if decode_only and latents.logvar is None:  # in a sample, the draws decide which vectors have weight
             latents = latents.compact()
         return latents, source.outputs
 
     def _packed(self, latents: NvibLatents, states: BaseModelOutput | None = None) -> LatentOutput:
-        """What the decoder reads of latents, in the place of the encoder's output, with its other ``states``."""
+        """What the decoder reads of latents. It replaces the encoder's output and carries its other ``states``."""
         packed = pack(latents.attended(self.scale, self.config.evaluation))
         return (
             LatentOutput(packed) if states is None else LatentOutput(packed, states.hidden_states, states.attentions)
@@ -291,20 +290,20 @@ class NvibForConditionalGeneration(
             input_ids, attention_mask, inputs_embeds, input_features, input_values, pixel_values: the encoder's
                 inputs, as the base takes them.
             decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds, cache, use_cache: as in
-                the base; if neither ids nor embeddings are given made from ``labels``, or from ``input_ids`` where
+                the base. Without ids and embeddings they are made from ``labels``, or from ``input_ids`` where
                 the base does that (BART).
             encoder_outputs: latents (``encode``, ``sample_latents``, ``interpolate_latents``) in place of inputs.
             labels: ``(B, Nt)``; -100 is ignored.
-            num_items_in_batch: target tokens of the whole optimisation step, over all micro-batches: the loss is
-                the sum divided by it.
+            num_items_in_batch: target tokens of the whole optimisation step, over all micro-batches. The loss is
+                the sum divided by this number.
             generator: for the draws of training.
-            encoder_last_hidden_state: of an earlier call, in place of the encoder's inputs; see :meth:`encode`.
+            encoder_last_hidden_state: from an earlier call, in place of the encoder's inputs; see :meth:`encode`.
             past_key_values: the name of ``cache`` before Transformers 5.24.
             kwargs: further inputs of the base's encoder and decoder, by name.
 
         Raises:
-            ValueError: nothing for the decoder to read; latents of another model; labels longer than the decoder's
-                positions, or taken away by the Trainer's own label smoothing.
+            ValueError: the decoder has nothing to read; the latents are of another model; labels are longer than the
+                decoder's positions; the Trainer's own label smoothing took the labels away.
         """
         inputs = {
             "input_ids": input_ids,
@@ -344,7 +343,7 @@ class NvibForConditionalGeneration(
                 return self._decode(encoder_outputs, decoder_inputs)
 
         latents = states = None
-        # What self-attentions with NVIB share and leave; without any there is nothing to share.
+        # The pass holds what self-attentions with NVIB share and record. Without such attentions it is not needed.
         with ForwardPass(generator, records={}) if self._self_attention_names else nullcontext() as this_pass:
             if encoder_outputs is None:
                 latents, states = self._encode({**given, **recorded}, generator=generator)
@@ -388,15 +387,15 @@ class NvibForConditionalGeneration(
             latents=None if getattr(self, "_is_replica", False) else latents,
         )
 
-    # generate() asks for it at every step of a model whose code may come from the Hub.
+    # generate() reads the signature at every step. A stored one also works for code from the Hub.
     forward.__signature__ = inspect.signature(forward)
 
     def _decoder_inputs(
         self, labels: Tensor | None, input_ids: Tensor | None, generator: torch.Generator | None, given: dict
     ) -> dict:
-        """What the decoder reads: the tokens it was given, those of the labels, or what the base makes of the source.
+        """What the decoder reads: the given tokens, tokens made from the labels, or what the base makes of the source.
 
-        ``given`` are its inputs so far, by name. From the source alone there is ``"input_ids"`` in their place.
+        ``given`` holds the decoder's inputs by name. If there is only a source, the result has ``"input_ids"`` too.
         """
         tokens, embeds = given["decoder_input_ids"], given["decoder_inputs_embeds"]
         if labels is None and tokens is None and embeds is None:
@@ -431,7 +430,7 @@ class NvibForConditionalGeneration(
         return outputs
 
     def _read(self, batch: dict[str, Tensor]) -> None:
-        """Run what reads the inputs of a batch: the encoder, and the decoder too if it has NVIB layers of its own."""
+        """Run the encoder on a batch, and the decoder too if it has NVIB layers of its own."""
         batch = {name: value.to(self.device) for name, value in batch.items()}
         if "decoder" not in self.config.attentions:
             self.encode(**{name: value for name, value in batch.items() if name in self._encoder_argument_names})

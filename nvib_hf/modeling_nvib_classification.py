@@ -35,11 +35,11 @@ def classifier_class(
     """The class of the classifier that a configuration belongs to.
 
     Args:
-        autos: where to look, in order; first for one that the configuration names.
-        architecture: the name of the class, where it is known.
+        autos: the Auto classes to search, in order. A class that the configuration names comes first.
+        architecture: the name of the class, if it is known.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no such class exists.
     """
     if architecture is not None:
         return architecture_class(architecture)
@@ -57,7 +57,7 @@ def classifier_class(
 
 
 def auto_class(base: PreTrainedModel, autos: tuple[type, ...]) -> str:
-    """The name of the one of Transformers' ``autos`` that loads such a base; the first, if none does."""
+    """The name of the Auto class in ``autos`` that loads such a base. If none does, the name of the first."""
     fitting = (auto for auto in autos if auto._model_mapping.get(type(base.config), None) is type(base))
     return next(fitting, autos[0]).__name__
 
@@ -65,21 +65,21 @@ def auto_class(base: PreTrainedModel, autos: tuple[type, ...]) -> str:
 class NvibEncoderModel(NvibPreTrainedModel):
     r"""A pretrained encoder with a head, whose self-attentions read distributions: what its subclasses share.
 
-    The loss is the head's own and, for a mean over the examples,
+    The loss is the head's own loss plus
 
     .. math:: \beta_G \lambda_G \, \overline{KL_G} + \beta_D \lambda_D \, \overline{KL_D}
 
-    of the means over the NVIB layers. Works with the plain ``Trainer``, and with
+    The KLs are means over the NVIB layers and over the examples. The model works with the plain ``Trainer``, and with
     :class:`~nvib_hf.KLAnnealingCallback`.
 
     Args:
-        config: the configuration; its ``attentions`` are ``{"encoder": ...}``, by default all layers.
-        base: the model to wrap, changed in place; a fresh one of ``config.base_config`` if ``None``.
+        config: the configuration. Its ``attentions`` are ``{"encoder": ...}``; by default all layers.
+        base: the model to wrap, changed in place. ``None`` makes a fresh one from ``config.base_config``.
 
     Source: Fehr et al. (2025), fine-tuning with NVIB in encoders.
     """
 
-    accepts_loss_kwargs = False  # the head's loss is a mean over the batch, which the Trainer divides
+    accepts_loss_kwargs = False  # the head's loss is a mean over the batch; the Trainer does the division
     _autos: tuple[type, ...]
 
     def __init__(self, config: NvibConfig, base: PreTrainedModel | None = None) -> None:
@@ -87,15 +87,15 @@ class NvibEncoderModel(NvibPreTrainedModel):
         attentions = {"encoder": "all"} if config.attentions is None else config.attentions
         if set(attentions) != {"encoder"}:
             raise ValueError(
-                f"attentions are {list(attentions)}, but an encoder with a head has 'encoder' alone. Leave it out for "
-                "all layers, or pass {'encoder': [...]}."
+                f"attentions are {list(attentions)}, but an encoder with a head has 'encoder' only. Leave attentions "
+                "out for all layers, or pass {'encoder': [...]}."
             )
         if config.latent_prior is not None:
-            raise ValueError("latent_prior is of latents that are decoded, and an encoder with a head has none.")
+            raise ValueError("latent_prior needs a decoder, but an encoder with a head has none. Leave it out.")
         if config.merge_share < 1 or config.encode_sound_only:
             raise ValueError(
-                f"merge_share={config.merge_share} and encode_sound_only={config.encode_sound_only} are about what a "
-                "decoder reads, and an encoder with a head has none. Leave them out."
+                f"merge_share={config.merge_share} and encode_sound_only={config.encode_sound_only} change what a "
+                "decoder reads, but an encoder with a head has no decoder. Leave them out."
             )
         super().__init__(config)
         if base is None:
@@ -104,9 +104,9 @@ class NvibEncoderModel(NvibPreTrainedModel):
         else:
             check_unwrapped(base)
             for module in base.modules():
-                module._is_hf_initialized = True  # post_init would draw the weights of modules it does not know anew
+                module._is_hf_initialized = True  # else post_init draws the weights of unknown modules anew
         config.attentions, config.is_encoder_decoder = attentions, False
-        # The live configuration, so that a change of attention implementation is seen on both sides.
+        # The live configuration: both sides then see a change of the attention implementation.
         config.base_config, config.base_architecture = base.config, architecture_name(type(base))
         self.main_input_name = base.main_input_name
         self._auto_name = auto_class(base, self._autos)
@@ -155,7 +155,7 @@ class NvibEncoderModel(NvibPreTrainedModel):
         given = {name: value for name, value in inputs.items() if value is not None}
         is_target = None
         if labels is not None and not labels.is_floating_point():
-            is_target = (labels != IGNORED).any()  # without one, the base's mean over them would be nan
+            is_target = (labels != IGNORED).any()  # without a target, the base's mean over targets would be nan
             given["labels"] = torch.where(is_target, labels, 0)
         with ForwardPass(generator, records={}) as this_pass:
             outputs = self.base(**given, **kwargs, return_dict=True)
@@ -212,10 +212,10 @@ logger = logging.get_logger(__name__)
 
 
 def warn_of_a_loss_without_terms(config: NvibConfig) -> None:
-    """Say once that a training's loss, made elsewhere of the logits, lacks the KLs that are weighed."""
+    """Warn once that the KLs have weights, but a training computes its own loss from the logits without them."""
     if max(config.lambda_gaussian, config.lambda_dirichlet, config.lambda_vectors) > 0:
         logger.warning_once(
-            "A training pass got no labels, so the KLs are in no loss: label_smoothing_factor and compute_loss_func "
-            "of a Trainer take the labels away. Leave them out, or add the output's kl_gaussian and kl_dirichlet to "
-            "your loss."
+            "A training pass got no labels, so no loss has the KLs. A Trainer's label_smoothing_factor and "
+            "compute_loss_func take the labels away. Leave them out, or add the output's kl_gaussian and kl_dirichlet "
+            "to your loss."
         )

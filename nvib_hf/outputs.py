@@ -13,17 +13,17 @@ from .latents.latents import NvibLatents
 
 @dataclass
 class NvibSeq2SeqLMOutput(Seq2SeqLMOutput):
-    """Output of :class:`NvibForConditionalGeneration`: that of a sequence-to-sequence model, and
+    """Output of :class:`NvibForConditionalGeneration`: the fields of a sequence-to-sequence model, and these.
 
     Args:
         cross_entropy: the reconstruction term of the loss, nats per target token, scalar.
         kl_gaussian, kl_dirichlet: the two KL terms, ``(B,)``, unweighted; means over the NVIB layers.
         num_vectors, prop_vectors, effective_vectors: of the latents, ``(B,)``: source vectors kept, their share of
             the source length, and ``exp(entropy(pi))``.
-        layer_kl_gaussian, layer_kl_dirichlet, layer_prop_vectors: of each NVIB layer, ``(B,)``, by its name
-            (``"cross"``, ``"encoder.0"``, ...); ``None`` where self-attention has none.
-        latents: the :class:`~nvib_hf.NvibLatents` that were decoded; ``None`` at a step of generation, and from
-            ``nn.DataParallel``, which gathers tensors alone.
+        layer_kl_gaussian, layer_kl_dirichlet, layer_prop_vectors: the same for each NVIB layer, ``(B,)``, by its name
+            (``"cross"``, ``"encoder.0"``, ...); ``None`` if no self-attention has NVIB.
+        latents: the decoded :class:`~nvib_hf.NvibLatents`. ``None`` at a step of generation, and with
+            ``nn.DataParallel``, which gathers nothing but tensors.
     """
 
     cross_entropy: Tensor | None = None

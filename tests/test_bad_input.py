@@ -62,9 +62,9 @@ SETTINGS = [
     ({"label_smoothing": 1.0}, "label_smoothing must be in [0, 1), but got 1.0"),
     ({"delta": None}, "delta must be a number, but got None"),
     ({"prior_alpha": "much"}, "prior_alpha must be a number, but got 'much'"),
-    ({"lamda_gaussian": 0.1}, "'lamda_gaussian' is no setting of NvibConfig. Did you mean 'lambda_gaussian'?"),
-    ({"prior_variance": 0.1}, "'prior_variance' is no setting of NvibConfig. Did you mean 'prior_var'?"),
-    ({"label_smoothing_factor": 0.1}, "is no setting of NvibConfig. Did you mean 'label_smoothing'?"),
+    ({"lamda_gaussian": 0.1}, "'lamda_gaussian' is not a setting of NvibConfig. Did you mean 'lambda_gaussian'?"),
+    ({"prior_variance": 0.1}, "'prior_variance' is not a setting of NvibConfig. Did you mean 'prior_var'?"),
+    ({"label_smoothing_factor": 0.1}, "is not a setting of NvibConfig. Did you mean 'label_smoothing'?"),
     ({"attn_implementation": "eager"}, "A loaded model takes no argument 'attn_implementation'. Leave it out."),
 ]
 
@@ -200,7 +200,7 @@ def test_latents_and_targets_of_different_number(rows):
     """One latent would be broadcast over the batch without a word."""
     model = tiny_nvib()
     latents = model.encode(**tiny_inputs("bart"))[:rows]
-    message = says(f"There are {rows} latents but 3 decoder inputs", "one latent for each row")
+    message = says(f"There are {rows} latents but 3 decoder inputs", "one latent for each example")
     with pytest.raises(ValueError, match=message):
         model(encoder_outputs=latents, labels=tiny_labels("bart"))
     with pytest.raises(ValueError, match=message):
@@ -228,10 +228,10 @@ def test_latents_whose_fields_do_not_belong_together():
     model = tiny_nvib()
     latents = model.encode(**tiny_inputs("bart"))
     broken = NvibLatents(z=latents.z, log_pi=latents.log_pi[:, :-1], attention_mask=latents.attention_mask)
-    with pytest.raises(ValueError, match=says("do not belong together", "'log_pi': (3, 9)", "(B, Nl)")):
+    with pytest.raises(ValueError, match=says("do not fit together", "'log_pi': (3, 9)", "(B, Nl)")):
         model.generate(encoder_outputs=broken, max_new_tokens=2)
     broken = dataclasses.replace(latents, logvar=latents.logvar[:1])
-    with pytest.raises(ValueError, match=says("do not belong together", "'logvar': (1, 10, 32)")):
+    with pytest.raises(ValueError, match=says("do not fit together", "'logvar': (1, 10, 32)")):
         model(encoder_outputs=broken, labels=tiny_labels("bart"))
 
 
@@ -311,7 +311,7 @@ def test_interpolation_of_batches_of_different_size():
 
 
 def test_concatenation():
-    with pytest.raises(ValueError, match="latents is empty: pass at least one"):
+    with pytest.raises(ValueError, match=r"latents is empty\. Pass at least one"):
         concatenate_latents([])
     with pytest.raises(ValueError, match=says("widths", "[16, 32]")):
         concatenate_latents([tiny_nvib(base={"d_model": d}).sample_latents(1, 3) for d in (32, 16)])

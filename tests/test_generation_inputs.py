@@ -61,7 +61,7 @@ def test_another_modality_is_refused_by_name(family):
             model.encode(**given)
         with pytest.raises(TypeError, match=f"takes no argument '{name}'"):
             model(**given, labels=tiny_labels(family))
-        message = f"{name} is nothing that {type(model.base).__name__} reads. Pass "
+        message = f"{type(model.base).__name__} does not read {name}. Pass "
         with pytest.raises(ValueError, match=message):
             model.generate(**given, max_new_tokens=2)
 
@@ -219,9 +219,9 @@ def test_rows_beside_latents_of_another_number_are_refused(family):
     latents = model.encode(**tiny_inputs(family))
     name = next(name for name in inputs if name != "attention_mask")
     for given in (latents, model._packed_encoder_outputs(latents)):
-        with pytest.raises(ValueError, match=re.escape(f"There are 3 latents but 6 rows of {name}")):
+        with pytest.raises(ValueError, match=re.escape(f"There are 3 latents but 6 examples of {name}")):
             model.generate(**{name: inputs[name]}, encoder_outputs=given, max_new_tokens=2)
-        with pytest.raises(ValueError, match=re.escape("There are 3 latents but 6 rows of inputs")):
+        with pytest.raises(ValueError, match=re.escape("There are 3 latents but 6 examples of inputs")):
             model.generate(inputs[name], encoder_outputs=given, max_new_tokens=2)
     assert len(model.generate(encoder_outputs=latents, max_new_tokens=2)) == 3
 
@@ -231,7 +231,7 @@ def test_rows_beside_latents_of_another_number_are_refused(family):
 def test_no_latents_at_all_are_refused(family):
     model = wrap(family)
     nothing = model.encode(**tiny_inputs(family))[[]]
-    with pytest.raises(ValueError, match="no latents at all: there is nothing to decode"):
+    with pytest.raises(ValueError, match="hold no latents, so there is nothing to decode"):
         model.generate(encoder_outputs=nothing, max_new_tokens=2)
     assert len(nothing.compact()) == 0
 

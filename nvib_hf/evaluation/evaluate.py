@@ -1,4 +1,4 @@
-"""All that is measured of a model on held-out texts, by one call."""
+"""All measurements of a model on held-out texts, in one call."""
 
 from __future__ import annotations
 
@@ -54,36 +54,37 @@ def evaluate(
 ) -> dict:
     """Reconstruction, rate and distortion, tokens kept, samples and interpolations, for ``json.dump``.
 
-    Samples have as many latent vectors as the texts have; interpolations are between neighbours in the list. The same
-    seed gives the same results. A measure that a model has not is left out, one that is not finite is ``None``.
+    Samples have as many latent vectors as the texts. Interpolations are between neighbours in the list. The same seed
+    gives the same results. A measure that the model lacks is left out; a measure that is not finite is ``None``.
 
     Args:
-        texts: held-out texts, as the model would be given them.
-        targets: what it should write of each, such as a translation; by default the text itself. Samples and
-            interpolations are then texts of that side.
-        training_texts: to see what samples copy; targets, where there are any.
+        texts: held-out texts, as you would give them to the model.
+        targets: what the model should write for each text, such as a translation; by default the text itself. Samples
+            and interpolations are then texts like the targets.
+        training_texts: to count samples that copy them. Pass the training targets if you pass ``targets``.
         language_model, lm_tokenizer: a causal language model that judges how fluent texts are.
         num_samples: latents drawn from the prior, 0 for none.
-        decodings: the ways in which each of them is written, by name: arguments of ``generate()``. By default
-            greedily, by 4 beams and by nucleus sampling.
+        decodings: ways to decode each sample, by name: arguments of ``generate()``. The default has greedy decoding, 4
+            beams and nucleus sampling.
         num_pairs: pairs of texts to interpolate, 0 for none.
-        methods: how, of those that ``model.interpolate_latents`` has.
+        methods: methods of ``model.interpolate_latents`` to measure.
         importance_samples: draws for the importance-weighted likelihood, 0 for none.
-        max_length: tokens; longer texts and targets are cut, and measured as they are cut: ``settings`` say how many
-            were. By default as many as the tokenizer and the model take, as in :func:`~nvib_hf.encode_texts`.
+        max_length: tokens. Longer texts and targets are cut before they are measured; ``settings`` counts them. By
+            default as many as the tokenizer and the model take, as in :func:`~nvib_hf.encode_texts`.
 
     Returns:
         A nested dict: ``settings``, ``reconstruction``, ``rate_distortion``, ``kept`` (``by_length``,
         ``by_position``, ``by_frequency``), ``samples`` (by decoding, and ``real``), ``interpolation`` (by method).
 
     Raises:
-        ImportError: without sacrebleu; without POT, unless ``num_pairs`` is 0 or ``methods`` have no ``"transport"``.
+        ImportError: sacrebleu is not installed; or POT is not, ``num_pairs`` is above 0 and ``methods`` has
+            ``"transport"``.
     """
     texts = check_texts(texts)
     right = texts if targets is None else check_targets(targets, texts)
     max_length = max_length or length_limit(model, tokenizer)
     if num_pairs and "transport" in methods and hasattr(model, "encode"):
-        pot()  # is missed now rather than after everything else
+        pot()  # a missing package is reported before the long work
     sizes = {"batch_size": batch_size, "max_length": max_length}
     judge = {"language_model": language_model, "lm_tokenizer": lm_tokenizer}
     is_target = targets is not None
@@ -120,7 +121,7 @@ def evaluate(
             results["samples"] = sample_scores(samples, references, known, seed=seed, **judge)
         pairs = list(zip(texts[::2], texts[1::2], strict=False))[:num_pairs]
         if pairs:
-            # The encoder knows the sources' side alone.
+            # The encoder knows only sources, not targets.
             embed = None if is_target else mean_encoder_embedding(model, tokenizer, max_length)
             results["interpolation"] = {}
             for method in methods:
@@ -131,7 +132,7 @@ def evaluate(
 
 
 def _finite(results):
-    """``None`` in place of what JSON cannot say."""
+    """The results with ``None`` for each number that JSON cannot hold."""
     if isinstance(results, dict):
         return {name: _finite(value) for name, value in results.items()}
     if isinstance(results, list):

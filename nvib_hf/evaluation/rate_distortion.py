@@ -44,34 +44,33 @@ def rate_distortion(
 ) -> dict[str, float]:
     r"""What latents cost (the rate) and what is lost (the distortion), in evaluation mode.
 
-    The rate is that of what is drawn, whatever the model was trained with (``kl_weights``): with :math:`n'`
-    components of a text and :math:`P` channels, :math:`n' P \, KL_G + n' KL_D` nats, where
-    :math:`n' P \, KL_G` is the divergence of the vectors that are kept from the prior.
+    The rate counts what is drawn, whatever ``kl_weights`` the model was trained with. For a text with :math:`n'`
+    components and :math:`P` channels it is :math:`n' P \, KL_G + n' KL_D` nats. Here :math:`n' P \, KL_G` is the
+    divergence of the kept vectors from the prior.
 
-    * ``cross_entropy``: nats per target token, of the posterior itself; ``cross_entropy_sampled``: of one draw;
+    * ``cross_entropy``: nats per target token, from the posterior itself; ``cross_entropy_sampled``: from one draw;
     * ``rate``: nats per text, with one vector per component; ``rate_published``: the same with the published KL_G,
-      where pseudo-counts weigh;
-    * ``kl_gaussian_per_token``, ``kl_gaussian_published_per_token``, ``kl_dirichlet_per_token``: their terms, nats
-      per target token; ``kl_gaussian``, ``kl_dirichlet``: as the model reports them and the loss weighs them, means
-      over target tokens;
+      which weighs by pseudo-counts;
+    * ``kl_gaussian_per_token``, ``kl_gaussian_published_per_token``, ``kl_dirichlet_per_token``: the terms of the
+      rates, nats per target token; ``kl_gaussian``, ``kl_dirichlet``: as the model reports them and the loss weighs
+      them, means over target tokens;
     * ``elbo``: minus the sampled cross-entropy and the terms of ``rate``, nats per token; a bound if ``kappa`` is 1;
-    * ``iw_log_likelihood``: nats per token, with ``importance_samples`` draws
-      (:func:`log_importance_weights`), and ``iw_elbo``, what a single draw gives on average.
-      The draws' weights have each component's own pseudo-count, where ``KL_D`` is that of symmetric ones:
-      ``iw_elbo`` and ``elbo`` are different bounds;
+    * ``iw_log_likelihood``: nats per token, with ``importance_samples`` draws (:func:`log_importance_weights`);
+      ``iw_elbo``: what a single draw gives on average. It is another bound than ``elbo``: the draws use each
+      component's own pseudo-count, but ``KL_D`` is for symmetric ones;
     * ``prop_vectors``, ``num_vectors``, ``effective_vectors``: means over texts;
-    * ``active_units``: share of the ``P`` channels whose mean varies, over the kept vectors of all texts, by more
-      than 0.01 of the prior's variance;
+    * ``active_units``: share of the ``P`` channels whose mean varies by more than 0.01 of the prior's variance, over
+      the kept vectors of all texts;
     * ``mutual_information``: a lower bound in nats per text (:func:`mutual_information`).
 
-    What a bottleneck does not report is left out; of a model without ``encode`` only ``cross_entropy`` is there.
-    The latents of another bottleneck, without ``log_alpha``, have as ``kl_gaussian`` the mean over the channels of
-    the vectors that the decoder sees, all of them drawn, and :math:`n'` is the number of these.
+    What a bottleneck does not report is left out. A model without ``encode`` has ``cross_entropy`` only. Latents of
+    another bottleneck have no ``log_alpha``. Their ``kl_gaussian`` is a mean over the channels of all vectors that the
+    decoder sees, and :math:`n'` is the number of these vectors.
 
     Args:
-        targets: what the decoder writes of each text; by default the text itself.
+        targets: what the decoder writes for each text; by default the text itself.
         importance_samples: draws for the likelihood, 0 for none.
-        seed: of all draws.
+        seed: for all draws.
         max_length: tokens; longer texts are cut.
     """
     texts = check_texts(texts)
@@ -119,12 +118,12 @@ class Sums:
         self.texts, self.moments = 0, ChannelMoments()
 
     def add(self, name: str, values: Tensor) -> None:
-        """A value of each text of a batch, ``(B,)``."""
+        """Add a value for each text of a batch, ``(B,)``."""
         self.sums[name] += values.double().sum().item()
         self.texts += len(values) * (name == "tokens")
 
     def add_latents(self, model: PreTrainedModel, latents: NvibLatents, tokens: Tensor) -> None:
-        """What posteriors report of themselves, with the target tokens ``(B,)`` that weigh the KLs of the loss."""
+        """Add what posteriors report. The target tokens ``(B,)`` weigh the KLs of the loss."""
         for name in ("kl_gaussian", "kl_dirichlet"):
             if (kl := getattr(latents, name)) is not None:
                 self.add(name, tokens * kl)
@@ -139,7 +138,7 @@ class Sums:
         self.moments.add(latents.z, keep)
 
     def results(self) -> dict[str, float]:
-        """Means per text or per target token, and what follows from them."""
+        """Means per text or per target token, and the numbers computed from them."""
         sums = dict(self.sums)
         tokens = sums.pop("tokens")
         results = {name: value / (self.texts if name in self.PER_TEXT else tokens) for name, value in sums.items()}
@@ -152,21 +151,22 @@ class Sums:
         return results
 
 
-# The log-density of a Dirichlet is a difference of terms alpha * log(alpha): float64 holds it to 1e-3 up to here.
+# The log-density of a Dirichlet is a difference of terms alpha * log(alpha). Up to here float64 is exact to 1e-3.
 LOG_ALPHA_MAX = 25.0
 
 
 def divergences(layer: NvibLayer, latents: NvibLatents) -> dict[str, Tensor]:
     r"""Nats of each latent, ``(B,)``, with one vector per component.
 
-    * ``kl_gaussian``: :math:`n' P \, KL_G` of what is drawn, the vectors that are kept, whatever weighs in the loss;
-    * ``kl_gaussian_published``: the same as published, where pseudo-counts weigh;
+    * ``kl_gaussian``: :math:`n' P \, KL_G` of what is drawn, the kept vectors, however the loss weighs them;
+    * ``kl_gaussian_published``: the same, weighed by pseudo-counts as published;
     * ``kl_dirichlet``: :math:`n' KL_D`.
 
-    Latents of another bottleneck, without pseudo-counts, have what they report, for each vector that the decoder sees.
+    For latents of another bottleneck, without pseudo-counts, it is what they report times the vectors that the decoder
+    sees.
 
     Args:
-        layer: has the prior.
+        layer: holds the prior.
         latents: posteriors, as ``encode(sample=False)`` returns them.
     """
     keep, channels = latents.log_pi > -math.inf, latents.z.shape[-1]
@@ -193,7 +193,7 @@ def dirichlet_log_density(log_pi: Tensor, log_alpha: Tensor, mask: Tensor) -> Te
     .. math:: \log\Gamma(\alpha_0) - \sum_i \log\Gamma(\alpha_i) + \sum_i (\alpha_i - 1) \log\pi_i
     """
     alpha = log_alpha.exp()
-    # lgamma(a) = lgamma(1 + a) - log(a), which holds where a underflows
+    # lgamma(a) = lgamma(1 + a) - log(a) works even if a underflows
     terms = (alpha - 1) * log_pi - torch.lgamma(1 + alpha) + log_alpha
     total = log_alpha.masked_fill(~mask, -math.inf).logsumexp(-1).exp()
     return torch.lgamma(total) + terms.masked_fill(~mask, 0).sum(-1)
@@ -210,13 +210,13 @@ def draw_and_log_ratio(
         p &= \mathrm{Dirichlet}(\pi; \beta, \dots, \beta) \prod_{i=1}^n \mathcal N(z_i; \mu_p, \sigma_p^2),
              \qquad \beta = (\alpha^p + \delta (n - 1)) / n
 
-    over the ``n`` components that the decoder sees, the prior's among them: neither padding nor what the threshold
-    drops. Latents without ``log_alpha`` have fixed weights, which cost nothing.
+    over the ``n`` components that the decoder sees: the prior's, and all that are neither padding nor dropped by the
+    threshold. Latents without ``log_alpha`` have fixed weights, which cost nothing.
 
     Args:
-        layer: has the prior.
+        layer: holds the prior.
         latents: posteriors, as ``encode(sample=False)`` returns them.
-        generator: on the CPU, where the draw is made in float64.
+        generator: on the CPU: the draw is made there, in float64.
     """
     mu, logvar, log_pi = (latents[name].detach().double().cpu() for name in ("z", "logvar", "log_pi"))
     keep = log_pi > -math.inf
@@ -227,7 +227,7 @@ def draw_and_log_ratio(
     log_ratio = gaussian.masked_fill(~keep, 0).sum(-1)
     if latents.log_alpha is not None:
         log_alpha = latents.log_alpha.detach().double().cpu().masked_fill(~keep, 0)
-        # log_gamma_sample widens the noise of large pseudo-counts, which this density does not know
+        # log_gamma_sample widens the noise of large pseudo-counts, but this density is exact
         large = log_alpha > 0
         log_g = torch.where(
             large,
@@ -261,13 +261,13 @@ def log_importance_weights(
 
     .. math:: \log v_k = \log p(x \mid w_k) + \log p(w_k) - \log q(w_k \mid x), \qquad w_k \sim q
 
-    :math:`\log \frac1K \sum_k v_k` is a lower bound of :math:`\log p(x \mid n)` in expectation, the likelihood of
-    a text under latents from the prior with as many vectors ``n`` as its own latent has. It tightens with ``K``;
-    with ``K = 1`` it is the evidence lower bound of the draws. Components are told apart by their place in both
-    densities though the decoder cannot: so the bound is at most :math:`\log n!` below one for sets.
+    In expectation :math:`\log \frac1K \sum_k v_k` is a lower bound of :math:`\log p(x \mid n)`: the likelihood of a
+    text under latents from the prior that have as many vectors ``n`` as the text's own latent. It tightens with ``K``;
+    with ``K = 1`` it is the evidence lower bound of the draws. Both densities order the components, which the decoder
+    cannot do. So the bound is at most :math:`\log n!` below a bound for sets.
 
     Returns:
-        ``None`` for posteriors without a density: without variances, or with pseudo-counts over ``exp(25)``.
+        ``None`` if posteriors have no density: they lack variances, or have pseudo-counts over ``exp(25)``.
 
     Source: Burda, Grosse & Salakhutdinov (ICLR 2016).
     """
@@ -293,18 +293,19 @@ def mutual_information(
     seed: int = 0,
     max_length: int = MAX_LENGTH,
 ) -> float:
-    r"""A lower bound, in nats, of the mutual information of texts and samples of their latents: InfoNCE.
+    r"""InfoNCE: a lower bound, in nats, of the mutual information of texts and samples of their latents.
 
     .. math::
         \frac1N \sum_{i=1}^N \log \frac{p(x_i \mid w_i)}{\frac1N \sum_j p(x_i \mid w_j)}, \qquad w_j \sim q(w \mid x_j)
 
-    over random groups of ``N`` texts, with the decoder's likelihood as the critic. It is at most :math:`\log N`:
-    a value there says that the latents tell the texts of a group apart, one near 0 that the decoder ignores them.
+    over random groups of ``N`` texts, with the decoder's likelihood as the critic. It is at most :math:`\log N`. A
+    value near that says that the latents tell the texts of a group apart. A value near 0 says that the decoder ignores
+    the latents.
 
     Args:
-        targets: what stands for :math:`x_i` in the decoder, one for each text; by default the text.
-        num_texts: how many are used, drawn from ``texts``.
-        group_size: ``N``; each text is scored against so many latents.
+        targets: what the decoder writes as :math:`x_i`, one for each text; by default the text.
+        num_texts: how many texts are used, drawn from ``texts``.
+        group_size: ``N``; each text is scored against this many latents.
 
     Source: van den Oord, Li & Vinyals (2018); Poole et al. (ICML 2019).
     """
@@ -323,7 +324,7 @@ def mutual_information(
                 model, tokenizer, group, max_length=max_length, batch_size=size, sample=True, generator=generator
             )
             own = torch.arange(size)
-            critic = torch.stack(  # (N, N): at 0 the text's own latent, then those of the others
+            critic = torch.stack(  # (N, N): first each text's own latent, then the others'
                 [
                     -negative_log_likelihood(model, labels, encoder_outputs=latents[(own + shift) % size])
                     for shift in range(size)

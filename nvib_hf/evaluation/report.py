@@ -13,7 +13,7 @@ BEGIN, END = "<!-- evaluation of nvib_hf: begin -->", "<!-- evaluation of nvib_h
 
 EVALUATION = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END) + r"\n?", re.DOTALL)
 
-# What a number is called, and how it is written: of each part of the results, in the order of the tables.
+# For each part of the results, in the order of the tables: the title of each number, and its format.
 ROWS = {
     "reconstruction": {
         "exact_match": ("exact reconstructions", "{:.1%}"),
@@ -63,9 +63,9 @@ KEPT = {
 
 
 def result_tables(results: dict) -> list[list[tuple[str, ...]]]:
-    """The numbers as tables, as far as they were measured; the first row of each holds its titles.
+    """The measured numbers as tables. The first row of each table holds its titles.
 
-    They are: reconstruction and rate; samples by decoding; interpolations by method.
+    The tables are: reconstruction and rate; samples by decoding; interpolations by method.
     """
     of_texts = [_rows(part, [results.get(part, {})]) for part in ("reconstruction", "rate_distortion")]
     tables = [[("measure", "value"), *of_texts[0], *of_texts[1]]]
@@ -78,7 +78,7 @@ def result_tables(results: dict) -> list[list[tuple[str, ...]]]:
 
 
 def _walk(paths: dict[str, dict]) -> list[tuple[str, ...]]:
-    """The example of each method at every weight, and the perplexity there, as a table with titles."""
+    """A table with titles: each method's example at every weight, and the perplexity at that weight."""
     steps = len(next(iter(paths.values()))["example"])
     columns = {"weight": [f"{i / (steps - 1):.2f}" for i in range(steps)]}
     for method, path in ((verbatim(name), path) for name, path in paths.items()):
@@ -89,7 +89,7 @@ def _walk(paths: dict[str, dict]) -> list[tuple[str, ...]]:
 
 
 def _rows(part: str, columns: list[dict]) -> list[tuple[str, ...]]:
-    """A row for each number that one of the columns has."""
+    """A row for each number that at least one column has."""
     return [
         (title, *(_written(column[name], form) if name in column else "" for column in columns))
         for name, (title, form) in ROWS[part].items()
@@ -125,31 +125,33 @@ def evaluation_section(results: dict) -> str:
 
 
 def _cut(settings: dict) -> str:
-    """How many texts were measured without their end."""
+    """Says how many texts lost their end."""
     counts = {what: settings.get(f"{what}_cut") for what in ("texts", "targets")}
     said = [f"{count} {what}" for what, count in counts.items() if count]
     return f", {' and '.join(said)} cut to {settings['max_length']} tokens" if said else ""
 
 
 def add_to_model_card(folder: str | os.PathLike, results: dict) -> None:
-    """Put results into ``folder/README.md``, in the place of earlier ones; the rest of the card stays as it is.
+    """Write results into ``folder/README.md``, in place of earlier ones. The rest of the card does not change.
 
-    It is published with the folder, by ``huggingface_hub.upload_folder``; where a repository has no card yet,
-    ``model.push_to_hub`` writes a fresh one.
+    ``huggingface_hub.upload_folder`` publishes the card with the folder. If a repository has no card yet,
+    ``model.push_to_hub`` writes a new one.
 
     Raises:
-        FileNotFoundError: no card; ``save_pretrained`` of an NVIB model writes one.
+        FileNotFoundError: there is no card. ``save_pretrained`` of an NVIB model writes one.
     """
     path = Path(folder) / "README.md"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist. model.save_pretrained({str(folder)!r}) writes a card.")
+        raise FileNotFoundError(
+            f"{path} does not exist. Call model.save_pretrained({str(folder)!r}): it writes a card."
+        )
     card = path.read_text(encoding="utf-8")
     section = f"{BEGIN}\n## Evaluation\n\n{evaluation_section(results)}\n{END}\n"
     write_whole(path, with_evaluation(card, section))
 
 
 def with_evaluation(card: str, section: str | None) -> str:
-    """A card with this section on an evaluation, as :func:`evaluation_of` finds it, in the place of an earlier one."""
+    """A card with this evaluation section (see :func:`evaluation_of`), in place of an earlier one."""
     if section is None:
         return card
     if EVALUATION.search(card):
@@ -160,7 +162,7 @@ def with_evaluation(card: str, section: str | None) -> str:
 
 
 def evaluation_of(card: str) -> str | None:
-    """The section that :func:`add_to_model_card` put into a card."""
+    """The section that :func:`add_to_model_card` wrote into a card; ``None`` if there is none."""
     found = EVALUATION.search(card)
     return None if found is None else found[0]
 

@@ -1,4 +1,4 @@
-"""Measures of texts, whoever wrote them: how far apart, how fluent, how varied, how new."""
+"""Measures of any texts: how different, fluent, varied and new they are."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def fluency(
 ) -> float:
     """Perplexity of texts under a causal language model: ``exp`` of the mean nats per token of all texts.
 
-    Each text starts with the language model's token for a beginning (its end-of-text token if it has none), so that
-    its first token counts; with neither it does not. Texts without tokens are passed over.
+    Each text starts with the language model's beginning token, or its end-of-text token if it has none, so that the
+    text's first token counts. With neither it does not count. Texts without tokens are skipped.
 
     Returns:
         ``nan`` if no text has a token that counts.
@@ -60,7 +60,7 @@ def fluency(
 
 
 def _next_token_logits(language_model: PreTrainedModel, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Logits ``(N, V)`` and targets ``(N,)`` of rows of token ids, padded on the right, where nothing sees it."""
+    """Logits ``(N, V)`` and targets ``(N,)`` of lists of token ids, padded on the right, where no token sees it."""
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED).to(language_model.device)
     mask = ids != IGNORED
     logits = language_model(input_ids=ids.clamp(min=0), attention_mask=mask.long()).logits
@@ -69,10 +69,10 @@ def _next_token_logits(language_model: PreTrainedModel, rows: list[Tensor]) -> t
 
 # -------------------------------------------------------------------------------------------- variety, novelty
 def self_bleu(texts: Sequence[str], *, num_texts: int = 100, seed: int = 0) -> float:
-    """Mean BLEU (0 to 100) of each text against all others: high where they are alike.
+    """Mean BLEU (0 to 100) of each text against all others. It is high if they are alike.
 
     Args:
-        num_texts: how many are compared, drawn at random; the value grows with their number.
+        num_texts: how many texts are compared, drawn at random. The value grows with their number.
 
     Source: Zhu et al. (SIGIR 2018).
     """
@@ -86,20 +86,20 @@ def self_bleu(texts: Sequence[str], *, num_texts: int = 100, seed: int = 0) -> f
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Different word n-grams by all word n-grams of the texts, 0 to 1; 0 if none is long enough."""
+    """Distinct word n-grams, divided by all word n-grams of the texts, 0 to 1; 0 if no text is long enough."""
     words = [text.split() for text in check_texts(texts)]
     ngrams = [tuple(row[i : i + n]) for row in words for i in range(len(row) - n + 1)]
     return len(set(ngrams)) / max(len(ngrams), 1)
 
 
 def copied(texts: Sequence[str], training_texts: Sequence[str]) -> float:
-    """Share of the texts that are one of the training texts word for word, 0 to 1."""
+    """Share of the texts that equal a training text word for word, 0 to 1."""
     known = {" ".join(text.split()) for text in training_texts}
     texts = check_texts(texts)
     return sum(" ".join(text.split()) in known for text in texts) / len(texts)
 
 
-# Ways to write a text of a latent, and generate()'s arguments for them: fluency alone can be bought with sameness.
+# Ways to decode a latent, with generate()'s arguments. Compare several: texts can be fluent because all are alike.
 DECODINGS: dict[str, dict] = {
     "greedy": {},
     "beam": {"num_beams": 4},
@@ -116,7 +116,7 @@ def latent_lengths(
     batch_size: int = 64,
     max_length: int = MAX_LENGTH,
 ) -> list[int]:
-    """Latent vectors of each text that its decoder sees, the prior's component included, in the given order."""
+    """For each text in order, how many latent vectors the decoder sees, including the prior's component."""
     texts = check_texts(texts)
     lengths = [0] * len(texts)
     with evaluating(model):
@@ -141,13 +141,13 @@ def sample_texts(
     """Texts decoded from draws of the prior.
 
     Args:
-        lengths: numbers of latent vectors, of which each sample takes one at random: those of real texts
+        lengths: numbers of latent vectors. Each sample takes one of them at random. Pass those of real texts
             (:func:`latent_lengths`), or simply their lengths in tokens.
-        seed: of the lengths, the latents and what ``generate()`` draws; the global random state stays as it is.
+        seed: for the lengths, the latents and the draws of ``generate()``. The global random state does not change.
         generate_kwargs: further arguments of ``generate()``, for instance one of ``DECODINGS``; by default greedy.
     """
     if not len(lengths):
-        raise ValueError("lengths is empty: pass at least one number of latent vectors.")
+        raise ValueError("lengths is empty. Pass at least one number of latent vectors.")
     counts = random.Random(seed).choices(list(lengths), k=num_samples)
     generator = torch.Generator(model.device).manual_seed(seed)
     texts: list[str] = []
@@ -170,12 +170,12 @@ def interpolations(
     max_length: int = MAX_LENGTH,
     **generate_kwargs,
 ) -> list[list[str]]:
-    """For each pair of texts what lies between them: ``steps`` texts at even weights, the first 0, the last 1.
+    """For each pair of texts, ``steps`` texts between them, at even weights from 0 to 1.
 
-    ``method`` is that of ``model.interpolate_latents``.
+    ``method`` is as in ``model.interpolate_latents``.
     """
     if steps < 2:
-        raise ValueError(f"steps must be at least 2, the two ends, but got {steps}.")
+        raise ValueError(f"steps must be at least 2, for the two ends, but got {steps}.")
     firsts, seconds = (check_texts(side, "pairs") for side in zip(*pairs, strict=True))
     with evaluating(model):
         first, second = (encode_texts(model, tokenizer, side, max_length=max_length) for side in (firsts, seconds))
@@ -195,7 +195,7 @@ def interpolations(
 def mean_encoder_embedding(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int = MAX_LENGTH
 ) -> Callable[[list[str]], Tensor]:
-    """A function from texts to the means of the model's encoder outputs, ``(N, H)``."""
+    """A function that embeds texts as the means of the model's encoder outputs, ``(N, H)``."""
 
     def embed(texts: list[str]) -> Tensor:
         with evaluating(model):
@@ -217,15 +217,15 @@ def sample_scores(
     lm_tokenizer: PreTrainedTokenizerBase | None = None,
     seed: int = 0,
 ) -> dict:
-    """Samples by every measure of this module, and held-out texts by the same, as a yardstick.
+    """Measure samples by every measure of this module, and held-out texts too, for comparison.
 
     Args:
-        samples: each kind of samples by its name, for instance a kind for each of ``DECODINGS``.
+        samples: samples by kind, for instance one kind for each of ``DECODINGS``.
 
     Returns:
-        By kind, and of as many held-out texts under ``real``: ``fluency`` and ``fluency_ratio``, to that of the
-        held-out texts (with a language model), ``self_bleu``, ``distinct_1``, ``distinct_2``, ``copied`` (with
-        training texts). By kind also ``num_samples`` and some ``examples``.
+        Measures by kind, and under ``real`` those of as many held-out texts: ``fluency`` and ``fluency_ratio``, the
+        fluency divided by that of the held-out texts (with a language model), ``self_bleu``, ``distinct_1``,
+        ``distinct_2``, ``copied`` (with training texts). Each kind also has ``num_samples`` and some ``examples``.
     """
 
     def measured(texts: Sequence[str]) -> dict:
@@ -260,14 +260,14 @@ def interpolation_scores(
     """How texts change between two ends (:func:`interpolations`).
 
     * ``word_edits``: between neighbours, mean;
-    * ``largest_step``: share of a path's edits that its largest step takes, mean over the paths that change: 1 is a
-      jump from one end to the other, ``1 / (steps - 1)`` is even;
-    * ``embedding_distance``, ``largest_embedding_distance``: 1 - cosine between neighbours, mean, and mean of each
-      path's largest (with ``embed``);
+    * ``largest_step``: share of a path's edits in its largest step, mean over the paths that change. 1 is a jump from
+      one end to the other; ``1 / (steps - 1)`` is even;
+    * ``embedding_distance``, ``largest_embedding_distance``: 1 - cosine between neighbours, as a mean over all steps,
+      and as a mean over the largest step of each path (with ``embed``);
     * ``fluency``: perplexity at each weight, first to last (with a language model).
 
     Args:
-        embed: texts to embeddings ``(N, H)``, for instance :func:`mean_encoder_embedding` of the model.
+        embed: embeds texts ``(N, H)``, for instance :func:`mean_encoder_embedding` of the model.
     """
     edits = [[word_edits(a, b) for a, b in pairwise(path)] for path in paths]
     steps = [edit for path in edits for edit in path]

@@ -1,4 +1,4 @@
-"""Texts to batches and back, and a model in evaluation: what all measurements share."""
+"""What all measurements share: texts to batches and back, and a model in evaluation mode."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from ..latents.latents import NvibLatents, concatenate_latents
 from ..layers.cross_entropy import IGNORED
 
-MAX_LENGTH = 64  # tokens; the measures cut longer texts, unless told otherwise
-UNLIMITED = 10**6  # tokens: a tokenizer without a limit says 10**30
+MAX_LENGTH = 64  # tokens; by default the measures cut longer texts
+UNLIMITED = 10**6  # tokens; a tokenizer without a limit has 10**30
 # What configurations call the number of their positions
 POSITIONS = ("max_position_embeddings", "max_encoder_position_embeddings", "max_decoder_position_embeddings")
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in ``eval()`` and without gradients; every module's mode is as it was afterwards."""
+    """Put the model in ``eval()``, without gradients. Afterwards every module gets its own mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -39,7 +39,7 @@ def check_texts(texts: Sequence[str], name: str = "texts") -> list[str]:
     """The texts as a list.
 
     Raises:
-        ValueError: one string in place of a list, or none at all.
+        ValueError: a string instead of a list, or an empty list.
     """
     if isinstance(texts, str) or not len(texts):
         raise ValueError(f"{name} must be a list of at least one text, but got {texts!r:.60}.")
@@ -65,7 +65,7 @@ def length_batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int
 
 
 def token_lengths(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int = MAX_LENGTH) -> list[int]:
-    """How many tokens each text has, once it is cut."""
+    """How many tokens each text has after it is cut."""
     return [len(ids) for ids in tokenizer(texts, truncation=True, max_length=max_length).input_ids]
 
 
@@ -82,13 +82,13 @@ def target_ids(
 ) -> list[list[int]]:
     """The tokens of targets that reproduce the texts.
 
-    A leading token that the decoder starts with anyway, such as BERT's [CLS], is no target.
+    If the decoder starts with the leading token anyway, such as BERT's [CLS], that token is not a target.
     """
     targets = tokenizer(text_target=texts, truncation=True, max_length=max_length).input_ids
     labels = [[token] for token in range(3) if token != model.config.pad_token_id]
     inputs = model.prepare_decoder_input_ids_from_labels(torch.tensor(labels, device=model.device))
     starts = {*inputs[:, 0].tolist()}
-    if len(starts) > 1:  # as mBART's, which starts with the last token of the text
+    if len(starts) > 1:  # mBART's decoder starts with the last token of the text
         return targets
     return [ids[1:] if {*ids[:1]} == starts else ids for ids in targets]
 
@@ -103,8 +103,8 @@ def labels_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts:
 def length_limit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """How many tokens of a text the tokenizer and the model take.
 
-    The least of ``tokenizer.model_max_length`` and the positions that encoder and decoder have; 512 where none of
-    them says, as with T5.
+    This is the least of ``tokenizer.model_max_length`` and the positions of encoder and decoder. If none of them is
+    known, as with T5, it is 512.
     """
     config = model.config
     halves = (config.get_text_config(encoder=True), config.get_text_config(decoder=True))
@@ -167,14 +167,14 @@ def decode_latents(
     batch_size: int = 64,
     **generate_kwargs,
 ) -> list[str]:
-    """What the model writes from latents, one text for each: greedily, in evaluation mode.
+    """Decode latents to texts, one for each latent: greedily, in evaluation mode.
 
-    The latents may be those of texts (:func:`encode_texts`), or what ``model.sample_latents``,
-    ``model.interpolate_latents``, ``model.vary_latents`` and ``model.blend_latents`` make.
+    The latents can be from :func:`encode_texts`, ``model.sample_latents``, ``model.interpolate_latents``,
+    ``model.vary_latents`` or ``model.blend_latents``.
 
     Args:
-        max_length: tokens that are written at most. The default is that of :func:`encode_texts`. A model that has not
-            learnt to end a text writes as many.
+        max_length: the most tokens to write, with the default of :func:`encode_texts`. A model that has not learnt to
+            end a text writes that many.
         batch_size: how many texts are written at a time.
         generate_kwargs: further arguments of ``generate()``, for instance ``num_beams=4``.
 
@@ -207,12 +207,13 @@ def reconstruct(
     batch_size: int = 64,
     **generate_kwargs,
 ) -> list[str]:
-    """What the model writes of each text, in the given order: greedily, in evaluation mode.
+    """Encode each text and decode it again, in the given order: greedily, in evaluation mode.
 
-    Compare it with :func:`as_read` of the texts. Any encoder-decoder with ``generate()`` will do, a plain one too.
+    Compare the result with :func:`as_read` of the texts. Any encoder-decoder with ``generate()`` works, without NVIB
+    too.
 
     Args:
-        max_length: tokens, of what is read and of what is written. The default is that of :func:`encode_texts`.
+        max_length: the most tokens to read and to write, with the default of :func:`encode_texts`.
         batch_size: how many texts are reconstructed at a time.
         generate_kwargs: further arguments of ``generate()``, for instance ``num_beams=4``.
 
@@ -244,7 +245,7 @@ def reconstruct(
 def generate_texts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int, **generate_kwargs
 ) -> list[str]:
-    """What the model generates, as texts: at most ``max_length`` tokens, greedily, or as ``generate_kwargs`` say."""
+    """Generate texts of at most ``max_length`` tokens, greedily or as ``generate_kwargs`` say."""
     settings = {"max_new_tokens": max_length, "num_beams": 1, "do_sample": False, **generate_kwargs}
     return decoded(tokenizer, model.generate(**settings))
 
@@ -257,9 +258,9 @@ def decoded(tokenizer: PreTrainedTokenizerBase, ids: Tensor | list[list[int]]) -
 def as_read(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int | None = None, is_target: bool = False
 ) -> list[str]:
-    """The texts as the tokenizer gives them back: cut, and without the capitals that it does not know.
+    """The texts after the tokenizer has encoded and decoded them: cut, and without capitals that it does not know.
 
-    By default they are cut where the tokenizer cuts them. ``is_target``: of texts that the decoder writes.
+    By default the tokenizer's own limit cuts them. Set ``is_target`` for texts that the decoder writes.
     """
     max_length = max_length or min(tokenizer.model_max_length, UNLIMITED)
     given = {"text_target" if is_target else "text": check_texts(texts)}
@@ -267,15 +268,15 @@ def as_read(
 
 
 def num_cut(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int, is_target: bool = False) -> int:
-    """How many texts have more tokens than ``max_length``, and lose their end."""
+    """How many texts have more tokens than ``max_length``, and so lose their end."""
     given = {"text_target" if is_target else "text": check_texts(texts)}
     return sum(len(ids) > max_length for ids in tokenizer(**given, verbose=False).input_ids)
 
 
 def negative_log_likelihood(model: PreTrainedModel, labels: Tensor, **inputs) -> Tensor:
-    """What each row of labels costs, in nats, ``(B,)``, teacher-forced.
+    """What the labels of each example cost in nats, ``(B,)``, with teacher forcing.
 
-    ``inputs`` are the encoder's, or ``encoder_outputs``.
+    ``inputs`` are the encoder's inputs, or ``encoder_outputs``.
     """
     logits = model(**inputs, labels=labels).logits  # (B, Nt, V)
     return F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none").sum(-1)
@@ -284,11 +285,11 @@ def negative_log_likelihood(model: PreTrainedModel, labels: Tensor, **inputs) ->
 def reconstruction_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """``exact_match`` (share, 0 to 1), ``bleu`` (of the corpus, 0 to 100) and ``token_error``.
 
-    ``token_error``: words inserted, deleted and replaced, by words of the references.
+    ``token_error`` is the number of words inserted, deleted or replaced, divided by the words of the references.
 
     Raises:
-        ValueError: another number of predictions than of references.
-        ImportError: without sacrebleu.
+        ValueError: the numbers of predictions and references differ.
+        ImportError: sacrebleu is not installed.
     """
     predictions, references = check_texts(predictions, "predictions"), check_texts(references, "references")
     if len(predictions) != len(references):
@@ -311,9 +312,9 @@ def kept_tokens(
 ) -> list[dict]:
     """One record for each source token, in the texts' order.
 
-    ``text`` (its index), ``length`` (source tokens of the text), ``position``, ``relative_position`` (0 to 1),
-    ``token``, ``special`` (an end-of-text mark or the like), ``frequency`` (how often the token stands in the
-    given texts), ``log_alpha`` and ``kept``. Empty where latents have no pseudo-counts, or not one for each token.
+    A record has ``text`` (its index), ``length`` (source tokens of the text), ``position``, ``relative_position`` (0
+    to 1), ``token``, ``special`` (an end-of-text mark or the like), ``frequency`` (how often the token occurs in the
+    given texts), ``log_alpha`` and ``kept``. The list is empty if latents do not have one pseudo-count per token.
     """
     texts = check_texts(texts)
     encodings = [tokenizer(text, truncation=True, max_length=max_length).input_ids for text in texts]
@@ -325,7 +326,7 @@ def kept_tokens(
             latents = encode_texts(model, tokenizer, [texts[i] for i in batch], max_length=max_length)
             if latents.log_alpha is None or latents.log_alpha.shape[1] != 1 + max(len(encodings[i]) for i in batch):
                 return []
-            # by the mask, not by place: the tokenizer may pad on the left
+            # by the mask, not by position: the tokenizer may pad on the left
             mask, kept = latents.attention_mask[:, 1:], latents.log_pi[:, 1:] > -math.inf
             for row, i in enumerate(batch):
                 ids, log_alpha = encodings[i], latents.log_alpha[row, 1:][mask[row]].tolist()
@@ -361,9 +362,9 @@ def kept_by_position(records: list[dict]) -> list[dict]:
 
 
 def kept_by_frequency(records: list[dict]) -> list[dict]:
-    """Share of tokens kept by how often they occur, in quarters of the running text; special tokens do not count.
+    """Share of tokens kept, by how often they occur: in quarters of the running text, without special tokens.
 
-    Occurrences of one token stay together, so the quarters are only about as large as each other.
+    All occurrences of a token are in the same quarter, so the quarters are only about equally large.
     """
     words = [record for record in records if not record["special"]]
     if not words:
@@ -402,7 +403,7 @@ def sacrebleu() -> ModuleType:
 
 
 def word_edits(first: str, second: str) -> int:
-    """Levenshtein's distance in words: the fewest that are inserted, deleted or replaced."""
+    """Levenshtein's distance in words: the fewest words to insert, delete or replace."""
     a, b = first.split(), second.split()
     row = list(range(len(b) + 1))
     for i, word in enumerate(a, start=1):

@@ -1,1 +1,1 @@
-"""What the encoder's output becomes: latents, and new ones from old, from the prior, and on the way between two."""
+"""Latents: made from the encoder's output, drawn from the prior, changed, merged, and interpolated."""

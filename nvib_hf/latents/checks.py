@@ -14,29 +14,29 @@ if TYPE_CHECKING:
     from ..layers.nvib import NvibLayer
     from .latents import NvibLatents
 
-# How far from one the weights of a latent may be in sum: further than any rounding.
+# The sum of a latent's weights may differ from 1 by this much, which is more than any rounding.
 WEIGHTS_TOLERANCE = 0.02
 
 
 def refuse_batch(packed: Tensor, others: Tensor, what: str = "decoder inputs") -> NoReturn:
-    """Raise ValueError for another number of latents than of rows: one would be broadcast to all without a word."""
+    """Raise ValueError because latents and examples differ in number. One latent would silently serve all examples."""
     raise ValueError(
-        f"There are {len(packed)} latents but {len(others)} {what}. Pass one latent for each row of labels or "
+        f"There are {len(packed)} latents but {len(others)} {what}. Pass one latent for each example of labels or "
         "decoder_input_ids, and no other inputs: latents[[0] * n] repeats the first n times."
     )
 
 
 def check_latents(latents: NvibLatents, layer: NvibLayer) -> None:
-    """Raise unless latents can be those of a model with this NVIB layer.
+    """Raise unless a model with this NVIB layer can decode the latents.
 
     Raises:
-        TypeError: a field that is no tensor, or of another kind. ValueError: latents of another model; fields that do
-            not belong together; vectors or weights that are no distribution.
+        TypeError: a field is not a tensor, or has a wrong dtype. ValueError: the latents are of another model; fields
+            do not fit together; vectors or weights are not a distribution.
     """
     check_kinds(latents)
     if latents.z.shape[-1] != layer.size_out:
         raise ValueError(
-            f"The latents are {latents.z.shape[-1]} wide, but this model's are {layer.size_out}: they come "
+            f"The latents are {latents.z.shape[-1]} wide, but this model's are {layer.size_out} wide: they come "
             "from another model. Encode the texts with this one."
         )
     check_shapes(latents)
@@ -54,7 +54,7 @@ def check_latents(latents: NvibLatents, layer: NvibLayer) -> None:
 
 
 def check_kinds(latents: NvibLatents) -> None:
-    """Raise TypeError for a field that is no tensor, or one of another kind."""
+    """Raise TypeError for a field that is not a tensor, or has a wrong dtype."""
     for name in ("z", "log_pi", "attention_mask"):
         value = getattr(latents, name)
         if not isinstance(value, Tensor):
@@ -69,20 +69,20 @@ def check_kinds(latents: NvibLatents) -> None:
 
 
 def check_shapes(latents: NvibLatents) -> None:
-    """Raise ValueError for fields that do not belong together."""
+    """Raise ValueError for fields whose shapes do not fit together."""
     shapes = {name: tuple(value.shape) for name, value in latents.items()}
     batch, *_ = shape = shapes["z"]
     by_kind = {"z": shape, "logvar": shape, **dict.fromkeys(("log_pi", "attention_mask", "log_alpha"), shape[:2])}
     if len(shape) != 3 or any(shape != by_kind.get(name, (batch,)) for name, shape in shapes.items()):
         shown = {name: shapes[name] for name in ("z", "log_pi", "attention_mask", "logvar") if name in shapes}
         raise ValueError(
-            f"The latents' fields do not belong together: {shown}. z and logvar are (B, Nl, P), log_pi and "
-            "attention_mask (B, Nl), and numbers of a latent (B,)."
+            f"The shapes of the latents' fields do not fit together: {shown}. z and logvar must be (B, Nl, P), log_pi "
+            "and attention_mask (B, Nl), and a field with one number for each latent (B,)."
         )
 
 
 def check_values(latents: NvibLatents) -> None:
-    """Raise ValueError unless each latent is a distribution over finite vectors: all of it is looked at once."""
+    """Raise ValueError unless each latent is a distribution over finite vectors. One test covers all latents."""
     log_pi, keep = latents.log_pi, latents.log_pi > -math.inf
     total = log_pi.float().logsumexp(-1)
     vectors = latents.z.isfinite() | ~keep[..., None]
@@ -100,19 +100,19 @@ def check_values(latents: NvibLatents) -> None:
     kind, row = rows.nonzero()[0].tolist()
     what = (
         "log_pi holds NaN or infinity",
-        "log_pi is -inf for every vector: leave it at least one",
-        f"its weights sum to {total[row].exp().item():.4g}, not to 1: log_pi are logarithms; "
-        "log_pi.log_softmax(-1) makes them sum to 1",
+        "log_pi is -inf for every vector: leave at least one vector",
+        f"its weights sum to {total[row].exp().item():.4g}, not to 1; log_pi holds logarithms, and "
+        "log_pi.log_softmax(-1) makes the weights sum to 1",
         "its vectors hold NaN or infinity",
     )[kind]
-    raise ValueError(f"Latent {row} is no distribution: {what}.")
+    raise ValueError(f"Latent {row} is not a distribution: {what}.")
 
 
 def shared_scale(*latents: NvibLatents) -> Tensor | None:
-    """The scale ``(B,)`` that latents of the same batch size are made for; ``None`` if that of one is not known.
+    """The scale ``(B,)`` of latents of the same batch size; ``None`` if one of them has no known scale.
 
     Raises:
-        ValueError: they are made for different ones.
+        ValueError: they have different scales.
     """
     known = [x.scale for x in latents if x.scale is not None]
     values = sorted({float(value) for scale in known for value in scale.unique()})
@@ -122,7 +122,7 @@ def shared_scale(*latents: NvibLatents) -> Tensor | None:
 
 
 def check_number(name: str, value: object) -> float:
-    """A number, or a tensor of one, as a float; TypeError for anything else."""
+    """A number, or a tensor with one number, as a float; TypeError for anything else."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):

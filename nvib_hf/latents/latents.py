@@ -1,4 +1,4 @@
-"""The latents of texts (images, sounds): first-class, saved, joined, interpolated."""
+"""``NvibLatents``: the latents of texts, images or sounds, to save, join and interpolate."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ from .checks import check_number, shared_scale
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    # What selects rows of a batch: one, a slice, a list, an array or a mask.
+    # What selects latents of a batch: a number, a slice, a list, an array or a mask.
     Rows = SupportsIndex | slice | Sequence[int] | Tensor | NDArray[Any]
 
 
 @dataclasses.dataclass
 class NvibLatents:
-    """Latents of a batch, what :meth:`~nvib_hf.NvibForConditionalGeneration.generate` decodes.
+    """Latents of a batch, which :meth:`~nvib_hf.NvibForConditionalGeneration.generate` decodes.
 
-    A sequence over the batch: ``len(latents)``, iteration (batches of one), ``latents[0]``, ``latents[2:4]``,
-    ``latents[[0, 2]]``, a mask. The fields that are not ``None`` by name: ``latents["z"]``, ``"z" in latents``,
-    ``keys()``, ``items()``, ``dict(latents)``, ``**latents``.
+    They are a sequence over the batch: ``len(latents)``, iteration (batches of one), ``latents[0]``, ``latents[2:4]``,
+    ``latents[[0, 2]]``, a mask. They are also a mapping over the fields that are not ``None``: ``latents["z"]``,
+    ``"z" in latents``, ``keys()``, ``items()``, ``dict(latents)``, ``**latents``.
 
     Args:
-        z: vectors ``(B, Nl, P)``: a sample, or the means where ``logvar`` is given.
+        z: vectors ``(B, Nl, P)``: a sample, or the means if ``logvar`` is given.
         log_pi: log mixture weights ``(B, Nl)``, ``-inf`` where a vector is padding or dropped.
-        attention_mask: ``(B, Nl)``, True = a vector (dropped ones included), False = padding.
+        attention_mask: ``(B, Nl)``, True where a vector is no padding (dropped vectors included).
         logvar: log-variances ``(B, Nl, P)`` of the mixture; ``None`` for a sample.
-        log_alpha: log pseudo-counts ``(B, Nl)``, ``-inf`` where padding; component 0 is the prior's. ``None`` for
-            latents that come from no text.
-        kl_gaussian, kl_dirichlet: ``(B,)``, in nats, as the loss weighs them. ``None`` as above.
-        num_vectors: ``(B,)`` source vectors kept, the prior's excluded; prop_vectors: their share of the source
-            length; effective_vectors: ``exp(entropy(pi))``. ``None`` as above.
-        relaxed_prop_vectors: ``(B,)``, :func:`~nvib_hf.layers.dropping.relaxed_share`; ``None`` where nothing is
-            dropped.
-        kappa: ``(B,)`` vectors drawn per component, of a sample; ``None`` otherwise.
-        scale: ``(B,)``, of the attention that the weights are made for; ``None`` if that is not known.
+        log_alpha: log pseudo-counts ``(B, Nl)``, ``-inf`` where padding; component 0 is the prior's. ``None`` if the
+            latents encode no text.
+        kl_gaussian, kl_dirichlet: ``(B,)``, in nats, as the loss weighs them. ``None`` if no text is encoded.
+        num_vectors: ``(B,)``, source vectors kept, without the prior's; prop_vectors: their share of the source
+            length; effective_vectors: ``exp(entropy(pi))``. ``None`` if no text is encoded.
+        relaxed_prop_vectors: ``(B,)``, :func:`~nvib_hf.layers.dropping.relaxed_share`; ``None`` if nothing can drop
+            vectors.
+        kappa: ``(B,)``, vectors drawn per component in a sample; ``None`` otherwise.
+        scale: ``(B,)``, the scale of the attention that the weights fit; ``None`` if it is not known.
     """
 
     z: Tensor
@@ -69,9 +69,9 @@ class NvibLatents:
 
     @classmethod
     def of(cls, output: NvibOutput | NvibLatents, scale: float) -> NvibLatents:
-        """What the NVIB layer made for attention of this scale, and what is told of it unless it was for decoding.
+        """Latents from an NVIB layer's output, for attention of this scale, with KLs and counts if it has KLs.
 
-        Another bottleneck in the layer's place returns latents itself: they stay as they are.
+        If another bottleneck replaces the layer and returns latents, they stay as they are.
         """
         if isinstance(output, NvibLatents):
             return output
@@ -127,7 +127,7 @@ class NvibLatents:
         return type(self)(**{name: value[rows] for name, value in self.items()})
 
     def _rows(self, index: Any) -> list[int] | Tensor:
-        """What an index that is no slice selects: one as a batch of one, or those of a list, an array or a mask."""
+        """What an index that is not a slice selects: one latent as a batch of one, or several."""
         if getattr(index, "ndim", 0) == 0 and hasattr(index, "__index__"):
             position = operator.index(index)
             if not -self.batch_size <= position < self.batch_size:
@@ -135,9 +135,9 @@ class NvibLatents:
             return [position]
         if isinstance(index, (tuple, NvibLatents)) or getattr(index, "ndim", 1) != 1 or not hasattr(index, "__len__"):
             raise TypeError(
-                "latents are indexed by a row, a slice, or a list, one-dimensional array or mask of rows, but got "
-                f"{'latents' if isinstance(index, NvibLatents) else repr(index)}. Index a field, as in "
-                "latents.z[0, 1], for what is in it."
+                "The index of latents must be a number, a slice, a list, a one-dimensional array or a mask, but got "
+                f"{'latents' if isinstance(index, NvibLatents) else repr(index)}. To look into a field, index the "
+                "field, as in latents.z[0, 1]."
             )
         return torch.as_tensor(index, device=self.device) if len(index) else []
 
@@ -159,7 +159,7 @@ class NvibLatents:
         return self.z.device
 
     def to(self, *args: Any, **kwargs: Any) -> NvibLatents:
-        """A copy on another device or in another dtype; fp32 quantities and masks keep their dtype."""
+        """A copy on another device or in another dtype. Only ``z`` and ``logvar`` change their dtype."""
         moved = {name: x.to(*args, **kwargs) for name, x in self.items() if name in ("z", "logvar")}
         where = {"device": moved["z"].device, "non_blocking": kwargs.get("non_blocking", False)}
         return type(self)(**{name: moved[name] if name in moved else x.to(**where) for name, x in self.items()})
@@ -168,9 +168,9 @@ class NvibLatents:
         return type(self)(**{name: value.detach() for name, value in self.items()})
 
     def compact(self) -> NvibLatents:
-        """Without the vectors that decoding cannot see, as short as the longest kept of the batch.
+        """Latents without the vectors that decoding cannot see, as short as the batch's longest latent allows.
 
-        The output of a decoder is the same. Order is kept. Reads a length from the device.
+        The order stays, and so does the output of a decoder. This reads a length from the device.
         """
         order = kept_first(self.log_pi > float("-inf")) if self.batch_size else None
         if order is None:
@@ -182,18 +182,19 @@ class NvibLatents:
         return type(self)(**{name: value if value.dim() == 1 else gather(value) for name, value in self.items()})
 
     def pooled(self) -> Tensor:
-        r"""The mean of each mixture, :math:`\sum_i \pi_i \mu_i`: ``(B, P)`` whatever the length, in at least fp32.
+        r"""The mean of each mixture, :math:`\sum_i \pi_i \mu_i`: ``(B, P)`` for any length, in at least fp32.
 
-        For nearest neighbours and clustering; its distances are never above :func:`~nvib_hf.latent_distance`.
+        Use it for nearest neighbours and clustering. Distances between means are never above
+        :func:`~nvib_hf.latent_distance`.
         """
         z = self.z.to(torch.promote_types(self.z.dtype, torch.float32))
         keep = self.log_pi > float("-inf")
         return (self.log_pi.to(z.dtype).softmax(-1)[..., None] * z.masked_fill(~keep[..., None], 0)).sum(1)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file of the fields, in their dtypes: whole or not at all.
+        """Write the fields, in their dtypes, into one safetensors file: all of it or nothing.
 
-        Its metadata say of which width they are, and for attention of which scale: what a model that decodes them has.
+        Its metadata hold the width and the attention's scale, which a model that decodes the latents must share.
         """
         fields = {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in self.items()}
         metadata = {"format": "pt", "width": str(self.z.shape[-1])}
@@ -203,12 +204,12 @@ class NvibLatents:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str | None = None) -> NvibLatents:
-        """What :meth:`save` wrote, on ``device``, by default the CPU.
+        """Load what :meth:`save` wrote, to ``device``, by default the CPU.
 
         Raises:
-            FileNotFoundError: there is no such file. ValueError: it is something else.
+            FileNotFoundError: there is no such file. ValueError: the file holds no latents, or is a folder.
         """
-        remedy = "Pass a file that NvibLatents.save() wrote; from_pretrained() loads a model."
+        remedy = "Pass a file that NvibLatents.save() wrote. To load a model, call from_pretrained()."
         if Path(path).is_dir():
             raise ValueError(f"{path} is a folder. {remedy}")
         try:
@@ -216,12 +217,13 @@ class NvibLatents:
             tensors = load(Path(path).read_bytes())
         except SafetensorError as error:
             raise ValueError(
-                f"{path} is not a whole safetensors file ({error}). {remedy} torch.load() reads torch.save()'s."
+                f"{path} is not a whole safetensors file ({error}). {remedy} For a torch.save() file use torch.load()."
             ) from error
         unknown = sorted(tensors.keys() - cls.__dataclass_fields__.keys())
         if unknown:
             raise ValueError(
-                f"{path} holds no latents: {unknown[0]!r}, of {len(tensors)}, is no field of theirs. {remedy}"
+                f"{path} holds no latents: {unknown[0]!r}, one of {len(tensors)} tensors, is not one of their fields. "
+                f"{remedy}"
             )
         missing = sorted({"z", "log_pi", "attention_mask"} - tensors.keys())
         if missing:
@@ -233,7 +235,8 @@ class NvibLatents:
 
         Args:
             scale: the attention's scale ``s``.
-            evaluation: ``"means"`` reads a posterior's means, ``"mixture"`` the posterior; a sample is points to both.
+            evaluation: ``"means"`` reads a posterior's means, ``"mixture"`` the posterior itself. For a sample both
+                read its points.
         """
         if self.logvar is None:
             return attended_points(self.z, self.log_pi, scale)
@@ -242,7 +245,7 @@ class NvibLatents:
 
 
 torch.serialization.add_safe_globals([NvibLatents])
-# As a node of trees of tensors, which torch.export and fully sharded training look through.
+# torch.export and fully sharded training find tensors through such trees.
 torch.utils._pytree.register_pytree_node(
     NvibLatents,
     lambda latents: ([value for _, value in latents.items()], latents.keys()),
@@ -256,12 +259,12 @@ torch.utils._pytree.register_pytree_node(
 
 
 def concatenate_latents(latents: list[NvibLatents]) -> NvibLatents:
-    """Latents of several batches as one batch; shorter ones are padded. A field that one lacks is left out.
+    """Join several batches of latents into one. Shorter latents are padded. A field that one batch lacks is left out.
 
-    A sample beside a mixture becomes a mixture of variance 0.
+    If some are samples and some are mixtures, samples become mixtures of variance 0.
     """
     if not latents:
-        raise ValueError("latents is empty: pass at least one.")
+        raise ValueError("latents is empty. Pass at least one.")
     widths = sorted({x.z.shape[-1] for x in latents})
     if len(widths) > 1:
         raise ValueError(f"The latents have widths {widths}: they come from different models and make no batch.")
@@ -274,7 +277,7 @@ def concatenate_latents(latents: list[NvibLatents]) -> NvibLatents:
 
 
 def pad_latents(latents: NvibLatents, length: int, with_logvar: bool) -> NvibLatents:
-    """Latents padded to ``length`` vectors; with log-variances of ``-inf`` if they are a sample and need some."""
+    """Latents padded to ``length`` vectors. With ``with_logvar``, a sample gets log-variances of ``-inf``."""
     fields = dict(latents.items())
     if with_logvar and "logvar" not in fields:
         fields["logvar"] = torch.full_like(latents.z, float("-inf"))
@@ -291,7 +294,7 @@ def pad_latents(latents: NvibLatents, length: int, with_logvar: bool) -> NvibLat
 def broadcast_pair(
     first: NvibLatents, second: NvibLatents, weight: float | Tensor
 ) -> tuple[NvibLatents, NvibLatents, Tensor]:
-    """Two latents and weights ``(B, 1)`` between them: a batch of one is repeated for those of the others.
+    """Two latents of one batch size, and weights ``(B, 1)`` between them. A batch of one is repeated as needed.
 
     Raises:
         ValueError: weights outside [0, 1]; batch sizes or widths that do not fit.
@@ -299,14 +302,14 @@ def broadcast_pair(
     shapes = f"{tuple(first.z.shape)} and {tuple(second.z.shape)}"
     if first.z.shape[-1] != second.z.shape[-1] or len({first.batch_size, second.batch_size} - {1}) > 1:
         raise ValueError(
-            f"Latents of shape {shapes} do not fit: the width must be the same, and the batch size too unless one of "
-            "them is 1."
+            f"Latents of shapes {shapes} do not fit: widths must be equal, and batch sizes too unless one of them is "
+            "1."
         )
     if isinstance(weight, str) or not hasattr(weight, "__len__"):
         weight = check_number("weight", weight)
     given, weight = weight, torch.as_tensor(weight, dtype=first.log_pi.dtype, device=first.z.device)
     if not ((weight >= 0) & (weight <= 1)).all():
-        raise ValueError(f"weight must be in [0, 1], but got {given}: 0 is the first batch, 1 the second.")
+        raise ValueError(f"weight must be in [0, 1], but got {given}. 0 is the first batch, 1 the second.")
     sizes = {first.batch_size, second.batch_size, *weight.shape} - {1}
     if weight.dim() > 1 or len(sizes) > 1:
         size = second.batch_size if first.batch_size == 1 else first.batch_size
@@ -324,8 +327,8 @@ def interpolate(first: NvibLatents, second: NvibLatents, weight: float | Tensor)
 
     Args:
         first, second: latents of the same batch size, or a batch of one; lengths may differ.
-        weight: ``t`` in [0, 1], a number or ``(B,)``; 0 is ``first``. Several for two batches of one walk from the
-            one to the other.
+        weight: ``t`` in [0, 1], a number or ``(B,)``; 0 is ``first``. Several weights for two batches of one give
+            several latents between the two.
 
     Raises:
         ValueError: weights outside [0, 1]; batch sizes or widths that do not fit.

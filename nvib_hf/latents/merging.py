@@ -1,8 +1,8 @@
-r"""Latents in fewer vectors: what is close is merged, with the mass of all.
+r"""Latents with fewer vectors: close vectors are merged into one, which has the mass of all.
 
-The mass of a vector is what attention reads beside its direction, :math:`w_j = e^{b_j}`, with the key bias
-:math:`b_j` of the evaluation (:mod:`nvib_hf.layers.denoising_attention`). After merging, :math:`\log\pi` is what gives
-each merged vector the mass of all that it stands for.
+Attention reads the direction of a vector and its mass :math:`w_j = e^{b_j}`, with the key bias :math:`b_j` of the
+evaluation (:mod:`nvib_hf.layers.denoising_attention`). After merging, :math:`\log\pi` gives each merged vector the
+mass of all the vectors that it replaces.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..configuration_nvib import NvibConfig
 
 UNTRACEABLE = (
-    "how often vectors are merged depends on them, so that no graph holds it. Compile with fullgraph=False, or set "
+    "the number of merges depends on the vectors, so one graph cannot hold them. Compile with fullgraph=False, or set "
     "merge_share=1"
 )
 
@@ -42,24 +42,24 @@ def merged(
     first: int | None = None,
     last: int = 0,
 ) -> NvibLatents:
-    r"""Latents of which each row is merged by :func:`~nvib_hf.layers.merging.merge`.
+    r"""Each latent of a batch, merged by :func:`~nvib_hf.layers.merging.merge`.
 
     .. math:: \log \pi_C = \log \sum_{j \in C} e^{b_j} - b(m, v)
 
-    with :math:`b(m, v)` the bias of the merged vector at :math:`\log\pi = 0`; then all weights of a row are multiplied
-    by one number, so that they sum to what they did.
+    where :math:`b(m, v)` is the bias of the merged vector at :math:`\log\pi = 0`. Then all weights of a latent are
+    multiplied by one number, so that their sum does not change.
 
     Args:
-        latents: a posterior, whose spread is added to the variances, or a sample.
+        latents: a posterior or a sample. A posterior's variances grow by the spread of the merged vectors.
         scale: the attention's scale ``s``.
-        evaluation: ``"means"`` or ``"mixture"``: by which the masses are read.
-        num_vectors, share, cost, order: as :func:`~nvib_hf.layers.merging.merge` takes them.
-        first, last: how many vectors at the beginning and at the end are never merged, nor counted as what may be;
-            by default those of the prior's component, where there is one, and none.
+        evaluation: ``"means"`` or ``"mixture"``: how attention reads the masses.
+        num_vectors, share, cost, order: as in :func:`~nvib_hf.layers.merging.merge`.
+        first, last: how many vectors at the beginning and at the end are neither merged nor counted. By default
+            ``first`` covers the prior's component, if there is one, and ``last`` is 0.
 
     Returns:
-        Latents without padding between vectors and without what was dropped. The KLs are what they were. Counts are of
-        merged vectors. Pseudo-counts keep their sum, in the ratios of the weights.
+        Latents without dropped vectors, and without padding between vectors. The KLs do not change. Counts are of
+        merged vectors. Pseudo-counts keep their sum, and have the ratios of the weights.
     """
     if first is None:
         first = 0 if latents.log_alpha is None else 1 if latents.kappa is None else int(latents.kappa[0])
@@ -96,20 +96,20 @@ def merged(
 
 
 def _bias_without_weight(latents: NvibLatents, scale: float, evaluation: str) -> Tensor:
-    """The bias ``(B, Nl)`` that attention reads of vectors of weight 1."""
+    """The key bias ``(B, Nl)`` of vectors with weight 1."""
     return dataclasses.replace(latents, log_pi=torch.zeros_like(latents.log_pi)).attended(scale, evaluation).bias
 
 
-# The share of a call of encode() or generate(), wherever in it something is encoded: Whisper's generate() does often.
+# The share for a whole call of encode() or generate(), which may encode several times, as Whisper's generate() does.
 _SHARE: ContextVar[float | None] = ContextVar("nvib_merge_share", default=None)
 
 
 @contextmanager
 def sharing(share: float | None) -> Iterator[None]:
-    """Everything that is encoded inside is merged to this share; ``None`` leaves it to the configuration.
+    """Everything encoded inside is merged to this share. ``None`` leaves the share to the configuration.
 
     Raises:
-        ValueError: a share outside (0, 1]. TypeError: it is not one number.
+        ValueError: the share is outside (0, 1]. TypeError: it is not a single number.
     """
     token = _SHARE.set(_SHARE.get() if share is None else checked("merge_share", share))
     try:
@@ -119,6 +119,6 @@ def sharing(share: float | None) -> Iterator[None]:
 
 
 def merge_share_of(config: NvibConfig) -> float:
-    """To which share of their vectors latents are merged now."""
+    """The share of their vectors that latents are merged to now."""
     share = None if torch.compiler.is_compiling() else _SHARE.get()
     return config.merge_share if share is None else share

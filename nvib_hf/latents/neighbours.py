@@ -1,14 +1,14 @@
-r"""Distances between many latents, and nearest neighbours that are exact without computing all of them.
+r"""Distances between many latents, and exact nearest neighbours without computing all distances.
 
-Two lower bounds say which pairs need no transport. With the points :math:`x_i`, :math:`y_j` and the squared distances
+Two lower bounds show which pairs need no transport. With the points :math:`x_i`, :math:`y_j` and the squared distances
 :math:`C_{ij}` of a pair, its distance :math:`d` is at least
 
 .. math::
     d^2 \ge \Bigl\lVert \sum_i \pi_i x_i - \sum_j \pi'_j y_j \Bigr\rVert^2, \qquad
     d^2 \ge \max \Bigl( \sum_i \pi_i \min_j C_{ij}, \; \sum_j \pi'_j \min_i C_{ij} \Bigr)
 
-the first one matrix product for a whole corpus, the second tight: every point goes to its nearest, whatever the
-weights there.
+The first costs one matrix product for a whole corpus. The second is tight: every point goes to its nearest point,
+whatever the weights there.
 
 Source: Kusner et al., From word embeddings to document distances (ICML 2015), prefetch and prune.
 """
@@ -26,21 +26,21 @@ from .checks import check_count
 from .latents import NvibLatents, pad_latents
 from .transport import MAX_ITERATIONS, gaussian_points, pot
 
-BLOCK = 128  # latents of a corpus whose second bound is computed at a time
-SLACK = 1 - 1e-9  # of a bound, so that its rounding prunes nothing
+BLOCK = 128  # the second bound is computed for this many latents of a corpus at a time
+SLACK = 1 - 1e-9  # factor of a bound, so that rounding prunes nothing
 
 
 class Neighbours(NamedTuple):
-    """For each of ``N`` latents its ``k`` nearest of a corpus, the nearest first: both ``(N, k)``."""
+    """For each of ``N`` latents the ``k`` nearest latents of a corpus, nearest first: both fields ``(N, k)``."""
 
     distance: Tensor
     index: Tensor  # type: ignore[assignment]  # in the place of tuple.index
 
 
 class _Points(NamedTuple):
-    """Mixtures as weighted points in float64 on the CPU: ``(N, L, D)`` and ``(N, L)``, those of weight 0 behind.
+    """Mixtures as weighted points in float64 on the CPU: ``(N, L, D)`` and ``(N, L)``. Points of weight 0 come last.
 
-    ``counts`` are the numbers of the others, ``mean`` ``(N, D)`` is that of the points.
+    ``counts`` are the numbers of points with weight, ``mean`` ``(N, D)`` is the mean of the points.
     """
 
     points: Tensor
@@ -50,12 +50,12 @@ class _Points(NamedTuple):
 
 
 def latent_distances(first: NvibLatents, second: NvibLatents) -> Tensor:
-    """:func:`~nvib_hf.latent_distance` of every one of ``N`` latents to every one of ``M``, ``(N, M)``.
+    """:func:`~nvib_hf.latent_distance` between each of ``N`` latents and each of ``M``, ``(N, M)``.
 
-    No gradient passes. About 0.2 ms a pair: for the nearest alone, :func:`nearest` computes few of them.
+    No gradient passes. A pair takes about 0.2 ms. If you only need the nearest, :func:`nearest` computes few pairs.
 
     Raises:
-        ImportError: without the package POT. ValueError: widths that do not fit; a latent without vectors.
+        ImportError: POT is not installed. ValueError: widths do not fit; a latent has no vectors.
     """
     ours, theirs = _points_of(first, second)
     rows = []
@@ -67,26 +67,25 @@ def latent_distances(first: NvibLatents, second: NvibLatents) -> Tensor:
 
 
 def nearest(latents: NvibLatents, corpus: NvibLatents, k: int = 1) -> Neighbours:
-    """The ``k`` nearest of a corpus to each of some latents, by :func:`~nvib_hf.latent_distance`: exact.
+    """For each latent the ``k`` nearest latents of a corpus, exactly, by :func:`~nvib_hf.latent_distance`.
 
-    Transport is solved only where both lower bounds leave it open, for a few pairs of a latent and a corpus of
-    hundreds. A corpus of millions is searched by :meth:`NvibLatents.pooled` first, in an index for vectors, and what
-    that finds is ranked by this function.
+    Transport is solved only if both lower bounds leave the order open: in a corpus of hundreds, for a few pairs of
+    each latent. Search a corpus of millions by :meth:`NvibLatents.pooled` first, in an index for vectors, and rank
+    the results with this function.
 
     Args:
         latents, corpus: of any batch sizes and lengths.
-        k: how many, at most as many as there are in the corpus.
+        k: how many neighbours, at most as many as the corpus has latents.
 
     Raises:
-        ImportError: without the package POT. ValueError: a ``k`` that is too large; widths that do not fit; a latent
-            without vectors.
+        ImportError: POT is not installed. ValueError: ``k`` is too large; widths do not fit; a latent has no vectors.
 
     Example:
         >>> distance, index = nearest(latents, corpus, k=5)  # doctest: +SKIP
     """
     k = check_count("k", k)
     if k > len(corpus):
-        raise ValueError(f"k is {k}, but the corpus has {len(corpus)} latents. Ask for as many, or fewer.")
+        raise ValueError(f"k is {k}, but the corpus has {len(corpus)} latents. Pass a k of at most {len(corpus)}.")
     ours, theirs = _points_of(latents, corpus)
     bounds = torch.cdist(ours.mean, theirs.mean).square() * SLACK
     found = [_nearest(ours, row, theirs, bounds[row], k) for row in range(len(ours.counts))]
@@ -96,7 +95,7 @@ def nearest(latents: NvibLatents, corpus: NvibLatents, k: int = 1) -> Neighbours
 
 
 def _nearest(ours: _Points, row: int, theirs: _Points, bounds: Tensor, k: int) -> list[tuple[float, int]]:
-    """Squared distances and positions of the nearest of one latent, in order; ``bounds`` ``(M,)`` are below them."""
+    """Squared distances and positions of one latent's nearest, in order. ``bounds`` ``(M,)`` are lower bounds."""
     best: list[tuple[float, int]] = []
     for block in bounds.argsort(stable=True).split(BLOCK):
         worst = best[k - 1][0] if len(best) >= k else math.inf
@@ -127,7 +126,7 @@ def _points_of(first: NvibLatents, second: NvibLatents) -> tuple[_Points, _Point
         latents = pad_latents(latents, latents.z.shape[1], with_logvar=mixture).to("cpu")
         keep = latents.log_pi > -math.inf
         if not keep.any(-1).all():
-            raise ValueError("A latent has no vector left: all its log_pi are -inf. Leave it at least one.")
+            raise ValueError("A latent has no vector left: all its log_pi are -inf. Leave at least one vector.")
         logvar = None if latents.logvar is None else latents.logvar.double()
         points = gaussian_points(latents.z.double(), logvar).masked_fill(~keep[..., None], 0)
         if not points.isfinite().all():
@@ -141,7 +140,7 @@ def _points_of(first: NvibLatents, second: NvibLatents) -> tuple[_Points, _Point
 
 
 def _costs(ours: _Points, row: int, theirs: _Points, columns: list[int]) -> Tensor:
-    """Squared distances of the points of one latent to those of others, ``(len(columns), n, L)``."""
+    """Squared distances of one latent's points to the points of others, ``(len(columns), n, L)``."""
     own = ours.points[row, : ours.counts[row]]
     others = theirs.points[columns]
     squared = torch.cdist(own, others.flatten(0, 1)).square()
@@ -158,10 +157,10 @@ def _relaxed(ours: _Points, row: int, theirs: _Points, columns: list[int], costs
 
 
 def _transported(ours: _Points, row: int, theirs: _Points, column: int, costs: Tensor) -> float:
-    """What the cheapest plan of a pair costs; ``costs`` are those of its points, ``(n, L)``."""
+    """The cost of a pair's cheapest plan. ``costs`` ``(n, L)`` are between its points."""
     n, m = ours.counts[row], theirs.counts[column]
     cost, a, b = costs[:, :m], ours.weights[row, :n], theirs.weights[column, :m]
-    if n == 1 or m == 1:  # there is one plan alone
+    if n == 1 or m == 1:  # there is only one plan
         return float(a @ cost @ b)
     cost = cost.contiguous()
     plan = torch.from_numpy(pot().emd(a.numpy(), b.numpy(), cost.numpy(), numItermax=MAX_ITERATIONS))

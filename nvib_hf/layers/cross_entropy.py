@@ -1,7 +1,7 @@
-r"""Cross-entropy in single precision of logits in any, a few rows at a time.
+r"""Cross-entropy in single precision for logits in any precision, a few tokens at a time.
 
-Logits are the largest tensor of a training step. Converted as a whole, those in half precision would cost a copy in
-single precision, one more for their softmax and a third for its gradient. So a few rows are converted at a time, and
+Logits are the largest tensor of a training step. To convert all logits from half precision would cost a copy in single
+precision, another for the softmax and a third for its gradient. So a few tokens' logits are converted at a time, and
 the gradient is written in the logits' own precision.
 """
 
@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from .denoising_attention import at_least_float32
 
-IGNORED = -100  # the label of what is no target
+IGNORED = -100  # the label of a position that is not a target
 
-# Logits at a time: on a CPU as many as stay in its cache; elsewhere, where kernels have to be launched, 64 MiB.
+# Logits at a time. On a CPU as many as stay in its cache; elsewhere 64 MiB, because kernels have to be launched.
 AT_A_TIME = {"cpu": 2**20}
 AT_A_TIME_ELSEWHERE = 2**24
 
@@ -34,7 +34,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
         labels: ``y``, ``(N,)``; -100 is ignored.
         label_smoothing: :math:`\epsilon`, in [0, 1].
     """
-    if torch.compiler.is_compiling():  # which makes no copies where it fuses, but would unroll a loop over rows
+    if torch.compiler.is_compiling():  # the compiler fuses the copies away, but would unroll a loop
         return _sum_of_rows(at_least_float32(logits), labels, label_smoothing=label_smoothing)
     total: Tensor = _CrossEntropy.apply(logits, labels, label_smoothing)
     return total
@@ -44,14 +44,14 @@ _sum_of_rows = functools.partial(F.cross_entropy, ignore_index=IGNORED, reductio
 
 
 def _gradient(logits: Tensor, labels: Tensor, weight: Tensor, smoothing: float) -> Tensor:
-    """Of the sum by the logits, for labels in the vocabulary ``(N, 1)`` and what each token counts ``(N, 1)``."""
+    """Gradient of the sum by the logits, for labels ``(N, 1)`` and weights of tokens ``(N, 1)``."""
     p = at_least_float32(logits).softmax(-1)
     target = p.new_full((1, 1), smoothing - 1).expand_as(labels)
     return weight * (p.scatter_add(1, labels, target) - smoothing / p.shape[1])
 
 
 class _Context(Protocol):
-    """What the backward pass is handed of the forward pass."""
+    """What the forward pass leaves for the backward pass."""
 
     smoothing: float
     saved_tensors: tuple[Tensor, Tensor]
@@ -60,9 +60,9 @@ class _Context(Protocol):
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """The sum, with a backward that computes the softmax again, a few rows at a time, in place of keeping it.
+    """The sum, with a backward that computes the softmax again, a few tokens at a time, instead of keeping it.
 
-    Forward and backward of 512 x 50265 logits on one CPU core, and the most memory beside the logits:
+    Time of forward and backward for 512 x 50265 logits on one CPU core, and peak memory without the logits:
 
         bfloat16           float32
          62 ms,  87 MiB     70 ms, 133 MiB   this
@@ -70,8 +70,8 @@ class _CrossEntropy(torch.autograd.Function):
          53 ms, 181 MiB     50 ms, 219 MiB   the loop over rows with autograd's own backward
          93 ms, 160 MiB    140 ms, 269 MiB   the same with checkpointing
 
-    What autograd's own backward has is kept: the rule for ``vmap``, with which ``torch.func`` takes the gradients of
-    single examples, and a second derivative.
+    Like autograd's own backward it has a rule for ``vmap``, which ``torch.func`` needs for the gradients of single
+    examples, and a second derivative.
     """
 
     generate_vmap_rule = True

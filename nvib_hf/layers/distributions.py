@@ -13,29 +13,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# The range of log(alpha) in which the noise of a Gamma draw is exact. Below it exp(-log_alpha), the
-# derivative of log(u) / alpha, nears the end of fp32's range. Above it the relative deviation of a draw
-# is below exp(-15 / 2) = 6e-4 and fp32 begins to round it away. Only the noise is clamped, never the
-# log-weight itself. (At -60 the draw is exact still: from PyTorch 2.14 on a clamp has no gradient at its bounds.)
+# In this range of log(alpha) the noise of a Gamma draw is exact. Below it exp(-log_alpha), the derivative of
+# log(u) / alpha, is close to the end of fp32's range. Above it the relative deviation of a draw is below
+# exp(-15 / 2) = 6e-4, and fp32 begins to round it away. Only the noise is clamped, never the log-weight itself.
+# (The bound is -61, so that the draw is exact at -60: from PyTorch 2.14 on a clamp has no gradient at its bounds.)
 MIN_LOG_ALPHA = -61.0
 
 MAX_LOG_ALPHA = 15.0
 
-# exp of more overflows fp32; only what is reported is clamped, everything computes with log_alpha.
+# exp of more overflows fp32. Only reported numbers are clamped; all computations use log_alpha.
 LOG_ALPHA_REPORTED_MAX = 85.0
 
 
 def noise(kind: Callable[..., Tensor], like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """``torch.rand`` or ``torch.randn``, of the shape, dtype and device of a tensor.
+    """``torch.rand`` or ``torch.randn`` with the shape, dtype and device of a tensor.
 
-    Without a generator the argument is left out: given, even as None, it cannot be compiled for varying lengths.
+    Without a generator the argument is left out. If it were passed, even as None, varying lengths would not compile.
     """
     given = {} if generator is None else {"generator": generator}
     return kind(like.shape, dtype=like.dtype, device=like.device, **given)
 
 
 def log_of_positive(x: Tensor) -> Tensor:
-    """``log(x)``; ``-inf`` where ``x`` is not above 0, with a gradient of 0 there, where a logarithm has none."""
+    """``log(x)``. Where ``x`` is not above 0, the value is ``-inf`` and the gradient is 0."""
     none = x <= 0
     return x.masked_fill(none, 1).log().masked_fill(none, -math.inf)
 
@@ -73,11 +73,11 @@ def log_gamma_sample(log_alpha: Tensor, generator: torch.Generator | None = None
     alpha_c = log_alpha_c.exp()
     below_one = alpha_c < 1
 
-    # rand is 0 once in 2**24 draws of float32, and log(u) / alpha would be 0 however small alpha is: a
-    # weight for a component without any. Half a step of rand's grid keeps u below 1.
+    # rand is 0 once in 2**24 draws of float32. Then log(u) / alpha would be 0 for any alpha, and a component without
+    # weight would get some. Half a step of rand's grid keeps u below 1.
     log_u = torch.log1p(-noise(torch.rand, log_alpha, generator))
     log_u = log_u.clamp(max=-torch.finfo(dtype).eps / 4)
-    # Private, but torch.distributions' own sampler, and the only one with implicit gradients that takes a generator.
+    # Private, but torch.distributions uses it too, and no other sampler has implicit gradients and takes a generator.
     g = torch._standard_gamma(torch.where(below_one, alpha_c + 1, alpha_c), generator=generator)
     log_g = g.log() + torch.where(below_one, log_u * torch.exp(-log_alpha_c), 0.0)
     return log_alpha + (log_g - log_alpha_c)
@@ -92,8 +92,8 @@ def log_dirichlet_sample(
 
     Args:
         log_alpha: logarithm of the pseudo-counts, ``(..., N)``.
-        mask: True where a component is kept, ``(..., N)``; None keeps all. Every row must keep at least
-            one component of finite ``log_alpha`` (the prior's is never masked).
+        mask: True where a component is kept, ``(..., N)``; None keeps all. Every example must keep at least
+            one component with finite ``log_alpha`` (the prior's is never masked).
         generator: source of randomness, on ``log_alpha``'s device; None for PyTorch's global one.
 
     Returns:
@@ -105,7 +105,7 @@ def log_dirichlet_sample(
     if mask is None:
         return log_gamma_sample(log_alpha, generator).log_softmax(-1)
     log_g = log_gamma_sample(log_alpha.masked_fill(~mask, 0.0), generator).masked_fill(~mask, -math.inf)
-    # The second time for the gradient: what arrives at a masked entry must not reach the others.
+    # Masked again for the gradient: the gradient of a masked component must not reach the others.
     return log_g.log_softmax(-1).masked_fill(~mask, -math.inf)
 
 
@@ -143,11 +143,11 @@ def gaussian_sample(
 
 # ------------------------------------------------------------------------------------------------ the posterior
 class Posterior(NamedTuple):
-    """Parameters of the posterior, batch-first, component 0 the prior's, which is never masked.
+    """Parameters of the posterior, batch-first. Component 0 is the prior's, which is never masked.
 
     ``mu``, ``logvar`` ``(B, Ns + 1, P)``; ``log_alpha`` ``(B, Ns + 1)`` in fp32 or better; ``mask``
-    ``(B, Ns + 1)``, True = a component; ``keep``: as ``mask``, less what is dropped; ``keep_logit`` ``(B, Ns + 1)``:
-    above 0 for what is kept, ``+inf`` for the prior's, ``None`` where nothing decides.
+    ``(B, Ns + 1)``, True where a component is no padding; ``keep``, True where it is neither padding nor dropped;
+    ``keep_logit`` ``(B, Ns + 1)``, above 0 to keep, ``+inf`` for the prior's, ``None`` if nothing can be dropped.
     """
 
     mu: Tensor
@@ -158,7 +158,7 @@ class Posterior(NamedTuple):
     keep_logit: Tensor | None = None
 
     def repeated(self, kappa: int) -> Posterior:
-        """Of each of ``kappa`` vectors per component, side by side, with ``alpha_i / kappa``."""
+        """Parameters for ``kappa`` vectors per component, next to each other, with ``alpha_i / kappa`` each."""
         repeats = {name: x.repeat_interleave(kappa, dim=1) for name, x in self._asdict().items() if x is not None}
         repeated = Posterior(**repeats)
         return repeated._replace(log_alpha=repeated.log_alpha - math.log(kappa))
@@ -168,15 +168,15 @@ class Posterior(NamedTuple):
         return self.log_alpha.masked_fill(~self.keep, float("-inf")).log_softmax(-1)
 
     def draw_log_g(self, generator: torch.Generator | None = None) -> Tensor:
-        """Log weights ``(B, Ns + 1)`` before they are normalised, which the softmax of an attention does as well.
+        """Log weights ``(B, Ns + 1)`` that are not normalised, because the softmax of an attention does that.
 
-        So those of a position do not depend on the positions that come later.
+        So the weight of a position does not depend on later positions.
         """
         log_g = log_gamma_sample(self.log_alpha.masked_fill(~self.keep, 0), generator)
         return log_g.masked_fill(~self.keep, -math.inf)
 
     def statistics(self) -> dict[str, Tensor]:
-        """Per example ``(B,)``: ``num_vec``, ``prop_vec``, ``effective_num_vec``, ``alpha0`` (see the layer)."""
+        """For each example ``(B,)``: ``num_vec``, ``prop_vec``, ``effective_num_vec``, ``alpha0`` (see the layer)."""
         num_vec = self.keep[:, 1:].sum(-1).float()
         length = self.mask[:, 1:].sum(-1).clamp(min=1)
         log_alpha = self.log_alpha.detach().masked_fill(~self.mask, float("-inf"))
@@ -191,17 +191,17 @@ class Posterior(NamedTuple):
 
 
 class NvibOutput(NamedTuple):
-    """What the layer makes of a batch.
+    """The layer's output for a batch.
 
     Args:
         z: vectors ``(B, Nl, P)``: a sample, or the means.
-        log_pi: their log weights ``(B, Nl)``: a sample, or the expected ones.
+        log_pi: log weights ``(B, Nl)`` of the vectors: a sample, or the expected weights.
         posterior: parameters of the ``Ns + 1`` components.
-        drawn: those of the ``Nl`` vectors; of the means the posterior itself.
-        kappa: vectors drawn per component, ``Nl = kappa * (Ns + 1)``; ``None`` of the means, one per component.
-        kl_gaussian, kl_dirichlet: ``(B,)``, as the layer weighs them; ``None`` where they were not asked for.
-        relaxed_share: ``(B,)``, :func:`~nvib_hf.layers.dropping.relaxed_share`; ``None`` likewise, and where nothing
-            decides.
+        drawn: parameters of the ``Nl`` vectors; for means, the posterior itself.
+        kappa: vectors drawn per component, ``Nl = kappa * (Ns + 1)``; ``None`` for means, one per component.
+        kl_gaussian, kl_dirichlet: ``(B,)``, as the layer weighs them; ``None`` if you did not ask for them.
+        relaxed_share: ``(B,)``, :func:`~nvib_hf.layers.dropping.relaxed_share`; ``None`` if you did not ask for KLs,
+            or if nothing can be dropped.
     """
 
     z: Tensor

@@ -1,6 +1,6 @@
-r"""Which vectors are kept: a threshold under the pseudo-counts, or a decision that is learned; and what trains them.
+r"""Which vectors are kept: a threshold for the pseudo-counts or a learned decision, and how training moves them.
 
-Either is a keep logit, above 0 for a vector that is kept.
+Both are a keep logit, above 0 for a vector to keep.
 
 Source: the threshold, Behjati, Fehr & Henderson (Findings of EMNLP 2023); the learned decision, the share of examples
 and the relaxed share of vectors are this project's own.
@@ -16,13 +16,13 @@ from torch.nn import functional as F
 
 from .distributions import Posterior, log_dirichlet_sample, noise
 
-# What stands for log(0), finite so that a pseudo-count of 0 has a gradient; fp32 holds exp(-69) and its inverse.
+# Replaces log(0). It is finite, so that a pseudo-count of 0 has a gradient; fp32 holds exp(-69) and its inverse.
 LOG_ZERO = -69.0
 
-# The slope of `relu_log_alpha` below 0, in its gradient alone.
+# The slope of `relu_log_alpha` below 0, in the gradient only.
 LEAK = 0.1
 
-# Of a learned decision: the logit that everything starts with, which keeps 95 % of the draws, and the temperature of
+# For a learned decision: the logit of every vector at the start, which keeps 95 % of the draws, and the temperature of
 # its relaxation.
 KEEP_BIAS = 3.0
 
@@ -30,11 +30,11 @@ TEMPERATURE = 0.3
 
 
 def relu_log_alpha(activation: Tensor) -> Tensor:
-    r""":math:`\log \alpha` of :math:`\alpha = \mathrm{relu}(a)`, ``LOG_ZERO`` where it is 0, with a gradient there.
+    r""":math:`\log \alpha` of :math:`\alpha = \mathrm{relu}(a)`; ``LOG_ZERO`` where it is 0, with a gradient there.
 
-    A plain relu would leave a vector dead for good: neither the KLs nor the reconstruction reach its activation.
+    With a plain relu a dead vector would stay dead: neither the KLs nor the reconstruction reach its activation.
     Here :math:`d\alpha / da` is ``LEAK`` below 0, so :math:`KL_D` revives vectors while the total pseudo-count is
-    below the prior's, and the value stays exact.
+    below the prior's. The value itself is exact.
     """
     smallest = math.exp(LOG_ZERO)
     dead = LOG_ZERO + (LEAK / smallest) * (activation - activation.detach())
@@ -42,20 +42,20 @@ def relu_log_alpha(activation: Tensor) -> Tensor:
 
 
 def kept(keep_logit: Tensor, share: Tensor | float) -> Tensor:
-    """Whether evaluation keeps a vector: where its keep logit is above 0, or dropping is off.
+    """Whether evaluation keeps a vector: its keep logit is above 0, or dropping is off.
 
     Args:
-        keep_logit: any shape; of a threshold :math:`t`, :math:`\\log\\alpha - \\log t`.
-        share: of the training examples in which vectors are dropped; at 0 nothing is, in evaluation either.
+        keep_logit: any shape; for a threshold :math:`t` it is :math:`\\log\\alpha - \\log t`.
+        share: the share of training examples in which vectors are dropped. At 0 evaluation drops nothing either.
     """
     return (keep_logit > 0) | (share <= 0)
 
 
 def kept_first(keep: Tensor) -> Tensor | None:
-    """Positions ``(B, L)`` of what is kept, in order, for the largest number ``L`` kept in a row of ``(B, N)``.
+    """Positions ``(B, L)`` of kept vectors, in order. ``L`` is the most that any example of ``keep`` ``(B, N)`` keeps.
 
-    Rows that keep fewer are filled up with what they do not keep. ``None`` where ``L`` is ``N``. Reads a length from
-    the device.
+    Examples that keep fewer are filled up with vectors that they do not keep. ``None`` if ``L`` is ``N``. This reads a
+    length from the device.
     """
     length = int(keep.sum(-1).max())
     if length == keep.shape[1]:
@@ -64,7 +64,7 @@ def kept_first(keep: Tensor) -> Tensor | None:
 
 
 def examples_that_keep_all(keep_logit: Tensor, share: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Draws in which examples of a training batch ``(B, Nl)`` nothing is dropped, ``(B, 1)``."""
+    """Draws the examples of a training batch ``(B, Nl)`` that drop nothing, ``(B, 1)``."""
     draws = noise(torch.rand, keep_logit[:, :1], generator)
     return draws >= share.to(keep_logit.device)
 
@@ -74,11 +74,12 @@ def relaxed_share(keep_logit: Tensor, mask: Tensor) -> Tensor:
 
     .. math:: \frac1{N_s} \sum_i \mathrm{sigmoid}(l_i)
 
-    For a threshold :math:`t` that is the mean of :math:`\alpha_i / (\alpha_i + t)`; for a learned decision, of the
-    probabilities that training keeps a vector. It is the share itself once every logit is far from 0.
+    For a threshold :math:`t` it is the mean of :math:`\alpha_i / (\alpha_i + t)`. For a learned decision it is the
+    mean probability that training keeps a vector. It equals the share itself once every logit is far from 0.
 
     Args:
-        keep_logit, mask: of the source vectors, ``(B, Ns)``; True = a vector.
+        keep_logit: of the source vectors, ``(B, Ns)``.
+        mask: ``(B, Ns)``, True where a vector is no padding.
     """
     share = torch.sigmoid(keep_logit).masked_fill(~mask, 0)
     return share.sum(-1) / mask.sum(-1).clamp(min=1)
@@ -89,26 +90,27 @@ def learned_keep_logit(hidden_states: Tensor, weight: Tensor, bias: Tensor) -> T
 
     .. math:: l_i = w^\top \mathrm{layernorm}(x_i) + b
 
-    The norm is taken out: what can go has little to do with it, and the pseudo-counts of a pretrained model follow it.
+    The layer norm removes the norm. It says little about which vectors can go, but a pretrained model's pseudo-counts
+    follow it.
     """
     return (F.layer_norm(hidden_states, weight.shape) * weight).sum(-1) + bias  # autocast leaves this in fp32
 
 
 def everything_kept(width: int) -> dict[str, Tensor]:
-    """Parameters of a learned decision, by name, with which it keeps 95 % of the draws."""
+    """The first parameters of a learned decision, by name. It then keeps 95 % of the draws."""
     return {"keep_weight": torch.zeros(width), "keep_bias": torch.full((1,), KEEP_BIAS)}
 
 
 def relaxed_log_gate(keep_logit: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    r"""Draws of what a relaxed decision adds to a vector's log weight in training, shaped as ``keep_logit``.
+    r"""Draws what a relaxed decision adds to a vector's log weight in training, shaped as ``keep_logit``.
 
     .. math:: \log \mathrm{sigmoid}\bigl((l + \epsilon) / 0.3\bigr), \qquad \epsilon \sim \mathrm{Logistic}
 
-    For a decoder that is frozen: nothing is dropped, and one that is trained learns to read weights however small,
-    whereupon the probabilities go to 0 at no cost.
+    Use it with a frozen decoder. Nothing is dropped, so a decoder in training would learn to read even tiny weights,
+    and the probabilities would go to 0 at no cost.
 
     Args:
-        keep_logit: ``+inf`` has a weight of 1.
+        keep_logit: ``+inf`` gives a weight of 1.
 
     Source: Maddison, Mnih & Teh (ICLR 2017).
     """
@@ -124,13 +126,13 @@ def draw_dropping(
     kappa: int,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Posterior]:
-    """Log weights ``(B, Nl)`` drawn in training by a layer that drops, and the parameters of their vectors.
+    """Training draws of log weights ``(B, Nl)`` for a layer that drops, and the parameters of their vectors.
 
     Args:
         posterior: with the keep logits.
         dropping: ``"threshold"`` or ``"relaxed"``.
-        share: of the examples in which vectors are dropped.
-        positive: ``(B, Ns + 1)``, True = a component whose pseudo-count is above 0.
+        share: the share of examples in which vectors are dropped.
+        positive: ``(B, Ns + 1)``, True where a component is no padding and its pseudo-count is above 0.
         kappa: vectors drawn per component.
     """
     assert posterior.keep_logit is not None, "nothing decides what this posterior drops"

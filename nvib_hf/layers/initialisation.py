@@ -21,7 +21,7 @@ def prior_buffers(
     prior_log_alpha: float | Tensor,
     prior_log_alpha_std: float | Tensor = 1.0,
 ) -> dict[str, Tensor]:
-    """A prior as :class:`PriorMixin` keeps it: its buffers, by name, or what is broadcast to them."""
+    """A prior as the buffers of :class:`PriorMixin`, by name. Values can be broadcast to the buffers."""
     return {
         "prior_mu": torch.as_tensor(prior_mu),
         "prior_logvar": torch.as_tensor(prior_var, dtype=torch.float32).log(),
@@ -56,7 +56,7 @@ class PriorMixin(nn.Module):
         prior_log_alpha: float | Tensor,
         prior_log_alpha_std: float | Tensor = 1.0,
     ) -> None:
-        """Replace the prior, for instance by an :func:`~nvib_hf.layers.initialisation.empirical_prior`."""
+        """Set the prior, for instance to an :func:`~nvib_hf.layers.initialisation.empirical_prior`."""
         for name, value in prior_buffers(prior_mu, prior_var, prior_log_alpha, prior_log_alpha_std).items():
             self.get_buffer(name).copy_(value)
 
@@ -82,7 +82,7 @@ class PriorMixin(nn.Module):
         return z, log_dirichlet_sample(log_alpha, mask, generator)
 
 
-# log(tau_sigma ** 2) for tau_sigma = 0: without effect in fp32, and a KL that training can climb down from.
+# log(tau_sigma ** 2) for tau_sigma = 0: it has no effect in fp32, and training can still reduce its KL.
 LOG_TAU_SIGMA_FLOOR = -46.0
 
 
@@ -96,17 +96,17 @@ def identity_parameters(
     tau_sigma: float = 0.0,
     tau_mu: float = 1.0,
 ) -> dict[str, Tensor]:
-    r"""The parameters of :class:`~nvib_hf.Nvib`, by name, that hand a pretrained encoder's output on.
+    r"""The parameters of :class:`~nvib_hf.Nvib`, by name, that pass a pretrained encoder's output on unchanged.
 
     .. math::
         W_\mu = \tau_\mu I, \quad b_\mu = (1 - \tau_\mu) \mu_0, \quad
         W_\sigma = 0, \quad b_\sigma = \log(\sigma_0^2 \tau_\sigma^2), \quad
         w_1 = 0, \quad w_2 = s / 2, \quad b = \tau_\alpha \max(\mathrm{std}, 1) + \max(c_0, 0)
 
-    with the prior's own score at a query of 0,
-    :math:`c_0 = \log \alpha_0 - \tfrac{s}{2} \sum (1 - r_0) \mu_0^2 - \tfrac12 \sum \log(1 + s \sigma_0^2)`, which is
+    The prior's own score at a query of 0 is
+    :math:`c_0 = \log \alpha_0 - \tfrac{s}{2} \sum (1 - r_0) \mu_0^2 - \tfrac12 \sum \log(1 + s \sigma_0^2)`. It is
     above 0 only for empirical priors. ``tau_alpha = 10, tau_sigma = 0, tau_mu = 1`` compute the pretrained model's
-    function; smaller ``tau_alpha`` and larger ``tau_sigma`` regularise it without any training.
+    function. Smaller ``tau_alpha`` and larger ``tau_sigma`` regularise it without any training.
 
     Args:
         prior_mu, prior_logvar: ``(P,)``; prior_log_alpha, prior_log_alpha_std: ``(1,)``.
@@ -119,7 +119,7 @@ def identity_parameters(
         checked(name, tau)
     width = prior_mu.shape[0]
     prior_mu, prior_logvar = prior_mu.float(), prior_logvar.float()
-    # What attention adds to the score of the prior's component: all of it, at a query of 0.
+    # What attention adds to the score of the prior's component. At a query of 0 this is the whole score.
     prior_score = attended_mixture(
         prior_mu[None, None], prior_logvar[None, None], prior_log_alpha.float()[None], scale
     ).bias[0]
@@ -159,13 +159,13 @@ class PriorStatistics:
         self._energies: list[Tensor] = []
 
     def add(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> None:
-        """Take vectors ``(B, Ns, P)``, without the padding ``(B, Ns)``, where that is True."""
+        """Add vectors ``(B, Ns, P)``, except where ``padding_mask`` ``(B, Ns)`` is True."""
         vectors = hidden_states.detach().flatten(0, 1).double()
         if padding_mask is not None:
             vectors = vectors[~padding_mask.flatten().bool()]
         if not len(vectors):
             return
-        # Batches are merged by their means: sums of squares would cancel.
+        # Batches are combined by their means, because sums of squares would cancel.
         mean, count, total = vectors.mean(0), self._count, self._count + len(vectors)
         shift = mean - self._mean
         between = shift.square() * count * len(vectors) / total
@@ -175,7 +175,7 @@ class PriorStatistics:
         self._energies.append(0.5 * self.scale * vectors.square().sum(-1))
 
     def prior(self, of: str = "the encoder's output") -> EmpiricalPrior:
-        """The prior of what was taken.
+        """The prior of the vectors added so far.
 
         Raises:
             ValueError: fewer than two vectors, or a channel that never varies.
@@ -197,14 +197,15 @@ class PriorStatistics:
 def empirical_prior(batches: Iterable[tuple[Tensor, Tensor | None]], scale: float) -> EmpiricalPrior:
     r"""Prior from the encoder's output over a corpus.
 
-    Mean and unbiased variance of the vectors, mean and deviation of :math:`\tfrac{s}{2} \lVert x \rVert^2`.
+    It holds mean and unbiased variance of the vectors, and mean and deviation of
+    :math:`\tfrac{s}{2} \lVert x \rVert^2`.
 
     Args:
         batches: pairs of encoder outputs ``(B, Ns, P)`` and masks ``(B, Ns)``, True = padding, or ``None``.
         scale: the attention's scale ``s``.
 
     Raises:
-        ValueError: for fewer than two vectors, or a channel that never varies.
+        ValueError: there are fewer than two vectors, or a channel never varies.
     """
     statistics = PriorStatistics(scale)
     for hidden_states, padding_mask in batches:

@@ -1,18 +1,19 @@
-r"""Merging: a set of weighted vectors replaced by fewer, of which attention reads the same to first order.
+r"""Merging: replaces weighted vectors by fewer ones, from which attention reads the same to first order.
 
-Attention with a bias :math:`b_j` per key reads of a set of vectors
+From a set of vectors, attention with a bias :math:`b_j` per key reads
 
 .. math:: K(q) = \log \sum_j w_j e^{s\, u^\top z_j}, \qquad w_j = e^{b_j}, \quad u = W_k^\top q
 
-and its gradient: :math:`w_j` is the *mass* of a vector. Several vectors are one, at their mean, with the mass
-of all, up to second order of how far they are apart. Dropping a vector loses its mass, merging it does not.
+and its gradient. :math:`w_j` is the *mass* of a vector. Several vectors can be replaced by one vector at their mean,
+with the mass of all; the error is of second order in their distances. Dropping a vector loses its mass, merging does
+not.
 
-* :func:`merge` does it for a batch, in rounds that merge many pairs at once;
-* :func:`merge_in_place` leaves every vector where it is and puts the merged one in its place;
-* :func:`naive_merge` is the definition, one pair after the other, that the tests hold the rounds to.
+* :func:`merge` merges a batch, in rounds of many pairs at once;
+* :func:`merge_in_place` leaves the sequence as long as it is, and puts the merged vector in the place of each;
+* :func:`naive_merge` is the definition, one pair after another. Tests compare the rounds with it.
 
-Source: this project, by the reduction of mixtures; with equal masses at the start the bias is the "proportional
-attention" of ToMe (Bolya et al., Token Merging: Your ViT But Faster, ICLR 2023).
+Source: this project, by the reduction of mixtures. If all masses are equal at the start, the bias is the
+"proportional attention" of ToMe (Bolya et al., Token Merging: Your ViT But Faster, ICLR 2023).
 """
 
 from __future__ import annotations
@@ -30,20 +31,20 @@ from .settings import check_choice
 
 Limit = float | Sequence[float] | Tensor
 ORDERS = ("neighbours", "any")
-# Costs count as equal in a round within a step of their logarithm, and equal ones are told apart by a number of the
-# pair that looks random: else every pair of a slope, or of equal vectors, waits for its neighbour, a round each.
+# In a round, costs within one step of their logarithm count as equal, and a pseudo-random number of each pair decides
+# between equal costs. Otherwise, on a slope or among equal vectors, each pair would wait a round for its neighbour.
 STEP = 0.03
-LOWEST = -1000.0  # logarithm of a cost, that of equal vectors: further down fp32 would round the number away
-ROUNDING = 16  # of a distance that is a difference of products, in units of the norms' last place
-SPREAD = (0.754878, 0.863156)  # irrational, and their sum is the golden ratio's, which scatters neighbours best
+LOWEST = -1000.0  # logarithm of the cost of equal vectors; below it fp32 would round the pseudo-random number away
+ROUNDING = 16  # error of a distance computed from products, in units of the norms' last place
+SPREAD = (0.754878, 0.863156)  # irrational; their sum, the golden ratio's, scatters neighbours best
 
 
 class Merged(NamedTuple):
-    """What :func:`merge` made of a batch, in the order of the first vector behind each.
+    """The result of :func:`merge`. Merged vectors are in the order of the first vector in each.
 
-    ``z`` ``(B, K, P)``, 0 in padding; ``log_mass`` ``(B, K)``, ``-inf`` there; ``logvar`` ``(B, K, P)`` or ``None``;
-    ``counts`` ``(B, K)``: how many vectors stand behind each, 0 in padding; ``assignment`` ``(B, Nl)``: what each
-    vector became part of, -1 where there was none.
+    ``z`` ``(B, K, P)``, 0 in padding; ``log_mass`` ``(B, K)``, ``-inf`` in padding; ``logvar`` ``(B, K, P)`` or
+    ``None``; ``counts`` ``(B, K)``: how many vectors each merged vector replaces, 0 in padding; ``assignment``
+    ``(B, Nl)``: the number of the merged vector that each vector went into, -1 where there was no vector.
     """
 
     z: Tensor
@@ -71,30 +72,30 @@ def merge(
         W = \sum_{j \in C} w_j, \qquad m = \frac{1}{W} \sum_{j \in C} w_j z_j, \qquad
         v = \frac{1}{W} \sum_{j \in C} w_j \bigl(\sigma_j^2 + (z_j - m)^2\bigr)
 
-    of groups :math:`C` that pairs grow into. The next pair is the one of lowest
+    Groups :math:`C` grow by merging pairs. The next pair is the one with the lowest cost
 
     .. math:: c_{ij} = \Bigl(\frac{w_i w_j}{w_i + w_j}\Bigr)^p \lVert z_i - z_j \rVert^2
 
-    with masses in units of the row's mean mass, so that its length and the weights' normaliser do not matter. A round
-    merges all pairs that are each other's nearest, cheapest first, and no more than are still to go. Which vectors
-    belong together has no gradient; masses, means and variances have.
+    Masses are in units of the example's mean mass, so that its length and the weights' normaliser do not matter. A
+    round merges all pairs of mutually nearest vectors, cheapest first, until enough are merged. The choice of groups
+    has no gradient; masses, means and variances have.
 
     Args:
         z: vectors before any projection, ``(B, Nl, P)``.
         log_mass: :math:`b`, ``(B, Nl)``, ``-inf`` where there is no vector (padding, dropped).
-        num_vectors: how many to leave, at least 1; more than there are leaves all.
-        share: of a row's vectors to leave, in (0, 1], rounded, at least 1.
-        cost: merge as long as a pair costs at most this; 0 merges equal vectors alone. Exactly one of the three is
-            given, as a number or one per row.
-        logvar: log-variances ``(B, Nl, P)``, ``-inf`` for 0: the spread of what is merged is added.
-        fixed: ``(B, Nl)``, True = never merged, nor counted (the prior's component).
-        order: ``"neighbours"`` merges what is next to each other, between vectors that may merge; ``"any"`` any two,
-            which compares all pairs in every round, and needs many rounds where few are each other's nearest (random
-            vectors of many dimensions: a minute for 1500).
-        power: :math:`p`; 1 is Ward's criterion, the increase of the spread; less lets heavy vectors merge sooner.
+        num_vectors: how many vectors to leave, at least 1. A number above the vectors there are merges nothing.
+        share: the share of an example's vectors to leave, in (0, 1], rounded, at least 1 vector.
+        cost: merge as long as a pair costs at most this; 0 merges only equal vectors. Give exactly one of the three,
+            as one number or one per example.
+        logvar: log-variances ``(B, Nl, P)``, ``-inf`` for 0. The spread of merged vectors is added.
+        fixed: ``(B, Nl)``, True where a vector is neither merged nor counted (the prior's component).
+        order: ``"neighbours"`` merges neighbours; fixed and absent vectors between them do not count. ``"any"`` merges
+            any two vectors. It compares all pairs in every round, and needs many rounds if few pairs are mutually
+            nearest (a minute for 1500 random vectors of many dimensions).
+        power: :math:`p`. 1 is Ward's criterion, the increase of the spread; less lets heavy vectors merge sooner.
 
     Raises:
-        ValueError: shapes that do not fit; none or several of num_vectors, share and cost, or values out of range.
+        ValueError: shapes do not fit; none or several of num_vectors, share and cost; a value is out of range.
 
     Source: this project; p = 1, Ward (1963). With ``order="any"`` the rounds are those of agglomerative clustering by
     reciprocal nearest neighbours (Murtagh, 1983).
@@ -145,7 +146,7 @@ def merge_in_place(z: Tensor, log_mass: Tensor, share: float) -> MergedInPlace:
 
 
 def _check(z: Tensor, log_mass: Tensor, logvar: Tensor | None, fixed: Tensor | None, order: str, power: float) -> None:
-    """Raise ValueError for tensors that do not belong together, or a setting outside its range."""
+    """Raise ValueError if shapes do not fit together, or a setting is outside its range."""
     if z.dim() != 3:
         raise ValueError(f"z must be (B, Nl, P), but has shape {tuple(z.shape)}.")
     for name, value, shape in (
@@ -154,20 +155,18 @@ def _check(z: Tensor, log_mass: Tensor, logvar: Tensor | None, fixed: Tensor | N
         ("fixed", fixed, z.shape[:2]),
     ):
         if value is not None and value.shape != shape:
-            raise ValueError(
-                f"{name} has shape {tuple(value.shape)}, but must have {tuple(shape)} for z of {tuple(z.shape)}."
-            )
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, but z of {tuple(z.shape)} needs {tuple(shape)}.")
     if fixed is not None and fixed.dtype != torch.bool:
         raise ValueError(f"fixed must be boolean, True = never merged, but is {fixed.dtype}. Pass fixed.bool().")
     check_choice("order", order, ORDERS)
     if not 0 <= power < float("inf"):
-        raise ValueError(f"power must be a number of at least 0, but got {power}: 1 is Ward's criterion.")
+        raise ValueError(f"power must be a number of at least 0, but got {power}. 1 is Ward's criterion.")
 
 
 def _limits(
     num_vectors: Limit | None, share: Limit | None, cost: Limit | None, count: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Of each row: how many vectors to leave at least, and the logarithm of the highest cost, each ``(B,)``.
+    """For each example: the fewest vectors to leave, and the logarithm of the highest cost, each ``(B,)``.
 
     Args:
         count: vectors that may merge, ``(B,)``.
@@ -182,7 +181,7 @@ def _limits(
     values = torch.as_tensor(value, device=count.device)
     if values.dim() > 1 or values.numel() not in (1, len(count)):
         raise ValueError(
-            f"{name} must be a number or one for each of the {len(count)} rows, but has shape {tuple(values.shape)}."
+            f"{name} must be a number or one for each of {len(count)} examples, but has shape {tuple(values.shape)}."
         )
     allowed = {
         "num_vectors": ((values >= 1) & (values % 1 == 0), "whole numbers of at least 1"),
@@ -212,7 +211,7 @@ def _assign(
     order: str,
     power: float,
 ) -> Tensor:
-    """``Merged.assignment``: groups of what may merge, and what is fixed by itself."""
+    """``Merged.assignment``: groups of mergeable vectors; a fixed vector is a group of its own."""
     count = mergeable.sum(-1)
     first = _to_the_front(mergeable)
     there = mergeable.gather(1, first)
@@ -222,11 +221,11 @@ def _assign(
     mass = torch.where(there, mass - mean_mass, 0.0)
     labels = _groups(vectors, mass, count, fewest, highest_cost, order, power)
 
-    # A group stands where its first vector does: labels rise from one such vector to the next.
+    # A group has the position of its first vector: labels rise from one such vector to the next.
     labels = labels.masked_fill(~there, -1)
     highest = F.pad(labels, (1, 0), value=-1).cummax(-1).values[:, :-1]
     leads = torch.zeros_like(present).scatter(1, first, labels > highest) | (present & ~mergeable)
-    place = leads.cumsum(-1) - 1  # of each vector, if it leads
+    place = leads.cumsum(-1) - 1  # of each vector that leads
     of_group = torch.zeros_like(place).scatter_reduce(
         1, labels.clamp(min=0), place.gather(1, first).masked_fill(labels <= highest, 0), "amax"
     )
@@ -237,7 +236,7 @@ def _assign(
 def _groups(
     z: Tensor, log_mass: Tensor, count: Tensor, fewest: Tensor, highest_cost: Tensor, order: str, power: float
 ) -> Tensor:
-    """The group ``(B, M)`` of each of the first ``count`` vectors of each row, numbered by their first vectors."""
+    """The groups ``(B, M)`` of each example's first ``count`` vectors, numbered by the groups' first vectors."""
     nearest = _nearest_neighbours if order == "neighbours" else _nearest_of_any
     labels = torch.arange(z.shape[1], device=z.device).expand(log_mass.shape)
     while z.shape[1] > 1:
@@ -245,7 +244,7 @@ def _groups(
         present = position < count[:, None]
         key, partner, log_cost = nearest(z, log_mass, present, highest_cost[:, None], power)
         rank = key.argsort(dim=-1, stable=True).argsort(dim=-1)
-        # The lowest key of a row is that of a pair who are each other's nearest: as long as one may merge, one does.
+        # The pair with the lowest key is always mutually nearest. So each round merges a pair, if any pair may merge.
         mutual = (partner.gather(1, partner) == position) & key.isfinite()
         allowed = (rank < (count - fewest)[:, None]) & (log_cost <= highest_cost[:, None])
         first = mutual & allowed & (position < partner)
@@ -266,7 +265,7 @@ def _groups(
 
 
 def _to_the_front(keep: Tensor) -> Tensor:
-    """Positions ``(B, L)`` of what is kept, in order, then of what is not, for the largest number kept in a row."""
+    """Positions ``(B, L)`` of kept vectors in order, then of others. ``L`` is the most that any example keeps."""
     return (~keep).to(torch.uint8).argsort(dim=-1, stable=True)[:, : int(keep.sum(-1).max())]
 
 
@@ -282,7 +281,7 @@ def _log_cost(squared_distance: Tensor, first: Tensor, second: Tensor, power: fl
 
 
 def _key(log_cost: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """By what pairs are compared: the cost in steps, and within a step a number of the two positions."""
+    """The number that pairs are compared by: the cost in steps, plus a pseudo-random fraction of the two positions."""
     scattered = (SPREAD[0] * first + SPREAD[1] * second) % 1
     return (log_cost.clamp(min=LOWEST) / STEP).floor() + scattered
 
@@ -290,7 +289,7 @@ def _key(log_cost: Tensor, first: Tensor, second: Tensor) -> Tensor:
 def _nearest_neighbours(
     z: Tensor, log_mass: Tensor, present: Tensor, highest_cost: Tensor, power: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each vector its nearer neighbour, as ``_nearest_of_any`` returns it."""
+    """The nearer neighbour of each vector, in the form of ``_nearest_of_any``."""
     position = torch.arange(z.shape[1], device=z.device)
     distance = torch.linalg.vector_norm(z[:, 1:] - z[:, :-1], dim=-1).square()
     log_cost = _log_cost(distance, log_mass[:, :-1], log_mass[:, 1:], power)
@@ -309,13 +308,13 @@ def _nearest_neighbours(
 def _nearest_of_any(
     z: Tensor, log_mass: Tensor, present: Tensor, highest_cost: Tensor, power: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each vector the nearest other: its key, ``inf`` if there is none, its position and the logarithm of its cost.
+    """The nearest other of each vector: its key (``inf`` if there is none), its position, and the log of its cost.
 
-    The key is symmetric, so that two can be each other's nearest, and the lower position wins where keys are equal.
-    What costs more than ``highest_cost`` ``(B, 1)`` is no partner, or it would keep one from a pair that costs less.
+    The key is symmetric, so that two vectors can be mutually nearest. If keys are equal, the lower position wins. A
+    vector that costs more than ``highest_cost`` ``(B, 1)`` is no partner: it could block a pair that costs less.
     """
     position = torch.arange(z.shape[1], device=z.device)
-    centred = z - z.mean(1, keepdim=True)  # products round by the norms
+    centred = z - z.mean(1, keepdim=True)  # products have errors of the norms' size
     products = centred @ centred.transpose(1, 2)
     norms = products.diagonal(dim1=1, dim2=2)
     both = norms[:, :, None] + norms[:, None]
@@ -327,7 +326,7 @@ def _nearest_of_any(
         torch.maximum(position[:, None], position),
     )
     other = present[:, :, None] & present[:, None] & (position[:, None] != position)
-    # Where the limit is below what the products resolve, the exact cost decides, of the partner alone.
+    # Products cannot resolve costs below a limit. There the exact cost decides, computed for the partner only.
     resolved = distance > ROUNDING * torch.finfo(z.dtype).eps * both
     other &= ~(resolved & (log_cost > highest_cost[:, :, None]))
     key, partner = keys.masked_fill(~other, float("inf")).min(-1)
@@ -341,12 +340,12 @@ def _nearest_of_any(
 def _reduced(z: Tensor, log_mass: Tensor, logvar: Tensor | None, assignment: Tensor) -> Merged:
     """Mass, mean and variance of each group, by sums in at least fp32 over all of its vectors at once."""
     present = assignment >= 0
-    number = int(F.pad(assignment, (0, 1)).max()) + 1  # at least 1, be it of padding
+    number = int(F.pad(assignment, (0, 1)).max()) + 1  # at least 1, possibly of padding
     row = torch.arange(len(z), device=z.device)[:, None] * number
     into = (assignment.clamp(min=0) + row).flatten()
 
     def total(x: Tensor) -> Tensor:
-        """Sums of ``(B, Nl, ...)`` over groups, ``(B, K, ...)``; what is in none is 0."""
+        """Sums of ``(B, Nl, ...)`` over groups, ``(B, K, ...)``. Vectors without a group must be 0."""
         empty = x.new_zeros(len(z) * number, *x.shape[2:])
         return empty.index_add(0, into, x.flatten(0, 1)).view(len(z), number, *x.shape[2:])
 
@@ -374,7 +373,7 @@ def _reduced(z: Tensor, log_mass: Tensor, logvar: Tensor | None, assignment: Ten
 def naive_merge(
     z: Tensor, log_mass: Tensor, num_vectors: int, order: str = "neighbours", power: float = 0.5
 ) -> Merged:
-    """:func:`merge` of one row ``(Nl, P)`` and ``(Nl,)`` as it is defined: always the one cheapest pair. For tests."""
+    """The definition of :func:`merge`, for one example ``(Nl, P)``, ``(Nl,)``: always the cheapest pair. For tests."""
     z, mass = z.double(), log_mass.double().exp()
     mass = mass / mass[mass > 0].mean()
     groups = [[j] for j in range(len(z)) if mass[j] > 0]

@@ -1,4 +1,4 @@
-"""What stays in single precision when a model is cast to half."""
+"""The NVIB layer, and what stays in single precision when a model is cast to half."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ HALF = 2  # bytes: less than single precision
 
 
 class SinglePrecisionMixin(nn.Module):
-    """Before ``nn.Module``: what is a module's own, not its children's, is never narrower than fp32.
+    """Keeps a module's own tensors (not its children's) in at least fp32. Put it before ``nn.Module``.
 
-    ``half()``, ``bfloat16()`` and ``to(dtype)`` leave them in fp32, ``double()`` and ``float()`` cast them as they
-    cast all others, and moves between devices move them.
+    ``half()``, ``bfloat16()`` and ``to(dtype)`` leave these tensors in fp32. ``double()`` and ``float()`` cast them,
+    and moves between devices move them, as usual.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -45,14 +45,14 @@ class SinglePrecisionMixin(nn.Module):
 
 
 def _at_least_single(value: Tensor, applied: Tensor) -> Tensor:
-    """``applied``, which a function made of ``value``; with the value's own bits where those would be lost."""
+    """``applied``, the cast or moved ``value``; if the cast lost bits, ``value`` itself in fp32, moved."""
     if applied.is_floating_point() and applied.element_size() <= HALF:
         return value.to(applied.device, torch.float32)
     return applied
 
 
 def _read_renamed(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: object) -> None:
-    """Before a state dict is loaded: what it has under an old name stands under the new one."""
+    """Rename old names in a state dict before it is loaded."""
     for old, new in RENAMED.items():
         if prefix + old in state_dict:
             state_dict[prefix + new] = state_dict.pop(prefix + old)
@@ -67,38 +67,37 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
         \mu = W_\mu x + b_\mu, \qquad \log \sigma^2 = W_\sigma x + b_\sigma, \qquad
         \log \alpha = w_1^\top x + w_2^\top x^2 + b
 
-    and the prior's component ``(prior_mu, prior_var, prior_alpha)`` is put in front. Training draws ``kappa``
-    vectors per component, :math:`\pi \sim \mathrm{Dirichlet}(\alpha_i / \kappa)`,
-    :math:`z \sim \mathcal N(\mu, \sigma^2)`; evaluation returns the posterior: one vector per component.
+    The prior's component ``(prior_mu, prior_var, prior_alpha)`` comes first. Training draws ``kappa`` vectors per
+    component, :math:`\pi \sim \mathrm{Dirichlet}(\alpha_i / \kappa)`, :math:`z \sim \mathcal N(\mu, \sigma^2)`.
+    Evaluation returns the posterior, with one vector per component.
 
-    Cast to half precision, the layer keeps the pseudo-counts' parameters and the prior in fp32.
+    If you cast the layer to half precision, the pseudo-counts' parameters and the prior stay in fp32.
 
     Args:
         size_in: width ``H`` of the encoder's output.
         size_out: width ``P`` of the latent vectors.
         prior_mu, prior_var: mean and variance of the prior's Gaussian, a number or a tensor of ``size_out``.
         prior_alpha: pseudo-count of the prior's component.
-        delta: conditional prior, in [0, 1]: the share of the source length the prior expects to keep.
+        delta: the share of the source length that the (conditional) prior expects to keep, in [0, 1].
         kappa: vectors drawn per component in training.
         alpha_activation: ``"exp"`` (with the quadratic term) or ``"relu"`` (``relu(w x + b)``, first paper; its
             gradient leaks below 0, so that a dead vector can come back).
-        dropping: what decides which components are dropped (``pi = 0``), never the prior's. ``"threshold"``: an
-            ``alpha_threshold`` under the pseudo-counts, if any. ``"relaxed"``: a keep logit ``w . layernorm(x) + b``
-            that is learned, above 0 for what evaluation keeps; training relaxes it
-            (:func:`~nvib_hf.layers.dropping.relaxed_log_gate`), so the decoder has to be frozen. All is kept at the
-            start.
-        alpha_threshold: components with a pseudo-count at or below it are dropped, in training as in evaluation. 0
-            drops none under ``"exp"``.
-        dropping_share: share of the training examples in which vectors are dropped, so that a dropped vector can
-            come back through the others; 0 turns dropping off, in evaluation too. Kept in a buffer, for a schedule to
-            set.
+        dropping: what decides which components are dropped (``pi = 0``). The prior's never is. ``"threshold"``: the
+            ``alpha_threshold``, if it is not 0. ``"relaxed"``: a learned keep logit ``w . layernorm(x) + b``.
+            Evaluation keeps vectors whose logit is above 0. Training relaxes the decision
+            (:func:`~nvib_hf.layers.dropping.relaxed_log_gate`), so the decoder must be frozen. At the start all
+            vectors are kept.
+        alpha_threshold: components with a pseudo-count at or below it are dropped, in training and evaluation. 0
+            drops none with ``"exp"``.
+        dropping_share: share of the training examples in which vectors are dropped. The other examples let a dropped
+            vector come back. 0 turns dropping off, in evaluation too. It is a buffer, which a schedule can set.
         kl_weights: how KL_G weighs the components: ``"pseudo_counts"`` as published, or ``"drawn"`` (see
             :func:`~nvib_hf.layers.kl.kl_gaussian`).
-        scale: the scale ``s`` of the attention that reads the latent, for the identity initialisation; ``None`` is
-            that of one head as wide as the latent, ``size_out ** -0.5``.
+        scale: the scale ``s`` of the attention that reads the latent, for the identity initialisation. ``None`` means
+            the scale of one head as wide as the latent, ``size_out ** -0.5``.
 
     Raises:
-        ValueError: for an argument outside its range.
+        ValueError: an argument is outside its range.
 
     Source: Henderson & Fehr (ICLR 2023), section 3.1; the quadratic term: Fehr & Henderson (COLM 2024).
     """
@@ -175,12 +174,12 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
     def identity_parameters(
         self, tau_alpha: float = 10.0, tau_sigma: float = 0.0, tau_mu: float = 1.0
     ) -> dict[str, Tensor]:
-        """:func:`~nvib_hf.layers.initialisation.identity_parameters` of this layer's prior and scale, by name.
+        """:func:`~nvib_hf.layers.initialisation.identity_parameters` for this layer's prior and scale, by name.
 
-        Without the quadratic term of ``alpha_activation="exp"`` every pseudo-count starts at ``tau_alpha``.
+        If the layer has no quadratic term (``alpha_activation="relu"``), every pseudo-count starts at ``tau_alpha``.
 
         Raises:
-            ValueError: where the layer changes the width.
+            ValueError: the layer changes the width.
         """
         if self.size_in != self.size_out:
             raise ValueError(
@@ -196,7 +195,7 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
 
     @torch.no_grad()
     def identity_init(self, tau_alpha: float = 10.0, tau_sigma: float = 0.0, tau_mu: float = 1.0) -> None:
-        """Hand the input on unchanged: set the parameters to :meth:`identity_parameters`."""
+        """Set the parameters to :meth:`identity_parameters`, with which the layer passes its input on unchanged."""
         for name, value in self.identity_parameters(tau_alpha, tau_sigma, tau_mu).items():
             self.get_parameter(name).copy_(value)
 
@@ -215,12 +214,13 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
         Args:
             hidden_states: ``(B, Ns, H)``.
             padding_mask: ``(B, Ns)``, True = padding.
-            sample: draw from the posterior, or take its means and expected weights; by default as in training.
+            sample: True draws from the posterior; False takes its means and expected weights. By default the layer's
+                mode decides.
             generator: for the draws.
-            decode_only: for what decoding reads alone: no divergences, and of the means nothing for vectors that are
-                dropped, which costs no projection of them. Reads a length from the device.
+            decode_only: compute only what decoding reads. There are no divergences, and without a sample dropped
+                vectors are neither projected nor returned. This reads a length from the device.
             with_kl: compute the divergences.
-            log_mass: of vectors that stand for many, ``(B, Ns)``: added to their log pseudo-counts.
+            log_mass: ``(B, Ns)``, added to the log pseudo-counts of vectors that stand for many.
         """
         sample = self.training if sample is None else sample
         posterior = self.posterior(hidden_states, padding_mask, decode_only and not sample, log_mass)
@@ -245,21 +245,21 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
         """Parameters of the posterior for ``(B, Ns, H)`` and an optional mask ``(B, Ns)``, True = padding.
 
         Args:
-            kept_only: of what evaluation keeps alone, as many as the row that keeps the most.
-            log_alpha_below: log pseudo-counts ``(B, Ns)`` of the layer below, which are added to this one's.
+            kept_only: return only vectors that evaluation keeps, padded to the most that any example keeps.
+            log_alpha_below: log pseudo-counts ``(B, Ns)`` of the layer below, added to those of this layer.
         """
         batch, length, width = hidden_states.shape
         if width != self.size_in:
             raise ValueError(f"The input is {width} wide, but this layer was made with size_in={self.size_in}.")
         if padding_mask is not None and padding_mask.shape != (batch, length):
             raise ValueError(
-                f"The padding mask has shape {tuple(padding_mask.shape)}, but the input needs {(batch, length)}: "
-                "one entry per source vector, batch first."
+                f"The padding mask has shape {tuple(padding_mask.shape)}, but the input needs {(batch, length)}. "
+                "Pass one value per source vector, batch first."
             )
         mask = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool)
         if padding_mask is not None:
             mask = ~padding_mask.bool()
-            # Whatever stands in a padded position must not survive as 0 * inf, in a gradient either.
+            # The value of a padded position must not become 0 * inf, in a gradient either.
             hidden_states = hidden_states.masked_fill(~mask[..., None], 0)
         x = at_least_float32(hidden_states)
         log_alpha = self._log_alpha(x)
@@ -289,9 +289,9 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
         )
 
     def _log_alpha(self, x: Tensor) -> Tensor:
-        """Log pseudo-counts ``(B, Ns)`` of vectors in fp32, as s/2 * ||x||^2 must cancel against attention's bias.
+        """Log pseudo-counts ``(B, Ns)`` in fp32, because s/2 * ||x||^2 must cancel against attention's bias.
 
-        They are not part of the fused projection, whose dtype may be half.
+        So they are not part of the fused projection, whose dtype may be half.
         """
         weight, bias = self.alpha_weight.to(x.dtype), self.alpha_bias.to(x.dtype)
         if self.alpha_quadratic is not None:
@@ -299,7 +299,7 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
         return relu_log_alpha((x * weight).sum(-1) + bias)
 
     def _keep_logit(self, x: Tensor, log_alpha: Tensor) -> Tensor:
-        """Above 0 for what is kept, ``(B, Ns)``, in fp32."""
+        """Keep logits ``(B, Ns)`` in fp32, above 0 for vectors to keep."""
         if self.keep_weight is None or self.keep_bias is None:
             return log_alpha - math.log(self.alpha_threshold)
         return learned_keep_logit(x, self.keep_weight.to(x.dtype), self.keep_bias.to(x.dtype))
@@ -309,8 +309,8 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
     ) -> tuple[Tensor, Tensor, Posterior]:
         """Draw ``kappa`` vectors per component: ``z`` ``(B, Nl, P)``, ``log_pi`` ``(B, Nl)`` and their parameters.
 
-        The parameters are those of the ``Nl = kappa * (Ns + 1)`` vectors, each with ``alpha_i / kappa``; the
-        vectors of a component stand side by side.
+        There are ``Nl = kappa * (Ns + 1)`` vectors, each with ``alpha_i / kappa``. The vectors of a component are next
+        to each other.
         """
         if posterior.keep_logit is None or not self.training:
             drawn = posterior if self.kappa == 1 else posterior.repeated(self.kappa)
@@ -324,9 +324,9 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
         return z, log_pi, drawn
 
     def kl(self, posterior: Posterior, drawn: Posterior, kappa: int) -> tuple[Tensor, Tensor]:
-        """Both divergences ``(B,)`` of a posterior, ``drawn`` being that of its ``kappa`` vectors per component.
+        """Both divergences ``(B,)`` of a posterior. ``drawn`` has its ``kappa`` vectors per component.
 
-        KL_G is computed once per component: its vectors share one Gaussian and one pseudo-count.
+        KL_G is computed once per component, because its vectors share one Gaussian and one pseudo-count.
         """
         keep = drawn.keep[:, ::kappa]  # training drops nothing in some of the examples
         log_alpha = posterior.log_alpha.masked_fill(~posterior.mask, -math.inf)
@@ -338,9 +338,9 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
         )
 
     def relaxed_share(self, posterior: Posterior) -> Tensor | None:
-        """:func:`~nvib_hf.layers.dropping.relaxed_share` ``(B,)`` of source vectors; ``None`` where nothing decides.
+        """:func:`~nvib_hf.layers.dropping.relaxed_share` ``(B,)`` of source vectors; ``None`` without dropping.
 
-        While dropping is off it is 1 for a learned decision: otherwise the penalty would push the logits down before
+        While dropping is off it is 1 for a learned decision. Otherwise the penalty would push the logits down before
         dropping starts.
         """
         if posterior.keep_logit is None:
@@ -359,29 +359,29 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
 class SelfAttentionNvibLayer(NvibLayer):
     r"""NVIB between the vectors of a self-attention and its keys and values.
 
-    The weights are left as they are, :math:`\log g_i` of a Gamma draw in training and :math:`\log \alpha_i` in
-    evaluation: the softmax normalises over what a query may see, of which a causal mask or a window decides.
+    The weights are not normalised: they are :math:`\log g_i` of a Gamma draw in training and :math:`\log \alpha_i` in
+    evaluation. The softmax normalises them over the positions that a causal mask or a window lets a query see.
 
     Arguments are those of :class:`~nvib_hf.layers.nvib.NvibLayer`; ``kappa`` is 1.
 
     Source: Behjati, Fehr & Henderson (Findings of EMNLP 2023), section 3; Fehr & Henderson (COLM 2024).
     """
 
-    def forward(  # type: ignore[override]  # an attention passes no padding, and reads what nn.Module says nothing of
+    def forward(  # type: ignore[override]  # an attention passes no padding, and needs another result
         self,
         hidden_states: Tensor,
         evaluation: str = "means",
         generator: torch.Generator | None = None,
         log_alpha_below: Tensor | None = None,
     ) -> tuple[AttendedLatent, Posterior]:
-        """What attention reads of ``(B, N, H)``: ``N + 1`` vectors, the prior's first; and their posterior.
+        """What attention reads of ``(B, N, H)``: ``N + 1`` vectors, the prior's first. Also returns their posterior.
 
-        Padding is not known here: the attention's mask hides it.
+        The layer does not know about padding: the attention's mask hides it.
 
         Args:
             evaluation: ``"means"`` or ``"mixture"``; training reads a sample.
             generator: for the draws.
-            log_alpha_below: log pseudo-counts ``(B, N)`` that are added to this layer's.
+            log_alpha_below: log pseudo-counts ``(B, N)`` of the layer below, added to those of this layer.
         """
         posterior = self.posterior(hidden_states, log_alpha_below=log_alpha_below)
         if not self.training:

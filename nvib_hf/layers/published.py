@@ -30,18 +30,18 @@ class _Fields(NamedTuple):
 
 
 class NvibMemory(_Fields):
-    """``(z, pi, mu, logvar)`` with ``log_pi`` beside them, so that nothing goes through ``log(pi)``.
+    """A tuple ``(z, pi, mu, logvar)`` with an attribute ``log_pi``, so that nothing computes ``log(pi)``.
 
-    ``z``, ``mu``, ``logvar`` ``(Nl, B, P)`` and ``pi``, ``log_pi`` ``(Nl, B, 1)``, or ``(B, Nl, ...)`` from a layer
-    that is ``batch_first``; weights may be given without the last dimension. Training attends to ``z`` with weights
-    ``pi``, evaluation to the mixture of Gaussians ``mu``, ``logvar``, ``pi``. ``pi = 0`` (``log_pi = -inf``) masks a
-    vector. ``points`` says that every variance is 0, so that evaluation attends to ``z`` as well.
+    ``z``, ``mu``, ``logvar`` are ``(Nl, B, P)``; ``pi``, ``log_pi`` are ``(Nl, B, 1)``. With ``batch_first`` they are
+    ``(B, Nl, ...)``. You can leave out the weights' last dimension. Training attends to ``z`` with weights ``pi``,
+    evaluation to the mixture of Gaussians ``mu``, ``logvar``, ``pi``. ``pi = 0`` (``log_pi = -inf``) masks a vector.
+    The attribute ``points`` says that every variance is 0; then evaluation attends to ``z`` too.
 
-    A tuple of four, as published code unpacks it and ``nn.TransformerDecoder`` hands it on; what is beside them are
-    attributes, which a NamedTuple's own ``__new__`` and ``_replace`` would not set.
+    It is a tuple of four because published code unpacks four values, and ``nn.TransformerDecoder`` passes a tuple
+    through. A NamedTuple's own ``__new__`` and ``_replace`` would not set the attributes.
 
     Raises:
-        ValueError: ``pi`` or ``log_pi`` is not one weight for each vector of ``z``.
+        ValueError: ``pi`` or ``log_pi`` does not have one weight for each vector of ``z``.
     """
 
     log_pi: Tensor
@@ -64,7 +64,7 @@ class NvibMemory(_Fields):
         return memory
 
     def _replace(self, **fields: Any) -> NvibMemory:
-        """As of any NamedTuple; ``log_pi`` is kept unless ``pi`` is replaced, ``points`` unless a Gaussian is."""
+        """As in any NamedTuple. A new ``pi`` replaces ``log_pi`` too; a new ``mu`` or ``logvar`` resets ``points``."""
         kept: dict[str, Any] = {} if "pi" in fields else {"log_pi": self.log_pi}
         if not fields.keys() & {"mu", "logvar"}:
             kept["points"] = self.points
@@ -72,21 +72,21 @@ class NvibMemory(_Fields):
 
 
 def _column(name: str, weights: Tensor, z: Tensor) -> Tensor:
-    """Weights with the trailing dimension of 1. Whether they have it their number of dimensions says, never a size."""
+    """Weights with a last dimension of 1. It is added if a dimension is missing, whatever the sizes are."""
     column = weights[..., None] if weights.dim() == z.dim() - 1 else weights
     if column.shape != (*z.shape[:-1], 1):
         raise ValueError(
-            f"{name} has shape {tuple(weights.shape)}, but z has {tuple(z.shape)}: pass one weight for each vector, "
-            f"{(*z.shape[:-1], 1)}, the last dimension optional."
+            f"{name} has shape {tuple(weights.shape)}, but z has {tuple(z.shape)}. Pass one weight for each vector, "
+            f"{(*z.shape[:-1], 1)}; the last dimension is optional."
         )
     return column
 
 
 def as_memory(memory: object) -> NvibMemory:
-    """``memory`` itself, or an :class:`NvibMemory` of a plain tuple ``(z, pi, mu, logvar)``.
+    """``memory`` itself, or an :class:`NvibMemory` made from a plain tuple ``(z, pi, mu, logvar)``.
 
     Raises:
-        TypeError: for anything else. ValueError: ``pi`` does not fit ``z``.
+        TypeError: it is something else. ValueError: ``pi`` does not fit ``z``.
     """
     if isinstance(memory, NvibMemory):
         return memory
@@ -99,7 +99,7 @@ def as_memory(memory: object) -> NvibMemory:
 
 
 class LayerSettings(TypedDict, total=False):
-    """The settings of an :class:`~nvib_hf.layers.nvib.NvibLayer` that :class:`Nvib` hands on."""
+    """The settings that :class:`Nvib` passes on to :class:`~nvib_hf.layers.nvib.NvibLayer`."""
 
     alpha_activation: str
     dropping: str
@@ -110,7 +110,7 @@ class LayerSettings(TypedDict, total=False):
 
 
 class PublishedLatent(TypedDict):
-    """What :class:`Nvib` returns; its ``forward`` says what each entry is."""
+    """What :class:`Nvib` returns; see its ``forward``."""
 
     z: NvibMemory
     pi: Tensor
@@ -133,7 +133,7 @@ class Nvib(NvibLayer):
     Args:
         size_in, size_out, prior_mu, prior_var, prior_alpha, delta, kappa: see :class:`~nvib_hf.layers.nvib.NvibLayer`.
         batch_first: ``(B, Ns, H)`` instead of ``(Ns, B, H)``, inputs and outputs.
-        settings: its others: ``alpha_activation``, ``dropping``, ``alpha_threshold``, ``dropping_share``,
+        settings: its other settings: ``alpha_activation``, ``dropping``, ``alpha_threshold``, ``dropping_share``,
             ``kl_weights``, ``scale``.
 
     Raises:
@@ -166,7 +166,7 @@ class Nvib(NvibLayer):
         super().__init__(size_in, size_out, prior_mu, prior_var, prior_alpha, delta, kappa, **settings)
         self.batch_first = batch_first
 
-    def forward(  # type: ignore[override]  # the published interface is another one than the layer's
+    def forward(  # type: ignore[override]  # the published interface differs from the layer's
         self,
         encoder_output: Tensor,
         src_key_padding_mask: Tensor | None = None,
@@ -180,13 +180,13 @@ class Nvib(NvibLayer):
             generator: for the draws of training.
 
         Returns:
-            A dict with ``z``: the :class:`~nvib_hf.layers.published.NvibMemory` a decoder takes as memory; ``pi``,
-            ``alpha``, ``log_alpha`` ``(Nl, B, 1)``; ``mu``, ``logvar`` ``(Nl, B, P)`` (``(B, Nl, ...)`` if
+            A dict with ``z``: the :class:`~nvib_hf.layers.published.NvibMemory` that a decoder takes as memory;
+            ``pi``, ``alpha``, ``log_alpha`` ``(Nl, B, 1)``; ``mu``, ``logvar`` ``(Nl, B, P)`` (``(B, Nl, ...)`` if
             ``batch_first``); ``memory_key_padding_mask`` ``(B, Nl)``, True = padding; ``keep`` ``(B, Nl)``, True =
-            neither padding nor dropped; ``batch_first``; and, over the batch, ``avg_num_vec`` (kept vectors, the
-            prior's excluded), ``avg_prop_vec`` (their share of the source length), ``avg_effective_num_vec``
-            (``exp(entropy(pi))``) and ``avg_alpha0``. In training ``Nl = kappa * (Ns + 1)`` and ``alpha`` is each
-            vector's ``alpha_i / kappa``, else ``Nl = Ns + 1``.
+            neither padding nor dropped; ``batch_first``; and means over the batch: ``avg_num_vec`` (kept vectors
+            without the prior's), ``avg_prop_vec`` (their share of the source length), ``avg_effective_num_vec``
+            (``exp(entropy(pi))``) and ``avg_alpha0``. In training ``Nl = kappa * (Ns + 1)``, and each vector has
+            ``alpha_i / kappa``. In evaluation ``Nl = Ns + 1``.
         """
         check_boolean("src_key_padding_mask", src_key_padding_mask)
         hidden_states = self._order(encoder_output)
@@ -220,21 +220,21 @@ class Nvib(NvibLayer):
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> NvibMemory:
-        """A memory drawn from the prior, weights included; the same to a decoder in ``train()`` and ``eval()``.
+        """Draw a memory from the prior, with its weights. A decoder reads it alike in ``train()`` and ``eval()``.
 
         Args:
             number_samples: batch size ``B``.
-            memory_key_padding_mask: ``(B, Ns)``, boolean, True = padding: exactly its ``Ns`` vectors are drawn, at
-                least one per row must not be padding.
-            device: where to; the layer's own by default.
+            memory_key_padding_mask: ``(B, Ns)``, boolean, True = padding. Exactly ``Ns`` vectors are drawn. Each
+                sample needs at least one vector that is not padding.
+            device: the result's device; by default the layer's.
             generator: for the draws, on the layer's device.
 
         Returns:
-            ``z``, ``mu`` ``(Ns, B, P)``, the same tensor, ``logvar`` of ``-inf``, ``pi`` ``(Ns, B, 1)``;
+            ``z`` and ``mu`` ``(Ns, B, P)``, which are the same tensor, ``logvar`` of ``-inf``, ``pi`` ``(Ns, B, 1)``;
             ``(B, Ns, ...)`` if ``batch_first``.
 
         Raises:
-            ValueError: a mask that has not ``number_samples`` rows, or a row without any vector.
+            ValueError: the mask's batch is not ``number_samples``, or a sample has no vector.
         """
         check_boolean("memory_key_padding_mask", memory_key_padding_mask)
         check_rows_of_prior(memory_key_padding_mask, number_samples)
@@ -246,7 +246,7 @@ class Nvib(NvibLayer):
     def kl_gaussian(self, kappa: int | None = None, **latent: Any) -> Tensor:
         """:func:`~nvib_hf.layers.kl.kl_gaussian` ``(B,)`` with the layer's prior and weights.
 
-        ``kappa``, the vectors of a component, is by default the layer's in training and 1 in evaluation.
+        ``kappa``, the vectors per component, is by default the layer's in training and 1 in evaluation.
         """
         prior: dict[str, Any] = {"prior_mu": self.prior_mu, "prior_var": self.prior_logvar.exp()}
         return kl_gaussian(**{"weights": self.kl_weights, **latent}, **prior, kappa=self._repeats(kappa))
@@ -260,7 +260,7 @@ class Nvib(NvibLayer):
         return (self.kappa if self.training else 1) if kappa is None else kappa
 
     def _order(self, x: Tensor) -> Tensor:
-        """Between the layout of the interface and batch-first, which is the layer's."""
+        """Change between the interface's layout and the layer's, which is batch-first."""
         return x if self.batch_first else x.transpose(0, 1)
 
     def extra_repr(self) -> str:
@@ -277,14 +277,15 @@ class DenoisingMultiheadAttention(nn.MultiheadAttention):
     Args:
         embed_dim, num_heads, dropout, bias, kdim, vdim, batch_first, device, dtype: as in
             ``nn.MultiheadAttention``; ``kdim`` (= ``vdim``) is the width ``P`` of the latent vectors.
-        evaluation: what ``eval()`` attends to: ``"mixture"``, as published, or ``"means"``, the points ``mu``,
-            scored as their samples are on average, which is what training with one vector per component fits.
-        exact: of the mixture, keep the query-norm term of the evaluation score (see
+        evaluation: what ``eval()`` attends to. ``"mixture"``: the mixture, as published. ``"means"``: the points
+            ``mu``, with the scores that their samples have on average. This fits training with one vector per
+            component.
+        exact: for the mixture, keep the query-norm term of the evaluation score (see
             :func:`~nvib_hf.layers.denoising_attention.denoising_attention`).
 
     Raises:
-        ValueError: ``add_bias_kv``, ``add_zero_attn``, ``kdim`` and ``vdim`` that differ, or an ``evaluation`` that
-            is neither of the two.
+        ValueError: ``add_bias_kv`` or ``add_zero_attn`` is set; ``kdim`` and ``vdim`` differ; ``evaluation`` is
+            unknown.
 
     Example:
         >>> layer = nn.TransformerDecoderLayer(16, nhead=4)
@@ -314,8 +315,8 @@ class DenoisingMultiheadAttention(nn.MultiheadAttention):
         for name, value in (("add_bias_kv", add_bias_kv), ("add_zero_attn", add_zero_attn)):
             if value:
                 raise ValueError(
-                    f"{name}=True is refused: it adds a key that is no vector of the latent, so it has neither "
-                    "weight nor variance. The prior's component already plays its part."
+                    f"{name}=True is refused: it adds a key that is not a vector of the latent, so it has neither "
+                    "weight nor variance. Leave it out: the prior's component already has this role."
                 )
         if (kdim or embed_dim) != (vdim or embed_dim):
             raise ValueError(
@@ -325,7 +326,7 @@ class DenoisingMultiheadAttention(nn.MultiheadAttention):
         super().__init__(embed_dim, num_heads, dropout, bias, False, False, kdim, vdim, batch_first, device, dtype)
         self.evaluation, self.exact = evaluation, exact
 
-    def forward(  # type: ignore[override]  # a memory is handed through nn.TransformerDecoder in the place of a tensor
+    def forward(  # type: ignore[override]  # nn.TransformerDecoder passes a memory through like a tensor
         self,
         query: Tensor,
         key: NvibMemory | tuple[Tensor, Tensor, Tensor, Tensor],
@@ -350,10 +351,12 @@ class DenoisingMultiheadAttention(nn.MultiheadAttention):
             The output, shaped as ``query``, and the weights ``(B, Nt, Nl)`` (``(B, H, Nt, Nl)`` unless averaged).
 
         Raises:
-            TypeError: ``key`` is no memory. ValueError: shapes do not fit; ``value`` is another memory.
+            TypeError: ``key`` is not a memory. ValueError: shapes do not fit; ``value`` is another memory.
         """
         if value is not None and value is not key:
-            raise ValueError("value must be the same memory as key: both are projections of its vectors.")
+            raise ValueError(
+                "value must be the same memory as key, because both are projections of its vectors. Leave it out."
+            )
         if is_causal and attn_mask is None:
             raise ValueError("is_causal=True is a hint about attn_mask, but attn_mask is None. Pass the mask too.")
         memory = as_memory(key)
@@ -364,7 +367,7 @@ class DenoisingMultiheadAttention(nn.MultiheadAttention):
             query, z, mu, logvar, log_pi = (x.transpose(0, 1) for x in (query, z, mu, logvar, log_pi))
         if len(z) != len(query):
             raise ValueError(
-                f"The memory has a batch of {len(z)}, but the query one of {len(query)}: pass one latent for each row."
+                f"The memory has a batch of {len(z)}, but the query one of {len(query)}. Pass one latent per example."
             )
         for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
             check_boolean(name, mask, or_additive=True)
@@ -406,7 +409,7 @@ class DenoisingMultiheadAttention(nn.MultiheadAttention):
         return output, weights
 
     def _projections(self) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
-        """Weights and biases of query, key and value, however ``nn.MultiheadAttention`` stores them."""
+        """Weights and biases of query, key and value. ``nn.MultiheadAttention`` stores them in two ways."""
         if self._qkv_same_embed_dim:
             weights = self.in_proj_weight.chunk(3)
         else:
@@ -422,11 +425,13 @@ class DenoisingMultiheadAttention(nn.MultiheadAttention):
 
 
 def check_rows_of_prior(padding_mask: Tensor, number_samples: int) -> None:
-    """Raise ValueError unless a mask has one row per sample, each with a vector at least."""
+    """Raise ValueError unless a mask has ``number_samples`` samples, each with at least one vector."""
     if padding_mask.shape[0] != number_samples:
         raise ValueError(
-            f"memory_key_padding_mask has {padding_mask.shape[0]} rows, but number_samples is {number_samples}. Give "
-            "one row per sample."
+            f"memory_key_padding_mask has a batch of {padding_mask.shape[0]}, but number_samples is {number_samples}. "
+            "Pass a mask for each sample."
         )
     if padding_mask.all(-1).any():
-        raise ValueError("memory_key_padding_mask has a row that is all padding. Leave it at least one vector.")
+        raise ValueError(
+            "memory_key_padding_mask has a sample that is all padding. Leave at least one vector in each."
+        )

@@ -1,4 +1,4 @@
-"""The settings of the layer and of the configuration: what each may be, by type and range, in one table."""
+"""The settings of the layer and the configuration: their types and ranges in one table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DROPPINGS = ("threshold", "relaxed")
 
 
 class Range(NamedTuple):
-    """The finite numbers that a setting may be, in words and as a test, and a sentence on what it is."""
+    """The finite numbers that a setting allows, in words and as a test, and what the setting means."""
 
     words: str
     holds: Callable[[float], bool]
@@ -69,22 +69,22 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "kl_weights": KL_WEIGHTS,
 }
 
-# Settings that had another name in earlier configurations, and the buffers that hold them in earlier state dicts.
+# New names of settings by their old names, in configurations and in the buffers of state dicts.
 RENAMED = {"threshold_share": "dropping_share"}
 
 SWITCHES = ("accumulate_alpha", "encode_sound_only", "exact_attention", "is_encoder_decoder")
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value is a real number, of Python or of NumPy."""
+    """Whether a value is a real number of Python or NumPy."""
     return not isinstance(value, bool) and isinstance(value, Real)
 
 
 def checked(name: str, value: Any) -> Any:
-    """A setting as plain Python: a float, an int, a bool or a str, as its name says.
+    """A setting as plain Python: a float, an int, a bool or a str, depending on its name.
 
     Raises:
-        TypeError: a value of another type. ValueError: one outside the setting's range.
+        TypeError: the value has another type. ValueError: the value is outside the setting's range.
     """
     if name in CHOICES:
         check_choice(name, value, CHOICES[name])
@@ -107,11 +107,11 @@ def checked(name: str, value: Any) -> Any:
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise ValueError for a value that is none of the choices."""
+    """Raise ValueError unless a value is one of the choices."""
     if name == "dropping" and value == "hard":
         raise ValueError(
-            "dropping='hard' was removed: with as few vectors a threshold reconstructs far more of the texts. Take "
-            "alpha_threshold=0.1 with dropping='threshold', or dropping='relaxed' where the decoder is frozen."
+            "dropping='hard' was removed: with as few vectors a threshold reconstructs far more of the texts. Set "
+            "alpha_threshold=0.1 and dropping='threshold', or dropping='relaxed' if the decoder is frozen."
         )
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, but got {value!r}.")
@@ -126,7 +126,7 @@ def check_number(
     above: float | None = None,
     below: float | None = None,
 ) -> None:
-    """Raise ValueError unless a value is a finite number of a range, which ``above`` and ``below`` are not part of."""
+    """Raise ValueError unless a value is a finite number in a range. ``above`` and ``below`` are not in the range."""
     low, high = above if above is not None else least, below if below is not None else most
     if is_number(value) and math.isfinite(value) and low <= value <= high and value not in (above, below):
         return
@@ -141,7 +141,7 @@ def check_number(
 
 def check_whole(name: str, value: object, least: int = 1, unit: str = "") -> None:
     """Raise ValueError unless a value is a whole number of at least ``least``."""
-    if not is_number(value) or value % 1 != 0:  # nan and inf have a rest of nan
+    if not is_number(value) or value % 1 != 0:  # nan and inf have a remainder of nan
         raise ValueError(f"{name} must be a whole number of at least {least}{unit}, but got {value!r}.")
     if value < least:
         raise ValueError(f"{name} must be at least {least}{unit}, but got {value!r}.")
@@ -153,7 +153,7 @@ def check_prior(
     prior_alpha: float,
     width: int | None = None,
 ) -> None:
-    """Raise ValueError, or TypeError, unless mean and variance have one or ``width`` values and all are in range."""
+    """Raise ValueError or TypeError unless mean and variance have one or ``width`` values, all in range."""
     for name, value in (("prior_mu", prior_mu), ("prior_var", prior_var)):
         try:
             values = torch.as_tensor(value)
@@ -179,7 +179,7 @@ def check_prior(
 
 
 def check_dropping(dropping: str, alpha_threshold: float) -> None:
-    """Raise ValueError where two settings decide what is dropped."""
+    """Raise ValueError if two settings both decide what is dropped."""
     if dropping != "threshold" and alpha_threshold > 0:
         raise ValueError(
             f"alpha_threshold={alpha_threshold} and dropping={dropping!r} both decide which vectors are dropped. Set "
@@ -188,7 +188,7 @@ def check_dropping(dropping: str, alpha_threshold: float) -> None:
 
 
 def checked_tau(name: str, value: Any) -> float | dict[str, float]:
-    """``tau_alpha``, ``tau_sigma`` or ``tau_mu``: a number, or one by kind of attention."""
+    """``tau_alpha``, ``tau_sigma`` or ``tau_mu``: a number, or one for each kind of attention."""
     if not isinstance(value, dict):
         tau: float = checked(name, value)
         return tau
@@ -221,10 +221,10 @@ def shares_by_layer(shares: Any) -> dict[int, float] | None:
 
 
 def attentions_by_kind(attentions: Any) -> dict[str, str | list[int]] | None:
-    """Which layers of which kinds of attention: ``{kind: "all" or numbers}`` of that, or of a list of kinds.
+    """Which layers of which kinds of attention, as ``{kind: "all" or numbers}``. Also takes a list of kinds.
 
     Raises:
-        ValueError: it names another kind, or something else than layers.
+        ValueError: it names an unknown kind, or values that are not layers.
     """
     if attentions is None:
         return None
@@ -242,7 +242,9 @@ def attentions_by_kind(attentions: Any) -> dict[str, str | list[int]] | None:
     for kind, layers in by_kind.items():
         is_all = isinstance(layers, str) and layers == "all"
         if kind == "cross" and not is_all:
-            raise ValueError(f"attentions['cross'] must be 'all', but got {layers!r}: all layers read one latent.")
+            raise ValueError(
+                f"attentions['cross'] must be 'all', but got {layers!r}: all layers read the same latent."
+            )
         if not is_all:
             numbers = list(layers) if isinstance(layers, (list, tuple, set, frozenset, range)) else []
             if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
@@ -256,11 +258,11 @@ def attentions_by_kind(attentions: Any) -> dict[str, str | list[int]] | None:
 
 
 def check_boolean(name: str, mask: Tensor | None, or_additive: bool = False) -> None:
-    """Raise TypeError for a mask of whole numbers, which of 0 and 1 could mean either."""
+    """Raise TypeError for a mask of whole numbers, because 0 and 1 could each mean masked."""
     if mask is None or mask.dtype == torch.bool or (or_additive and mask.is_floating_point()):
         return
     kinds = "boolean (True = masked) or floating (added to the scores)" if or_additive else "boolean (True = padding)"
     raise TypeError(
-        f"{name} must be {kinds}, but got {mask.dtype}. Pass mask.bool() if its ones are masked, or mask == 0 if they "
-        "are to be seen, as in an attention_mask of a tokenizer."
+        f"{name} must be {kinds}, but got {mask.dtype}. Pass mask.bool() if its ones mean masked, or mask == 0 if its "
+        "ones mean visible, as in a tokenizer's attention_mask."
     )

@@ -20,13 +20,13 @@ def annealed(
 ) -> float:
     r"""The weight :math:`\beta` at a share ``progress`` in [0, 1] of the training steps.
 
-    With progress :math:`x` of the warm-up, from 0 at ``start_ratio`` to 1 at ``start_ratio + warmup_ratio``:
+    :math:`x` is the progress of the warm-up, from 0 at ``start_ratio`` to 1 at ``start_ratio + warmup_ratio``.
 
     * ``"constant"``: 0 before ``start_ratio``, 1 from there;
     * ``"linear"``: :math:`x`;
     * ``"cosine"`` (monotonic): :math:`(1 - \cos \pi x) / 2`;
-    * ``"cyclic"``: the steps from ``start_ratio`` are ``cycles`` equal parts, and in each :math:`\beta` rises linearly
-      over the first ``warmup_ratio`` of it, then stays at 1.
+    * ``"cyclic"``: the steps from ``start_ratio`` on are divided into ``cycles`` equal parts. In each part
+      :math:`\beta` rises linearly over the first ``warmup_ratio`` of the part, then stays at 1.
 
     Source: Bowman et al. (CoNLL 2016); cyclic: Fu et al. (NAACL 2019).
     """
@@ -44,18 +44,18 @@ def annealed(
 class KLAnnealingCallback(TrainerCallback):
     r"""Anneals the weights of the KL terms: :math:`\beta(t)` in the loss of the model.
 
-    The value follows from the step alone, so it survives a resumed training. The last one stays in the model, and is
-    saved with it: what it is trained further with. In evaluation the loss has all weights at 1.
+    The value depends on the step alone, so a resumed training continues it. The last value stays in the model and is
+    saved with it; later training starts with it. In evaluation the loss has all weights at 1.
 
     Args:
         schedule: ``"constant"``, ``"linear"``, ``"cosine"`` or ``"cyclic"``, see
             :func:`~nvib_hf.training.annealing.annealed`.
         warmup_ratio: length of the warm-up as a share of the training steps (of a cycle, if cyclic), in [0, 1].
-        start_ratio: share of the training steps before it, in [0, 1]; with ``warmup_ratio`` at most 1 together, unless
-            cyclic.
+        start_ratio: share of the training steps before the warm-up, in [0, 1]. Unless cyclic, ``start_ratio`` and
+            ``warmup_ratio`` add up to at most 1.
         cycles: number of cycles.
-        terms: of ``("gaussian", "dirichlet", "vectors")`` those whose ``lambda_*`` it anneals, by default all; use two
-            callbacks for two schedules.
+        terms: the terms whose ``lambda_*`` it anneals, out of ``("gaussian", "dirichlet", "vectors")``; by default
+            all. Use two callbacks for two schedules.
 
     Raises:
         ValueError: an argument outside its range, or a warm-up that would not end within the training.
@@ -75,8 +75,8 @@ class KLAnnealingCallback(TrainerCallback):
         check_whole("cycles", cycles)
         if schedule in ("linear", "cosine") and start_ratio + warmup_ratio > 1 + 1e-9:
             raise ValueError(
-                f"start_ratio={start_ratio} and warmup_ratio={warmup_ratio} add up to more than 1: the training would "
-                f"end before the weight is 1. Take a warmup_ratio of at most {1 - start_ratio:.3g}."
+                f"start_ratio={start_ratio} and warmup_ratio={warmup_ratio} add up to more than 1, so the training "
+                f"would end before the weight is 1. Take a warmup_ratio of at most {1 - start_ratio:.3g}."
             )
         terms = (terms,) if isinstance(terms, str) else tuple(terms)
         if not terms or not all(term in TERMS for term in terms):

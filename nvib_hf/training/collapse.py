@@ -1,4 +1,4 @@
-"""Signs of a decoder that has stopped listening to its latent, or that reads it in training alone, and remedies."""
+"""Signs, with remedies, that a decoder ignores its latent, or reads it in training only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .recording import MeasuringCallback
 
 REMEDY = (
     "Lower lambda_gaussian and lambda_dirichlet or let them rise later (KLAnnealingCallback), or give the latent "
-    "free_bits_gaussian and the decoder word_dropout. ConstraintCallback stops before that where texts are held out: "
+    "free_bits_gaussian and the decoder word_dropout. ConstraintCallback avoids a collapse if texts are held out: "
     "give the Trainer an eval_dataset, and accept a lower cross_entropy."
 )
 
@@ -26,7 +26,7 @@ class CollapseWarning(UserWarning):
 
 
 class EvaluationGapWarning(UserWarning):
-    """What the decoder reads in training, it does not in evaluation."""
+    """The decoder reads the latent in training, but not in evaluation."""
 
 
 # A channel is active if its mean varies over the data by more than this, in units of the prior's variance.
@@ -42,7 +42,7 @@ class ChannelMoments:
         self.square: Tensor | float = 0.0
 
     def add(self, mu: Tensor, mask: Tensor) -> None:
-        """A batch ``(B, Nl, P)``; mask: ``(B, Nl)``, True = a vector that counts."""
+        """Add a batch ``(B, Nl, P)``. ``mask``: ``(B, Nl)``, True for each vector that counts."""
         means = mu[mask].cpu().double()
         self.count += len(means)
         self.mean, self.square = self.mean + means.sum(0), self.square + means.square().sum(0)
@@ -54,7 +54,7 @@ class ChannelMoments:
             prior_var: the prior's variance, a number or ``(P,)``.
 
         Returns:
-            In [0, 1]; 0 where fewer than two vectors count.
+            In [0, 1]; 0 if fewer than two vectors count.
 
         Source: Burda, Grosse & Salakhutdinov (ICLR 2016), section 5.1, over vectors in place of examples.
         """
@@ -66,7 +66,7 @@ class ChannelMoments:
 
 
 def collapse_message(step: int, what: str, value: float, unit: str, least: float) -> str:
-    """What a :class:`CollapseWarning` says of a number that is below the least."""
+    """The text of a :class:`CollapseWarning` for a number that is too small."""
     return (
         f"Posterior collapse at step {step}: {what} are {value:.3g} {unit}, below {least:g}. The decoder ignores the "
         f"latent. {REMEDY}"
@@ -74,7 +74,7 @@ def collapse_message(step: int, what: str, value: float, unit: str, least: float
 
 
 def gap_message(step: int, training: float, evaluation: float, config: NvibConfig, dropping_share: float) -> str:
-    """What an :class:`EvaluationGapWarning` says of the cross-entropies of one batch."""
+    """Text of an :class:`EvaluationGapWarning` for the cross-entropies of one batch."""
     return (
         f"Evaluation falls behind training at step {step}: the same batch has a cross-entropy of {training:.3g} nats "
         f"per token in training and {evaluation:.3g} decoded as in evaluation. {gap_remedy(config, dropping_share)}"
@@ -82,43 +82,45 @@ def gap_message(step: int, training: float, evaluation: float, config: NvibConfi
 
 
 def gap_remedy(config: NvibConfig, dropping_share: float) -> str:
-    """What to do about a model that decodes in training alone."""
+    """What to do about a model that decodes in training only."""
     if config.evaluation == "mixture":
         return 'Decode the means of the posterior: model.config.evaluation = "means".'
     if 0 < dropping_share < 1:
         return (
-            f"Evaluation drops vectors in every example, training in {dropping_share:.0%} of them: raise the "
+            f"Evaluation drops vectors in every example, training in {dropping_share:.0%} of them. Raise the "
             "dropping_share of the model, or of the callback that sets it, and train for more steps."
         )
     return (
-        "Train for more steps, or lower lambda_gaussian: the means of the posterior, which evaluation decodes, are "
+        "Train for more steps, or lower lambda_gaussian: evaluation decodes the means of the posterior, and they are "
         "unlike the samples that the decoder knows."
     )
 
 
 class CollapseCallback(MeasuringCallback):
-    """Warns, once for each sign, when a training shows twice in a row that evaluation will be of no use.
+    """Warns when a training shows, twice in a row, that evaluation will be useless. Each sign warns once.
 
-    That the decoder ignores the latent (:class:`CollapseWarning`): over the steps since the last log both KLs together
-    below ``min_nats`` per vector (the posterior is the prior), or a share of vectors kept below ``min_prop_vectors``;
-    every ``interval`` steps, a share of active channels below ``min_active_units``.
+    A :class:`CollapseWarning` says that the decoder ignores the latent. Its signs are: both KLs together are below
+    ``min_nats`` per vector (the posterior is the prior); the share of vectors kept is below ``min_prop_vectors``; the
+    share of active channels is below ``min_active_units``. The first two are means over the steps since the last log,
+    the third is measured every ``interval`` steps.
 
-    That it reads in training what it does not in evaluation (:class:`EvaluationGapWarning`): every ``interval`` steps
-    the last batch is decoded as in evaluation, too. Its cross-entropy, the ``evaluation_cross_entropy`` of the logs,
-    is more than ``max_gap`` above what it was in training, and more than twice that. This is one forward pass without
-    gradients, under 1 % of the training by default, and draws nothing: the training is the same with and without.
+    An :class:`EvaluationGapWarning` says that the decoder reads the latent in training, but not in evaluation. Every
+    ``interval`` steps the last batch is also decoded as in evaluation. The sign is that its cross-entropy (the logs'
+    ``evaluation_cross_entropy``) is more than ``max_gap`` above the one in training, and more than twice as large.
+    This costs one forward pass without gradients, under 1 % of the training by default. It draws no random numbers,
+    so it does not change the training.
 
-    ``NvibTrainer`` brings one; with another ``Trainer`` add it to the callbacks.
+    ``NvibTrainer`` adds this callback by itself. With another ``Trainer``, add it to the callbacks.
 
     Args:
-        min_nats: of ``P * KL_G + KL_D``, nats per latent vector.
-        min_prop_vectors: share of the source vectors.
-        min_active_units: share of the latent channels.
+        min_nats: least ``P * KL_G + KL_D``, nats per latent vector.
+        min_prop_vectors: least share of the source vectors kept.
+        min_active_units: least share of the latent channels that are active.
         max_gap: nats per target token.
-        interval: steps between two looks at a batch.
+        interval: steps between two measurements on a batch.
 
     Raises:
-        ValueError: an argument that is no such number, or an ``interval`` below 1.
+        ValueError: an argument outside its range.
     """
 
     kept_in_checkpoints = ("warned", "seen", "evaluation_cross_entropy")
@@ -165,11 +167,13 @@ class CollapseCallback(MeasuringCallback):
             self._evaluate(args, state, *(last or ({}, None)))
 
     def _evaluate(self, args, state, inputs: dict, cross_entropy: Tensor | None) -> None:
-        """Decode a batch as in evaluation, beside its cross-entropy in training."""
+        """Decode a batch as in evaluation, to compare with its cross-entropy in training."""
         from accelerate.utils import reduce
 
         sums = torch.zeros(3, device=args.device)
-        if cross_entropy is not None and inputs.get("encoder_outputs") is None:  # else latents take the texts' place
+        if (
+            cross_entropy is not None and inputs.get("encoder_outputs") is None
+        ):  # else the batch gives latents instead of texts
             outputs = evaluated(self._model, inputs, args)
             units = self._active_units(outputs.latents)
             self._warn_below(state, "active units", "of the channels", units, self.min_active_units)
@@ -194,7 +198,7 @@ class CollapseCallback(MeasuringCallback):
             return
         self.evaluation_cross_entropy = None
         if means := self.measured(args.device):
-            if "kl_gaussian" in means:  # there were targets, over which it is a mean
+            if "kl_gaussian" in means:  # a mean over targets: there were some
                 nats = self._model.nvib.size_out * means["kl_gaussian"] + means["kl_dirichlet"]
                 self._warn_below(state, "KL terms", "nats per vector", nats, self.min_nats)
             self._warn_below(state, "vectors kept", "of the source", means["prop_vectors"], self.min_prop_vectors)
@@ -216,7 +220,7 @@ class CollapseCallback(MeasuringCallback):
             warnings.warn(message, EvaluationGapWarning, stacklevel=2)
 
     def _is_due(self, sign: str, shown: bool) -> bool:
-        """Whether to warn of a sign: it shows for the second time in a row, and there was no warning yet."""
+        """Whether to warn of a sign: it shows twice in a row, and there was no warning yet."""
         due = shown and sign in self.seen and sign not in self.warned
         self.seen = [other for other in self.seen if other != sign] + [sign] * shown
         self.warned += [sign] * due

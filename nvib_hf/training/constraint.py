@@ -1,4 +1,4 @@
-"""Compression as far as the reconstruction allows that the user accepts: multipliers that follow an error."""
+"""Compresses until the reconstruction is as bad as you accept: multipliers that follow an error."""
 
 from __future__ import annotations
 
@@ -13,75 +13,76 @@ from .held_out import HeldOut, cross_entropy_of
 from .messages import OTHERS, memorised_message, runaway_message, unheld_message, unmet_message
 from .threshold import SLACK, ThresholdCallback
 
-# A multiplier stays within this many times what the evidence lower bound has in its place.
+# A multiplier is at most this many times the one that the evidence lower bound has.
 BOUND = 10.0
 
-# The integral falls no further below its start than this, in log: from there a multiplier has to come back.
+# The integral falls at most this far below its start, in log, so that a multiplier can still come back.
 FALL = 8.0
 
-# Passes over the training texts from which on knowing them by heart is a danger, where none are held out.
+# Without held-out texts, warn after this many passes over the training texts: the model may know them by heart.
 MANY_EPOCHS = 20
 
-# Nats per token between training and held-out texts that are a sign of knowing by heart.
+# If held-out texts cost this many nats per token more than training texts, the latter are known by heart.
 GAP = 0.5
 
 
 class ConstraintCallback(ThresholdCallback):
-    r"""Compresses as far as the reconstruction allows that the user accepts, and no further.
+    r"""Compresses as long as the reconstruction is as good as you ask for, and no further.
 
     .. math::
         \min \; \beta (\lambda_G KL_G + \lambda_D KL_D) + \beta_V \lambda_V \, \mathrm{share}
         \quad \text{such that} \quad \mathrm{CE} \le \tau
 
-    The ``lambda_*`` say what counts how much among the terms, the multipliers (the model's ``kl_beta``) how much they
-    count against the cross-entropy. These are ``start_beta`` until the constraint is met for the first time; nothing
-    is dropped before. From there :math:`\beta` follows the error :math:`\log(\tau / \mathrm{CE})`
+    The ``lambda_*`` weigh the terms against each other. The multipliers (the model's ``kl_beta``) weigh the terms
+    against the cross-entropy. They stay at ``start_beta`` until the constraint is met for the first time; nothing is
+    dropped before that. Then :math:`\beta` follows the error :math:`\log(\tau / \mathrm{CE})`
     (:func:`~nvib_hf.training.control.multiplier`), and the model's ``alpha_threshold`` drops vectors in
     ``dropping_share`` of the training examples, and in all of evaluation.
 
-    CE is the larger of two: the running mean of training, and, every ``held_out_interval`` steps, that of held-out
-    texts decoded as in evaluation. So what is met by texts that are known by heart is not compressed. The held-out
-    texts are up to ``held_out_examples`` of the ``eval_dataset``: under ``NvibTrainer`` from the start, under another
-    ``Trainer`` from its first evaluation on. Without any, the last training batch stands in for them.
+    CE is the larger of two cross-entropies: the running mean of training, and that of held-out texts, decoded as in
+    evaluation every ``held_out_interval`` steps. So nothing is compressed if only training texts known by heart meet
+    the constraint. The held-out texts are up to ``held_out_examples`` of the ``eval_dataset``. ``NvibTrainer`` gives
+    them from the start; another ``Trainer`` gives them at its first evaluation. If there are none, the last training
+    batch replaces them.
 
-    Without ``target_prop_vectors``, :math:`\beta_V = \beta`. With it, :math:`\beta_V` follows an error of its own by
-    the same law (:func:`~nvib_hf.training.control.share_error`), and :math:`\beta` goes on compressing the vectors
-    that are kept. The share is that of the vectors really kept, which has no gradient where a threshold decides; what
-    trains the pseudo-counts towards it is ``lambda_vectors`` with the relaxed share
-    (:func:`~nvib_hf.layers.dropping.relaxed_share`), so set it above 0.
+    Without ``target_prop_vectors``, :math:`\beta_V = \beta`. With it, :math:`\beta_V` follows its own error by the
+    same law (:func:`~nvib_hf.training.control.share_error`), and :math:`\beta` goes on compressing the vectors that
+    are kept. The error of :math:`\beta_V` uses the share of vectors really kept, which has no gradient if a threshold
+    decides. The pseudo-counts learn from ``lambda_vectors`` and the relaxed share
+    (:func:`~nvib_hf.layers.dropping.relaxed_share`), so set ``lambda_vectors`` above 0.
 
     A multiplier never exceeds ``max_beta``, and does not rise while vectors say less than ``min_nats``. A
-    :class:`ConstraintWarning` says, once each, that the constraint has not been met for a third of the training, that
-    training texts were learnt by heart, that nothing is held out, that a multiplier ran away, that something else
-    sets the multipliers.
+    :class:`ConstraintWarning` appears, once for each cause: the constraint has not been met for a third of the
+    training; training texts are learnt by heart; no text is held out; a multiplier ran away; something else sets the
+    multipliers.
 
-    Works with any ``Trainer``. Its state is part of the checkpoints, its trace (``constraint_beta``,
+    The callback works with any ``Trainer``. Checkpoints hold its state. Logs hold its trace (``constraint_beta``,
     ``constraint_beta_vectors``, ``constraint_cross_entropy``, ``constraint_held_out_cross_entropy``,
-    ``constraint_tolerance``, ``constraint_prop_vectors``) of the logs. ``kl_beta`` belongs to it: leave out
-    ``KLAnnealingCallback``.
+    ``constraint_tolerance``, ``constraint_prop_vectors``). Leave out ``KLAnnealingCallback``, since both would set
+    ``kl_beta``.
 
     Args:
         cross_entropy: :math:`\tau`, the accepted cross-entropy, nats per target token; 0.15 unless there is a metric.
-        metric, metric_target: hold this result of the Trainer's evaluations, ``"eval_exact_match"`` or
-            ``"eval_bleu"``, at the target. The metric alone decides: compression begins at the first evaluation in
-            which it reaches the target, whatever the cross-entropy. From there :math:`\tau`, which is
-            ``cross_entropy`` or else that of training so far, moves after each evaluation, and CE is that of training.
+        metric, metric_target: hold this result of the Trainer's evaluations, such as ``"eval_exact_match"`` or
+            ``"eval_bleu"``, at the target. Then the metric alone decides. Compression begins at the first evaluation
+            that reaches the target, whatever the cross-entropy. :math:`\tau` starts at ``cross_entropy``, or at the
+            cross-entropy of training so far, and moves after each evaluation. CE is the one of training.
         target_prop_vectors: share of the source vectors to keep, in (0, 1).
         start_beta: both multipliers before the constraint is met.
-        rate: of the integrals, per step.
-        gain: of the proportional parts.
-        dropping_share, interval: as of :class:`ThresholdCallback`.
-        held_out_interval: steps between two looks at held-out texts.
-        held_out_examples: how many of them at most; 0 for none, so that only training counts.
-        max_beta: the largest multiplier; by default ten times what the evidence lower bound has in its place, where
+        rate: rate of the integrals, per step.
+        gain: gain of the proportional parts.
+        dropping_share, interval: as in :class:`ThresholdCallback`.
+        held_out_interval: steps between two measurements on held-out texts.
+        held_out_examples: how many of them at most. 0 means none, so that only training counts.
+        max_beta: the largest multiplier. The default is ten times the multiplier of the evidence lower bound, whose
             ``KL_G`` is a sum over channels: ``10 * width / lambda_gaussian``.
-        min_nats: of ``P * KL_G + KL_D``, nats per latent vector: under it a multiplier does not rise.
+        min_nats: if ``P * KL_G + KL_D``, nats per latent vector, is below this, a multiplier does not rise.
 
     Raises:
-        ValueError: an argument outside its range; a model that cannot drop vectors where a share is asked for;
-            evaluations none of which has the metric.
+        ValueError: an argument outside its range; a target share for a model that cannot drop vectors; no evaluation
+            has the metric.
 
-    Source: Rezende & Viola, *Taming VAEs* (2018), with the multiplier on the other side of the sum; the second
+    Source: Rezende & Viola, *Taming VAEs* (2018), with the multiplier on the other side of the sum. The second
     multiplier and the held-out texts are this project's own.
     """
 
@@ -136,11 +137,11 @@ class ConstraintCallback(ThresholdCallback):
         if max_beta is not None:
             check_number("max_beta", max_beta, least=start_beta)
         if (metric is None) != (metric_target is None):
-            raise ValueError(f"metric={metric!r} and metric_target={metric_target} belong together: give both.")
+            raise ValueError(f"metric={metric!r} and metric_target={metric_target} belong together. Give both.")
         if metric is not None:
             if not isinstance(metric, str):
                 raise ValueError(f"metric must be the name of a result, such as 'eval_bleu', but got {metric!r}.")
-            check_number("metric_target", metric_target, above=0)  # of a result that is better if more
+            check_number("metric_target", metric_target, above=0)  # a result must be better if larger
         if target_prop_vectors is not None:
             check_number("target_prop_vectors", target_prop_vectors, above=0, below=1)
         self.metric, self.metric_target, self.target_prop_vectors = metric, metric_target, target_prop_vectors
@@ -153,11 +154,11 @@ class ConstraintCallback(ThresholdCallback):
         self.average_nats: float | None = None
         self.held_out_cross_entropy: float | None = None
         self._held_out: HeldOut | None = None
-        self._evaluated: dict[str, float] | None = {}  # without the metric; None as soon as one has it
+        self._evaluated: dict[str, float] | None = {}  # results without the metric; None once an evaluation has it
         self._last_metric: float | None = None
         self._last: dict | None = None  # the inputs of the last training batch
-        self._written: torch.Tensor | None = None  # the multipliers that this wrote,
-        self._in_force: torch.Tensor | None = None  # and those that the last step had
+        self._written: torch.Tensor | None = None  # the multipliers that this callback wrote
+        self._in_force: torch.Tensor | None = None  # the multipliers of the last step
 
     # ---------------------------------------------------------------------------------------------- multipliers
     @property
@@ -189,7 +190,9 @@ class ConstraintCallback(ThresholdCallback):
                 "NvibConfig(dropping='relaxed', lambda_vectors=1)."
             )
         if config.lambda_gaussian == config.lambda_dirichlet == config.lambda_vectors == 0:
-            raise ValueError("All lambda_* of the model are 0, so there is nothing to weigh. Set lambda_gaussian, ...")
+            raise ValueError(
+                "All lambda_* of the model are 0, so there is nothing to weigh. Set lambda_gaussian above 0."
+            )
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -209,7 +212,7 @@ class ConstraintCallback(ThresholdCallback):
             self.integral_vectors = self.moved(self.integral_vectors, self.error_vectors)
 
     def compressing(self, error: float) -> float:
-        """The error, which asks for no more where the vectors say next to nothing already."""
+        """The error, or at most 0 if the vectors say next to nothing already: then nothing more is compressed."""
         is_empty = self.average_nats is not None and self.average_nats < self.min_nats
         return min(error, 0.0) if is_empty else error
 
@@ -238,7 +241,7 @@ class ConstraintCallback(ThresholdCallback):
         self._last = inputs
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if self.metric is not None and self._evaluated:  # of several datasets, one may have it alone
+        if self.metric is not None and self._evaluated:  # only one of several datasets may have it
             raise ValueError(
                 f"metric={self.metric!r} is not among the results of the evaluation ({', '.join(self._evaluated)}). "
                 "Give the Trainer a compute_metrics that returns it."
@@ -255,7 +258,7 @@ class ConstraintCallback(ThresholdCallback):
             self.average_nats = running_mean(self.average_nats, nats)
         before = state.global_step - self.interval
         is_due = state.global_step // self.held_out_interval > before // self.held_out_interval
-        is_due = is_due or self.held_out_cross_entropy is None  # nothing may start that was not looked at
+        is_due = is_due or self.held_out_cross_entropy is None  # measure held-out texts before compression starts
         if is_due and self.metric is None and self.held_out_examples:
             batches = (
                 [self._last] * (self._last is not None) if self._held_out is None else self._held_out.batches(args)
@@ -270,7 +273,7 @@ class ConstraintCallback(ThresholdCallback):
     def on_evaluate(self, args, state, control, metrics=None, eval_dataloader=None, **kwargs) -> None:
         if self._is_over:
             return
-        if self._held_out is None:  # of a Trainer that did not say before what it holds out
+        if self._held_out is None:  # this Trainer gives its held-out texts only now
             self._held_out = HeldOut.of(eval_dataloader, self.held_out_examples)
         if self.metric is None:
             return
@@ -289,7 +292,7 @@ class ConstraintCallback(ThresholdCallback):
             self.started = True
             if self.arguments["cross_entropy"] is None:
                 self.tolerance = self.average_cross_entropy
-        # No further up than what the multiplier's error, which is clipped at 1, can see: the rest would be a debt.
+        # The multiplier's error is clipped at 1. A higher tolerance would have no effect now, and have to fall later.
         if error < 0 or self.tolerance < math.e * self.average_cross_entropy:
             self.tolerance *= math.exp(min(max(5 * error, -0.5), 0.5))  # a miss of a tenth moves it by about 40 %
 

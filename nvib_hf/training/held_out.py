@@ -1,4 +1,4 @@
-"""Texts that are not trained on, looked at during a training."""
+"""Held-out texts that are measured during a training."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from ..layers.cross_entropy import IGNORED
 
 
 class HeldOut:
-    """A fixed sample of a data set, spread over it, in batches for each process.
+    """A fixed sample of a data set, spread evenly over it, in batches for each process.
 
-    Not a data loader's own batches: to leave an accelerated loader in the midst of them confuses the training's.
+    It does not take a data loader's own batches. If you leave an accelerated loader before its end, it disturbs the
+    training's loader.
 
     Args:
-        dataset: with numbered examples, or that can be iterated over.
-        collate: examples to the batch that the model takes.
+        dataset: examples by number, or an iterable.
+        collate: makes the model's batch from examples.
         count: how many examples at most.
     """
 
@@ -35,7 +36,7 @@ class HeldOut:
 
     @classmethod
     def of(cls, loader, count: int) -> Self | None:
-        """Of a data loader's data set; ``None`` without one, or without examples."""
+        """A sample of a data loader's data set. ``None`` if there is no data set, or no example."""
         dataset = getattr(loader, "dataset", None)
         if dataset is None or not count:
             return None
@@ -44,7 +45,7 @@ class HeldOut:
         return held_out if held_out._examples else None
 
     def batches(self, args) -> Iterator[dict]:
-        """This process's share of the examples, as many batches as every other has."""
+        """This process's share of the examples. Every process has the same number of batches."""
         share = -(-len(self._examples) // args.world_size)
         first = args.process_index * share
         own = [self._examples[i % len(self._examples)] for i in range(first, first + share)]
@@ -64,7 +65,7 @@ def evaluated(model: PreTrainedModel, inputs: dict, args):
 def cross_entropy_of(model: PreTrainedModel, batches: Iterable[dict], args) -> float | None:
     """Nats per target token, decoded as in evaluation, over the batches of all processes; ``None`` without a target.
 
-    It draws nothing from the global random state: the training is the same with and without.
+    It leaves the global random state as it is, so it does not change the training.
     """
     from accelerate.utils import reduce
 
@@ -72,7 +73,7 @@ def cross_entropy_of(model: PreTrainedModel, batches: Iterable[dict], args) -> f
     with torch.random.fork_rng(devices=[]):
         for inputs in batches:
             if inputs.get("labels") is None or inputs.get("encoder_outputs") is not None:
-                continue  # latents in the texts' place are those of training
+                continue  # these are latents of training, not texts
             tokens = (inputs["labels"] != IGNORED).sum().to(args.device)
             cross_entropy = evaluated(model, inputs, args).cross_entropy.detach().float().to(args.device)
             sums += torch.stack([cross_entropy * tokens, tokens])

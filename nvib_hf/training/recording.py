@@ -1,4 +1,4 @@
-"""Sums of what a model says of its latents while it trains: nothing is read from the device before it is asked for."""
+"""Sums of what a model reports during training. They stay on the device until you read them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from transformers.trainer_callback import ExportableState
 
 from ..layers.cross_entropy import IGNORED
 
-# Means, by what they are counted over.
+# Means, by what they divide by.
 COUNTED = {
     "tokens": ("cross_entropy", "kl_gaussian", "kl_dirichlet"),
     "examples": ("num_vectors", "prop_vectors", "effective_vectors"),
     "tokens_of_loss": ("loss",),
 }
 
-# Of each layer, where self-attentions have NVIB.
+# For each layer, if self-attentions have NVIB.
 OF_LAYERS = {"kl_gaussian": "tokens", "kl_dirichlet": "tokens", "prop_vectors": "examples"}
 
 
 def nvib_model_in(model: nn.Module) -> nn.Module | None:
-    """The NVIB model inside whatever wraps it (PEFT, DDP, ``torch.compile``), its code from here or from a hub."""
-    # By the type's name: the class itself is another one in code from a hub.
+    """The NVIB model inside any wrapper (PEFT, DDP, ``torch.compile``), with code of this package or of the Hub."""
+    # By the type's name, because code from the Hub has another class object.
     configs = ((module, getattr(type(module), "config_class", None)) for module in model.modules())
     return next((module for module, config in configs if getattr(config, "model_type", None) == "nvib"), None)
 
@@ -40,7 +40,7 @@ def find_nvib_model(model: nn.Module) -> nn.Module:
 
 
 def check_restored(callback: str, name: str, value: object, sample: object) -> None:
-    """Raise ValueError for a value of a checkpoint that is not of the kind of this sample, or no finite number."""
+    """Raise ValueError if a value of a checkpoint is not of the sample's type, or is not a finite number."""
     if isinstance(sample, bool):
         right = isinstance(value, bool)
     elif isinstance(sample, list):
@@ -50,22 +50,22 @@ def check_restored(callback: str, name: str, value: object, sample: object) -> N
         right = is_number or (sample is None and value is None)
     if not right:
         raise ValueError(
-            f"trainer_state.json has {name}={value!r} for {callback}, which it cannot have saved. Resume from an "
+            f"trainer_state.json has {name}={value!r} for {callback}, but {callback} never saves that. Resume from an "
             f"earlier checkpoint, or remove the entry {callback!r} from the stateful_callbacks there."
         )
 
 
 class Recorder:
-    """Means of the loss, of its terms and of the vectors kept, since they were last read.
+    """Means of the loss, its terms and the vectors kept, since the last :meth:`read`.
 
-    ``cross_entropy``, ``kl_gaussian``, ``kl_dirichlet`` in nats, and the ``loss`` where it is added, are means over
-    target tokens; ``num_vectors``, ``prop_vectors`` and ``effective_vectors`` over examples. Of the NVIB ``layers``
-    that it is made with also ``kl_gaussian_encoder.0`` and the like.
+    ``cross_entropy``, ``kl_gaussian``, ``kl_dirichlet`` (nats) and a ``loss`` that you add are means over target
+    tokens. ``num_vectors``, ``prop_vectors`` and ``effective_vectors`` are means over examples. Each NVIB layer in
+    ``layers`` adds its own, such as ``kl_gaussian_encoder.0``.
     """
 
     def __init__(self, layers: Iterable[str] = ()) -> None:
         self._sums: dict[str, Tensor] = {}
-        self.saw_no_target = False  # when it was last read: losses, but not one target
+        self.saw_no_target = False  # the last read had losses, but no target
         self._layers = tuple(layers)
         self._counted = dict(COUNTED)
         for name, count in OF_LAYERS.items():
@@ -93,13 +93,13 @@ class Recorder:
         )
 
     def add_loss(self, loss: Tensor, labels: Tensor) -> None:
-        """Add the loss of a batch, a mean over its target tokens, by itself: of any model."""
+        """Add only the loss of a batch, a mean over its target tokens. Works for any model."""
         tokens = (labels != IGNORED).sum()
         self._add(loss=loss * tokens, tokens_of_loss=tokens, losses=torch.ones_like(tokens))
 
     @property
     def names(self) -> set[str]:
-        """Of all that it can read."""
+        """The names of all means."""
         return {name for means in self._counted.values() for name in means}
 
     def _add(self, **terms: Tensor) -> None:
@@ -111,13 +111,13 @@ class Recorder:
         self._sums = {}
 
     def read(self, device: torch.device | str) -> dict[str, float]:
-        """Means over all processes since the last call: call it on every one of them. It starts them anew.
+        """Means over all processes since the last call, which it then resets. Call it on every process.
 
         Args:
-            device: where the sums of a process that recorded nothing lie.
+            device: the device for the sums of a process that recorded nothing.
 
         Returns:
-            Nothing where nothing was recorded.
+            The means by name. Means that nothing was recorded for are left out.
         """
         from accelerate.utils import reduce
 
@@ -131,9 +131,9 @@ class Recorder:
 
 
 class MeasuringCallback(TrainerCallback, ExportableState):
-    """Sees what the model says in training, with any Trainer, and keeps its own state in the checkpoints.
+    """Records what the model returns in training, with any Trainer, and saves its own state in checkpoints.
 
-    Subclasses name what to keep in ``kept_in_checkpoints``, and the arguments they were made with in ``arguments``.
+    Subclasses name the attributes to save in ``kept_in_checkpoints``, and put their arguments into ``arguments``.
     """
 
     kept_in_checkpoints: tuple[str, ...] = ()
@@ -146,7 +146,7 @@ class MeasuringCallback(TrainerCallback, ExportableState):
         self._recorder, self._hook, self._model, self._is_over = Recorder(), None, None, False
 
     def __setattr__(self, name: str, value: object) -> None:
-        if callable(getattr(type(self), name, None)) and not callable(value):  # as the Trainer, of what it restores
+        if callable(getattr(type(self), name, None)) and not callable(value):  # the Trainer does this when it restores
             raise ValueError(
                 f"{type(self).__name__}.{name} is a method, but trainer_state.json has {value!r} for it. Remove the "
                 "entry from the stateful_callbacks there."
@@ -158,10 +158,10 @@ class MeasuringCallback(TrainerCallback, ExportableState):
         return {"args": self.arguments, "attributes": {name: getattr(self, name) for name in self.kept_in_checkpoints}}
 
     def restore(self, attributes: dict) -> None:
-        """Go on from a state, as far as it is known here.
+        """Go on from a saved state. Unknown attributes are ignored.
 
         Raises:
-            ValueError: a value that cannot have been saved by :meth:`state`.
+            ValueError: :meth:`state` cannot have saved this value.
         """
         for name in self.kept_in_checkpoints:
             if name in attributes:
@@ -175,21 +175,21 @@ class MeasuringCallback(TrainerCallback, ExportableState):
             self._at_start = type(self)(**self.arguments).state()["attributes"]
             self.restore(now)  # checks what the Trainer itself has restored
             self._at_start = now
-        elif self._model is not model and state.global_step == 0:  # as of a Trainer's model_init
-            state.stateful_callbacks.pop(name, None)  # which are those of the model before
+        elif self._model is not model and state.global_step == 0:  # model_init of a Trainer made a new model
+            state.stateful_callbacks.pop(name, None)  # they belong to the model before
             self.__dict__.update(self._at_start)
-        # What a Trainer saves has to stand there, and does not in a checkpoint of a training without this callback.
+        # The Trainer saves this entry. A checkpoint of a training without this callback lacks it.
         saved = state.stateful_callbacks.setdefault(name, self.state())
         for entry in saved if isinstance(saved, list) else [saved]:
-            if self._is_of_the_same(entry):  # a resumed training goes on where it stood
+            if self._is_of_the_same(entry):  # continue a resumed training
                 self.restore(entry.get("attributes", {}))
-        self.on_train_end(args, state, control)  # of a training that was broken off
+        self.on_train_end(args, state, control)  # if the last training was interrupted
         self._model, self._is_over = model, False
         self._recorder.clear()
         self._hook = self._model.register_forward_hook(self._see, with_kwargs=True)
 
     def _is_of_the_same(self, entry: dict) -> bool:
-        """Whether a saved state is of a callback with these arguments, as far as it knew them."""
+        """Whether a callback with these arguments saved the state. Arguments that it lacks are ignored."""
         saved = entry.get("args", {})
         return all(saved.get(name, value) == value for name, value in self.arguments.items())
 
@@ -198,7 +198,7 @@ class MeasuringCallback(TrainerCallback, ExportableState):
         if self._hook is not None:
             self._hook.remove()
 
-    # Out of a compiled forward pass, which would be compiled anew for each hook.
+    # Not compiled: otherwise each hook would compile the forward pass anew.
     @torch.compiler.disable
     def _see(self, model: nn.Module, args: tuple, inputs: dict, outputs) -> None:
         if model.training:  # not the evaluations on the way
@@ -209,7 +209,7 @@ class MeasuringCallback(TrainerCallback, ExportableState):
         self._recorder.hook(model, (), inputs, outputs)
 
     def measured(self, device: torch.device) -> dict[str, float]:
-        """Means over what all processes saw since the last call."""
+        """Means over all processes since the last call."""
         return self._recorder.read(device)
 
     def trace(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""A search for the ``tau_*`` with which a pretrained model does best on another domain, without any training."""
+"""A search, without training, for the ``tau_*`` that suit a pretrained model on another domain best."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..configuration_nvib import TAUS
 from ..layers.settings import KINDS
 from ..wrapping.pretrained import NvibPreTrainedModel
 
-# Of each kind of attention, from Fehr & Henderson (COLM 2024).
+# For each kind of attention, from Fehr & Henderson (COLM 2024).
 RANGES = {
     "tau_alpha": {"cross": (0.0, 5.0), "encoder": (0.0, 5.0), "decoder": (2.0, 5.0)},
     "tau_sigma": {"cross": (0.0, 0.2), "encoder": (0.0, 0.01), "decoder": (0.0, 0.1)},
@@ -45,30 +45,29 @@ def search_taus(
     ranges: dict[str, dict[str, tuple[float, float]]] | None = None,
     seed: int = 0,
 ) -> list[dict]:
-    r"""Try regularisations of a pretrained model, keep the best.
+    r"""Try several regularisations of a pretrained model and keep the best.
 
     Each trial sets ``tau_alpha`` and ``tau_sigma`` of every kind of attention that has NVIB
-    (:meth:`~nvib_hf.NvibForConditionalGeneration.set_taus`), and scores the model on validation data of the domain
-    that it is meant for. The first trial is the identity, so there the best one is never worse than the pretrained
-    model. Call ``fit_prior`` on data of the training domain first.
+    (:meth:`~nvib_hf.NvibForConditionalGeneration.set_taus`), and scores the model on validation data of the new
+    domain. The first trial is the identity, so on this data the best trial is never worse than the pretrained model.
+    Call ``fit_prior`` on data of the training domain first.
 
     Args:
-        model: in ``eval()``, its evaluation ``"mixture"``: by the means, variances only shift weights.
-        score: of the model, for instance its word error rate over the validation data.
-        num_trials: how many, the identity included.
+        model: in ``eval()``, with evaluation ``"mixture"``. With ``"means"``, variances only shift weights.
+        score: returns the score of the model, for instance its word error rate over the validation data.
+        num_trials: how many trials, including the identity.
         direction: ``"minimize"`` the score, or ``"maximize"`` it.
-        ranges: ``{"tau_alpha": {"encoder": (0.0, 5.0), ...}, "tau_sigma": ...}``, in place of :data:`RANGES`; a kind
-            that is left out stays at the identity.
-        seed: of the draws, by TPE after 10 random ones.
+        ranges: ``{"tau_alpha": {"encoder": (0.0, 5.0), ...}, "tau_sigma": ...}``, in place of :data:`RANGES`. A kind
+            that you leave out stays at the identity.
+        seed: seed of the trials: 10 are random, TPE proposes the later ones.
 
     Returns:
         The trials in their order: ``tau_alpha`` and ``tau_sigma``, dicts by kind, and ``score``. The model has the
         taus of the best one. If ``score`` raises an error, the model has the taus it had before.
 
     Raises:
-        ImportError: without the package optuna.
-        ValueError: fewer than one trial, another direction, or ranges of an unknown tau or kind; a
-            score that is no number.
+        ImportError: optuna is not installed.
+        ValueError: fewer than one trial; another direction; ranges for an unknown tau or kind; a score that is nan.
 
     Example:
         >>> model.fit_prior(clean_batches)  # doctest: +SKIP
@@ -84,8 +83,8 @@ def search_taus(
     _check_ranges(chosen)
     if model.config.evaluation == "means":
         warnings.warn(
-            "The model evaluates by the means, to which tau_sigma is a shift of weights alone. Set "
-            "model.config.evaluation = 'mixture' before the search.",
+            "The model has evaluation='means', where tau_sigma only shifts weights. Set model.config.evaluation = "
+            "'mixture' before the search.",
             stacklevel=2,
         )
     study = _study(optuna(), direction, seed)
@@ -119,7 +118,7 @@ def search_taus(
 
 def _study(package: ModuleType, direction: str, seed: int):
     verbosity = package.logging.get_verbosity()
-    package.logging.set_verbosity(package.logging.WARNING)  # it tells of every trial otherwise
+    package.logging.set_verbosity(package.logging.WARNING)  # otherwise it logs every trial
     study = package.create_study(direction=direction, sampler=package.samplers.TPESampler(seed=seed))
     package.logging.set_verbosity(verbosity)
     return study
@@ -128,10 +127,12 @@ def _study(package: ModuleType, direction: str, seed: int):
 def _check_ranges(ranges: dict) -> None:
     for name, by_kind in ranges.items():
         if name not in IDENTITY:
-            raise ValueError(f"ranges are of tau_alpha and tau_sigma, but got one of {name!r}.")
+            raise ValueError(f"ranges must be for tau_alpha or tau_sigma, but got one for {name!r}.")
         for kind, bounds in by_kind.items():
             if kind not in KINDS:
-                raise ValueError(f"ranges[{name!r}] are of {', '.join(map(repr, KINDS))}, but got one of {kind!r}.")
+                raise ValueError(
+                    f"ranges[{name!r}] must be for {', '.join(map(repr, KINDS))}, but got one for {kind!r}."
+                )
             low, high = bounds
             if not low <= high:
                 raise ValueError(f"ranges[{name!r}][{kind!r}] must be (low, high), but got {bounds}.")

@@ -1,4 +1,4 @@
-"""When vectors begin to be dropped: not before the text is learnt."""
+"""Starts to drop vectors once the text is learnt, not before."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from .control import running_mean
 from .messages import ConstraintWarning, unmet_message
 from .recording import MeasuringCallback
 
-# Where the tolerance is missed by less than this share, it counts as met.
+# A tolerance that is missed by less than this share counts as met.
 SLACK = 0.05
 
 
 class ThresholdCallback(MeasuringCallback):
-    """When, and in what share of the examples, vectors are dropped: by ``alpha_threshold`` or a learned decision.
+    """Decides when, and in what share of the examples, ``alpha_threshold`` or a learned decision drops vectors.
 
-    Off, in evaluation too, until the running mean of the cross-entropy has come down to ``cross_entropy``: vectors
-    that are dropped before the text is learned are never learned. For training with fixed weights;
-    :class:`ConstraintCallback` does the same and more. Where that takes longer than a third of the training, a
-    :class:`ConstraintWarning` says what there is to do.
+    Nothing is dropped, not even in evaluation, until the running mean of the cross-entropy has come down to
+    ``cross_entropy``: vectors that are dropped before the text is learned are never learned. If that takes longer than
+    a third of the training, a :class:`ConstraintWarning` says what to do. Use this callback with fixed weights;
+    :class:`ConstraintCallback` does the same and more.
 
     Args:
-        cross_entropy: of training, nats per target token, at which it begins.
-        dropping_share: share of the training examples in which it drops from there on; the others let a dropped
-            vector come back. In evaluation it always does.
-        interval: steps between two measurements; the running mean is over about five of them.
+        cross_entropy: dropping begins at this cross-entropy of training, nats per target token.
+        dropping_share: share of the training examples in which vectors are dropped after that. The other examples let
+            a dropped vector come back. Evaluation drops vectors in every example.
+        interval: steps between two measurements. The running mean covers about five of them.
 
     Raises:
         ValueError: an argument outside its range, or a model that drops nothing.
@@ -55,16 +55,16 @@ class ThresholdCallback(MeasuringCallback):
         self.apply()
 
     def check(self, config: NvibConfig) -> None:
-        """Refuse a model that this cannot steer."""
+        """Refuse a model that this callback cannot steer."""
         if not config.drops:
             raise ValueError(
-                "The model has alpha_threshold=0, which drops nothing. Make it with one, such as 0.1, or, where the "
+                "The model has alpha_threshold=0, which drops nothing. Make it with alpha_threshold=0.1, or, if the "
                 "decoder is frozen, with dropping='relaxed'."
             )
 
     @property
     def watched(self) -> float:
-        """The cross-entropy that is held against the tolerance."""
+        """The cross-entropy to compare with the tolerance."""
         return self.average_cross_entropy
 
     @torch.no_grad()
@@ -77,7 +77,7 @@ class ThresholdCallback(MeasuringCallback):
         if state.global_step % self.interval:
             return
         means = self.measured(args.device)
-        if not math.isfinite(means.get("cross_entropy", math.nan)):  # no target, or a step that mixed precision skips
+        if not math.isfinite(means.get("cross_entropy", math.nan)):  # no target, or a step skipped by mixed precision
             return
         self.average_cross_entropy = running_mean(self.average_cross_entropy, means["cross_entropy"])
         self.average_kept = running_mean(self.average_kept, means["prop_vectors"])
@@ -90,17 +90,17 @@ class ThresholdCallback(MeasuringCallback):
         self.look_for_trouble(state)
 
     def measure(self, args, state, means: dict[str, float]) -> None:
-        """Take further measurements, of which ``means`` are those of training since the last time."""
+        """Take further measurements. ``means`` are those of training since the last time."""
 
     def may_start(self) -> bool:
         """Whether the text is learnt."""
         return self.watched <= self.tolerance
 
     def steer(self) -> None:
-        """After each measurement, once it has begun."""
+        """Called after each measurement once dropping has begun."""
 
     def look_for_trouble(self, state) -> None:
-        """Warn of what keeps this from its work."""
+        """Warn of what keeps this callback from its work."""
         if self.watched <= (1 + SLACK) * self.tolerance:
             self.last_met = state.global_step
         elif self.has_waited_long(state):
@@ -111,7 +111,7 @@ class ThresholdCallback(MeasuringCallback):
         return state.global_step - self.last_met >= max(state.max_steps / 3, 10 * self.interval)
 
     def warn(self, sign: str, state, message: str) -> None:
-        """Once for each sign, by one process."""
+        """Warn once for each sign, in one process."""
         if sign not in self.warned:
             self.warned = [*self.warned, sign]
             if state.is_world_process_zero:

@@ -26,18 +26,18 @@ from .constraint import ConstraintCallback
 from .recording import MeasuringCallback, Recorder, nvib_model_in
 
 NAMELESS = (
-    "The NVIB model under this adapter has never been saved, so the adapter will not say what it belongs to. Call "
+    "The NVIB model under this adapter has never been saved, so the adapter cannot name it. Call "
     "save_pretrained on the model before get_peft_model, or wrap the base again for PeftModel.from_pretrained."
 )
 
-NO_TARGET = "An evaluation had no target, as all labels were -100. So it has no eval_loss. Give it labels."
+NO_TARGET = "An evaluation had no target, because all labels were -100. So it has no eval_loss. Give it labels."
 
 logger = logging.get_logger(__name__)
 
 NOT_RESULTS = {"runtime", "samples_per_second", "steps_per_second", "epoch", "step", "learning_rate", "grad_norm"}
 
 if TYPE_CHECKING:
-    from transformers import Trainer as _Trainer  # what the mixin stands before
+    from transformers import Trainer as _Trainer  # the class that the mixin extends
 else:
     _Trainer = object
 
@@ -45,19 +45,19 @@ else:
 class NvibTrainerMixin(_Trainer):
     """Adds the terms of the loss to a Trainer's logs, in training and evaluation, and results to the model card.
 
-    Warns of a posterior collapse, and of texts that are decoded in training alone
-    (:class:`~nvib_hf.CollapseCallback`, which adds ``evaluation_cross_entropy``).
+    It warns of a posterior collapse, and of a decoder that reads its latent in training only
+    (:class:`~nvib_hf.CollapseCallback`, which logs ``evaluation_cross_entropy``).
 
-    ``cross_entropy``, ``kl_gaussian`` and ``kl_dirichlet`` (nats, means over target tokens), ``num_vectors``,
-    ``prop_vectors`` and ``effective_vectors`` (means over examples): since the last log, over all processes.
-    ``eval_loss``, of plain models too, is a mean over target tokens as well, where other Trainers take that of the
-    batches' means, which depends on the batch size. It is the cross-entropy and the terms by their ``lambda_*``,
-    without the multipliers of callbacks, so it can be compared over a training. Selecting by it suits fixed and
-    annealed weights. Under a ``ConstraintCallback``, which trades it for compression on purpose, take the last
-    checkpoint, or select by a result of your ``compute_metrics``.
-
-    Where self-attentions have NVIB, ``kl_gaussian``, ``kl_dirichlet`` and ``prop_vectors`` of each layer, too
+    It logs ``cross_entropy``, ``kl_gaussian`` and ``kl_dirichlet`` (nats, means over target tokens), ``num_vectors``,
+    ``prop_vectors`` and ``effective_vectors`` (means over examples), since the last log, over all processes. If
+    self-attentions have NVIB, it also logs each layer's ``kl_gaussian``, ``kl_dirichlet`` and ``prop_vectors``
     (``kl_gaussian_encoder.0``).
+
+    ``eval_loss`` is a mean over target tokens too, also for plain models. (Other Trainers average the means of
+    batches, which depends on the batch size.) It is the cross-entropy plus the terms times their ``lambda_*``, without
+    the multipliers of callbacks, so you can compare it over a training. Select checkpoints by it if weights are fixed
+    or annealed. A ``ConstraintCallback`` trades it for compression on purpose: there, take the last checkpoint, or
+    select by a result of your ``compute_metrics``.
 
     Example:
         >>> class MyTrainer(NvibTrainerMixin, Seq2SeqTrainer): ...
@@ -70,16 +70,16 @@ class NvibTrainerMixin(_Trainer):
                 f"label_smoothing_factor={self.args.label_smoothing_factor} in TrainingArguments replaces the model's "
                 f"loss and drops its KL terms. {SMOOTHING}."
             )
-        model = nvib_model_in(self.model)  # None for a plain one, trained beside it
+        model = nvib_model_in(self.model)  # None for a plain model
         if model is not None and hasattr(self.model, "peft_config") and not model.name_or_path:
             warnings.warn(NAMELESS, stacklevel=2)
         callbacks = self.callback_handler.callbacks
         if model is not None and not any(isinstance(callback, CollapseCallback) for callback in callbacks):
             self.add_callback(CollapseCallback())
         layers = () if model is None else model.nvib_layers()
-        layers = layers if len(layers) > 1 else ()  # one layer's terms are the loss's
+        layers = layers if len(layers) > 1 else ()  # the terms of a single layer are those of the loss
         self._nvib_recorders = {training: Recorder(layers) for training in (True, False)}
-        self._nvib_records: bool | None = None  # into which of them: that of training, of evaluation, or none
+        self._nvib_records: bool | None = None  # which recorder is active: training's, evaluation's, or none
         self._nvib_hooks: dict[nn.Module, RemovableHandle] = {}
         self._nvib_loops = 0
 
@@ -88,7 +88,7 @@ class NvibTrainerMixin(_Trainer):
             return super().training_step(model, *args, **kwargs)
 
     def compute_loss(self, model, inputs, *args, num_items_in_batch=None, **kwargs):
-        """As in ``Trainer``; in evaluation the mean over this process's own tokens, which are counted afterwards."""
+        """As in ``Trainer``. In evaluation it is the mean over this process's own tokens, which are counted later."""
         items = num_items_in_batch if model.training else None
         return super().compute_loss(model, inputs, *args, num_items_in_batch=items, **kwargs)
 
@@ -101,7 +101,7 @@ class NvibTrainerMixin(_Trainer):
 
     @contextmanager
     def _recording(self, model: nn.Module, training: bool) -> Iterator[None]:
-        """Sees what the model returns, whoever calls it: Trainer, Seq2SeqTrainer or a loss of the user's own."""
+        """Record what the model returns, whether the Trainer or your own loss calls it."""
         with self._loop():
             if model not in self._nvib_hooks:
                 self._nvib_hooks[model] = model.register_forward_hook(self._see, with_kwargs=True)
@@ -113,7 +113,7 @@ class NvibTrainerMixin(_Trainer):
 
     @contextmanager
     def _loop(self) -> Iterator[None]:
-        """Hooks stay until the outermost loop ends: a model with a new one for each step is compiled for each."""
+        """Keep the hooks until the outermost loop ends: new hooks at each step would compile the model each time."""
         self._nvib_loops += 1
         try:
             yield
@@ -133,22 +133,22 @@ class NvibTrainerMixin(_Trainer):
         return self._nvib_recorders[training].read(self.args.device)
 
     def train(self, *args, **kwargs):
-        self._nvib_recorders[True].clear()  # what an earlier training did not log
+        self._nvib_recorders[True].clear()  # drop what an earlier training did not log
         if any(isinstance(callback, ConstraintCallback) for callback in self.callback_handler.callbacks):
             self.callback_handler.eval_dataloader = self._held_out_dataloader()
         with self._loop():
             return super().train(*args, **kwargs)
 
     def _held_out_dataloader(self) -> DataLoader | None:
-        """Of the data that is held out: the first, where there are several."""
+        """The held-out data, or the first data set if there are several."""
         data = next(iter(self.eval_dataset), None) if isinstance(self.eval_dataset, dict) else self.eval_dataset
         return None if data is None else self.get_eval_dataloader(data)
 
     def hyperparameter_search(self, hp_space=None, compute_objective=None, *args, **kwargs):
-        """As in ``Trainer``, whose default objective would be the sum of the loss's terms and of numbers of vectors.
+        """As in ``Trainer``, but with another default objective. The sum of all logged numbers would make no sense.
 
-        By default ``eval_loss``, or the sum of what your ``compute_metrics`` returns if you have one. A search over
-        the ``lambda_*``, of which the loss consists, needs an objective of your own.
+        The default is ``eval_loss``, or the sum of what your ``compute_metrics`` returns. A search over the
+        ``lambda_*`` needs an objective of your own, because they are part of the loss.
         """
         return super().hyperparameter_search(hp_space, compute_objective or self._objective, *args, **kwargs)
 
@@ -160,7 +160,7 @@ class NvibTrainerMixin(_Trainer):
         if "loss" in logs:
             logs.update(self._read(training=True))
             for callback in self.callback_handler.callbacks:
-                if isinstance(callback, MeasuringCallback):  # before the trackers, which come first, are told
+                if isinstance(callback, MeasuringCallback):  # here, because trackers run before this callback
                     logs.update(callback.trace())
         super().log(logs, *args, **kwargs)
 
@@ -177,7 +177,7 @@ class NvibTrainerMixin(_Trainer):
         return output
 
     def create_model_card(self, **kwargs) -> None:
-        """The model's own card, with what the Trainer knows of its training. Arguments as in ``Trainer``."""
+        """Write the model's own card, with what the Trainer knows about its training. Arguments as in ``Trainer``."""
         if nvib_model_in(self.model) is not self.model:  # adapters and plain models have cards of their own
             return super().create_model_card(**kwargs)
         if self.is_world_process_zero():
@@ -220,13 +220,13 @@ def training_section(state: TrainerState, summary: TrainingSummary) -> str:
 
 
 def _results(entry: dict[str, float]) -> dict[str, float]:
-    """What a log says of the model, by name."""
+    """The numbers in a log that describe the model, by name."""
     entry = {name.removeprefix("eval_"): value for name, value in entry.items()}
     return {name: value for name, value in entry.items() if name not in NOT_RESULTS}
 
 
 def _rounded(value: object) -> str:
-    """A number to four places where it has more."""
+    """A number with at most four decimal places."""
     text = str(value)
     return f"{value:.4f}" if isinstance(value, float) and len(text.partition(".")[2]) > 4 else text
 

@@ -1,1 +1,1 @@
-"""How NVIB gets into a model of Transformers: where its attention sits, what it becomes, how all is saved."""
+"""Puts NVIB into a model of Transformers: finds its attention, converts it, and saves the result."""

@@ -1,4 +1,4 @@
-"""What PEFT reads off a model and its configuration, so that a wrap takes the adapters that its base takes."""
+"""What PEFT reads from a model and its configuration. With it a wrap takes the same adapters as its base."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 from torch import nn
 
-# By these names PEFT sizes prompts and prefixes: each architecture has some of them.
+# PEFT computes the sizes of prompts and prefixes from these. Each architecture has some of them.
 SIZES = (
     "num_hidden_layers",
     "num_layers",
@@ -23,14 +23,14 @@ SIZES = (
     "num_key_value_heads",
     "head_dim",
 )
-READ_BY_PEFT = (*SIZES, "hidden_size", "tie_word_embeddings")  # in a configuration as a dict
+READ_BY_PEFT = (*SIZES, "hidden_size", "tie_word_embeddings")  # PEFT reads these in a configuration as a dict
 
 
 def default_targets(model_type: str, base_type: str) -> None:
-    """Let PEFT look the modules that an adapter goes into by default up by the base's type, if PEFT is there.
+    """Let PEFT find an adapter's default modules by the base's type, if PEFT is imported.
 
-    Its tables have an entry for each type of model, and all wraps are of one type: the entry is that of the model
-    whose configuration is asked for, which PEFT does right before it looks.
+    PEFT's tables have an entry for each type of model, but all wraps have the same type. So each time PEFT asks for a
+    configuration, right before it looks, this sets the wraps' entry to that of the base.
     """
     constants = sys.modules.get("peft.utils.constants")
     for name, table in vars(constants).items() if constants is not None else ():
@@ -42,16 +42,16 @@ def default_targets(model_type: str, base_type: str) -> None:
 
 
 def check_is_bare(model: nn.Module) -> None:
-    """Raise TypeError, or ValueError, for a model that something has been put around, or an adapter into."""
+    """Raise TypeError or ValueError for a model that is wrapped by something, or has an adapter."""
     name, module = type(model).__name__, type(model).__module__
     if module.startswith("peft.") or hasattr(model, "peft_config"):
         raise ValueError(
-            f"The base has an adapter in it ({name}). Merge it first, model.merge_and_unload(), or wrap the base "
+            f"The base has an adapter in it ({name}). Merge it first with model.merge_and_unload(), or wrap the base "
             "without it and put the adapter on the NVIB model: peft.get_peft_model(nvib_model, config)."
         )
     if hasattr(model, "_orig_mod"):
         raise TypeError(
-            f"The base is compiled ({name}). Wrap the model that was compiled, model._orig_mod, and compile what "
+            f"The base is compiled ({name}). Wrap the original model, model._orig_mod, and compile what "
             "from_base_pretrained returns."
         )
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):

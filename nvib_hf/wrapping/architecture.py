@@ -1,4 +1,4 @@
-"""The class of a base model as a configuration names it, found again without running anything for it."""
+"""Find the class of a base model by the name in a configuration, without importing anything for it."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from transformers import PreTrainedModel
 
 OR_ANOTHER = (
     "Or pass base_architecture=..., the class of Transformers that the base is or derives from, such as "
-    "'BartForConditionalGeneration': methods of your own are then those of that class."
+    "'BartForConditionalGeneration'. The methods of that class then replace your own."
 )
 
 
 def architecture_name(model_class: type[PreTrainedModel]) -> str:
-    """``"BartForConditionalGeneration"`` of Transformers' own class, ``"my_models:MyBart"`` of anybody else's."""
+    """``"BartForConditionalGeneration"`` for a class of Transformers, ``"my_models:MyBart"`` for any other class."""
     if getattr(transformers, model_class.__name__, None) is model_class:
         return model_class.__name__
     return f"{model_class.__module__}:{model_class.__qualname__}"
 
 
 def architecture_class(name: str) -> type[PreTrainedModel]:
-    """The class of that name.
+    """The class with this name.
 
-    A module that is not Transformers' own is never imported: a file that names one could name any.
+    It never imports a module from outside Transformers, because a saved file could name any module.
 
     Raises:
-        ValueError: there is none, or nobody has imported its module.
+        ValueError: there is no such class, or its module has not been imported.
     """
     module_name, _, qualified = name.rpartition(":")
     if not module_name:
@@ -39,7 +39,7 @@ def architecture_class(name: str) -> type[PreTrainedModel]:
         found = _attribute(sys.modules[module_name], qualified)
     else:
         raise ValueError(
-            f"base_architecture is {name!r}, a class of {module_name!r}, which has not been imported. Import that "
+            f"base_architecture is {name!r}, a class of {module_name!r}, which has not been imported. Import it "
             f"before you load the model.{OR_ANOTHER}"
         )
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
@@ -57,12 +57,12 @@ def _attribute(owner: object, qualified: str) -> object:
 
 
 def warn_if_not_found(name: str) -> None:
-    """Warn of a base whose class nobody will find who loads what is saved now."""
+    """Warn if nobody who loads the saved model can find its base's class."""
     module_name, _, qualified = name.rpartition(":")
     if module_name and (module_name == "__main__" or "<locals>" in qualified):
         where = "a script" if module_name == "__main__" else "a function"
         warnings.warn(
-            f"The base's class {qualified} is defined in {where}, so a saved model can be loaded only where "
+            f"The base's class {qualified} is defined in {where}, so you can load a saved model only where "
             f"{module_name!r} defines it too. Put it into a module of its own, and import that before loading.",
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""Where Transformers looks for a model: its Auto classes, and the names by which pipelines tell models apart."""
+"""Register NVIB models where Transformers looks for them: in Auto classes and in the tables of pipelines."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-# Those in which a base is registered; which of them fits is the base's business, as its modality is.
+# The Auto classes that know bases. Which one fits depends on the base, as its modality does.
 AUTO_CLASSES = (
     "AutoModel",
     "AutoModelForPreTraining",
@@ -17,13 +17,13 @@ AUTO_CLASSES = (
     "AutoModelForImageTextToText",
     "AutoModelForMultimodalLM",
 )
-# A pipeline for speech takes what is not named here for a model with CTC.
+# A pipeline for speech treats a model that is not in these tables as a CTC model.
 NAMES = (
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
     "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
 )
-# In the code that a saved model brings, by what its encoder reads.
+# The Auto class for the code of a saved model, by the encoder's input.
 IN_SAVED_CODE = {
     "input_features": "AutoModelForSpeechSeq2Seq",
     "input_values": "AutoModelForSpeechSeq2Seq",
@@ -32,11 +32,11 @@ IN_SAVED_CODE = {
 
 
 def register_everywhere(config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel]) -> None:
-    """Let every Auto class that has bases load a model around them."""
+    """Let every Auto class that knows bases load NVIB models too."""
     for name in AUTO_CLASSES:
         if (auto_class := getattr(transformers, name, None)) is not None:
             auto_class.register(config_class, model_class, exist_ok=True)
 
 
-for _table in NAMES:  # wherever this is imported, in code that was loaded from the Hub too
+for _table in NAMES:  # at import, also of code loaded from the Hub
     getattr(modeling_auto, _table).setdefault("nvib", "NvibForConditionalGeneration")

@@ -1,4 +1,4 @@
-"""What NVIB needs to know of the model it wraps: how to run its encoder and its decoder."""
+"""How to load a base model, and how to run its encoder and its decoder."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from .architecture import architecture_class
 if TYPE_CHECKING:
     pass
 
-# What stands for the encoder's inputs: its output.
+# The encoder's output, which you can pass in place of its inputs.
 STATES = "encoder_last_hidden_state"
 
-# Their decoder is a causal model of its own, which is called directly: the projection between the two must see the
-# encoder's states, not the latent.
+# The decoder of these is a causal model of its own. It is called directly, because the projection between the halves
+# must read the encoder's states, not the latent.
 JOINED = (EncoderDecoderModel, SpeechEncoderDecoderModel, VisionEncoderDecoderModel)
 NOTHING_TO_READ = (
     "The decoder has nothing to read. Pass labels, decoder_input_ids or decoder_inputs_embeds; to write text call "
@@ -49,10 +49,10 @@ NOTHING_TO_READ = (
 
 @dataclass
 class LatentOutput(BaseModelOutput):
-    """A packed latent in the place of an encoder's output.
+    """A packed latent in place of an encoder's output.
 
-    Some decoders read more of it than the states: Moonshine its mask, mixtures of experts the encoder's router.
-    Masks stand in the latent, so both are ``None``.
+    Some decoders read more than the states: Moonshine reads the mask, mixtures of experts read the encoder's router
+    logits. Both are ``None`` here, because the latent holds its masks.
     """
 
     attention_mask: Tensor | None = None
@@ -60,7 +60,7 @@ class LatentOutput(BaseModelOutput):
 
 
 def check_decoder_call(base: PreTrainedModel, cached: bool) -> None:
-    """Raise ValueError unless the base takes by name what :func:`run_decoder` hands it."""
+    """Raise ValueError unless the base takes the arguments that :func:`run_decoder` passes by name."""
     if isinstance(base, JOINED):
         called, needed = base.decoder, {"input_ids", "encoder_hidden_states"}
     else:
@@ -69,13 +69,13 @@ def check_decoder_call(base: PreTrainedModel, cached: bool) -> None:
         needed.add(CACHE)
     if missing := needed - argument_names(called.forward):
         raise ValueError(
-            f"{type(called).__name__}.forward takes no argument {' or '.join(map(repr, sorted(missing)))}, by which "
-            f"NVIB hands it the latent and the cache. {installed_and_tested()}. Install a tested version."
+            f"{type(called).__name__}.forward takes no argument {' or '.join(map(repr, sorted(missing)))}, but NVIB "
+            f"passes the latent and the cache by these names. {installed_and_tested()}. Install a tested version."
         )
 
 
 def freeze_unused(base: PreTrainedModel) -> None:
-    """Take parameters that no encoder-decoder uses out of training: distributed training trips over them."""
+    """Freeze parameters that no encoder-decoder uses, because distributed training fails on unused parameters."""
     pooler = getattr(base.get_encoder(), "pooler", None)
     if isinstance(pooler, nn.Module):
         pooler.requires_grad_(False)
@@ -87,7 +87,7 @@ def argument_names(forward) -> frozenset[str]:
 
 
 def gathering(model: nn.Module, name: str) -> Callable:
-    """A method of a model that is called outside of ``forward``, for which FSDP2 gathers parameters only if told."""
+    """A model's method to call outside of ``forward``. FSDP2 must be told to gather parameters for it."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
@@ -101,9 +101,9 @@ def gathering(model: nn.Module, name: str) -> Callable:
 
 
 def other_names_of_the_source(base: PreTrainedModel, encoder_names: Iterable[str]) -> dict[str, str]:
-    """What a base calls its source where its encoder has another name for it, by the encoder's.
+    """The encoder's names of the source, by the base's names, where the two differ.
 
-    Pop2Piano's sound is its encoder's embeddings; a speech encoder of two models joined is handed whatever it reads.
+    Pop2Piano's sound becomes its encoder's embeddings. A joined speech model passes any input on to its encoder.
     """
     encoder = base.get_encoder()
     own = "inputs_embeds" if "inputs_embeds" in encoder_names else encoder.main_input_name
@@ -112,23 +112,23 @@ def other_names_of_the_source(base: PreTrainedModel, encoder_names: Iterable[str
 
 
 def check_mask_of_states(base: PreTrainedModel, mask: Tensor, states: Tensor) -> None:
-    """Raise ValueError for a mask that does not belong to an encoder's output: left out, padding would be read."""
+    """Raise ValueError for a mask that does not fit an encoder's output. Without it, attention would read padding."""
     has_rule = hasattr(base.get_encoder(), "_get_feature_vector_attention_mask")
     fits = mask.dim() == 2 and len(mask) == len(states)
     if not fits or mask.shape[1] < states.shape[1] or (mask.shape[1] > states.shape[1] and not has_rule):
         raise ValueError(
             f"attention_mask has shape {tuple(mask.shape)}, but {STATES} {tuple(states.shape)} needs "
-            f"{tuple(states.shape[:2])}: one entry for each of its vectors."
+            f"{tuple(states.shape[:2])}. Pass one value for each vector."
         )
 
 
 def run_encoder(
     base: PreTrainedModel, inputs: dict, encoder: nn.Module | None = None
 ) -> tuple[BaseModelOutput, Tensor | None]:
-    """The encoder's output, projected to the decoder's width, and its mask or that of its inputs, or ``None``.
+    """The encoder's output, projected to the decoder's width, and its mask (or its inputs' mask, or ``None``).
 
-    ``inputs`` are the encoder's, by name; ``encoder`` runs in its place. The mask may be as long as the input where
-    the encoder shortens that: :func:`shortened_mask`.
+    ``inputs`` are the encoder's inputs by name. ``encoder`` replaces the base's encoder. If the encoder shortens its
+    input, the mask may be as long as the input; see :func:`shortened_mask`.
     """
     encoder = base.get_encoder() if encoder is None else encoder
     if base.training and "input_features" in inputs and hasattr(base.base_model, "_mask_input_features"):
@@ -148,17 +148,17 @@ def run_encoder(
 
 
 def shortened_mask(encoder: nn.Module, attention_mask: Tensor, length: int) -> Tensor | None:
-    """The mask of an encoder's output ``(B, length)`` for that of its longer input; ``None`` if it has no rule."""
+    """The mask of an encoder's output ``(B, length)``, from its longer input's mask; ``None`` if it has no rule."""
     if not hasattr(encoder, "_get_feature_vector_attention_mask"):
         return None
     return encoder._get_feature_vector_attention_mask(length, attention_mask)
 
 
 def run_decoder(base: PreTrainedModel, latent: LatentOutput, inputs: dict):
-    """Logits of the base's decoder over a packed latent, as the base's output.
+    """Run the base's decoder over a packed latent, and return the base's output.
 
-    ``inputs`` are named as in an encoder-decoder's ``forward`` (``decoder_input_ids``, ``use_cache``, ...).
-    No attention mask is passed: masked vectors carry a bias of ``-inf``.
+    ``inputs`` have the names of an encoder-decoder's ``forward`` (``decoder_input_ids``, ``use_cache``, ...).
+    There is no attention mask: masked vectors have a bias of ``-inf``.
     """
     inputs = {name: value for name, value in inputs.items() if value is not None}
     if isinstance(base, JOINED):
@@ -175,10 +175,10 @@ def run_decoder(base: PreTrainedModel, latent: LatentOutput, inputs: dict):
 
 
 def run_decoder_over_source(base: PreTrainedModel, latent: LatentOutput, inputs: dict):
-    """:func:`run_decoder`, its tokens being what the base makes of ``input_ids``.
+    """:func:`run_decoder` with the tokens that the base makes from ``input_ids``.
 
     Raises:
-        ValueError: the base has no rule for that, so its decoder has nothing to read.
+        ValueError: the base cannot make them, so its decoder has nothing to read.
     """
     refusal = base.get_decoder().register_forward_pre_hook(check_decoder_reads, with_kwargs=True)
     try:
@@ -190,16 +190,16 @@ def run_decoder_over_source(base: PreTrainedModel, latent: LatentOutput, inputs:
 def drop_words(
     decoder_input_ids: Tensor, share: float, token_id: int | None, generator: torch.Generator | None = None
 ) -> Tensor:
-    """A copy of the decoder's inputs ``(B, Nt)`` in which each token but the first is ``token_id`` with that chance.
+    """A copy of the decoder's inputs ``(B, Nt)`` where each token but the first becomes ``token_id`` at random.
 
-    A decoder that cannot read all of its own past has to ask the latent.
+    ``share`` is the probability. A decoder that cannot read all of its past must read the latent.
 
     Source: Bowman et al. (CoNLL 2016), section 3.1.
     """
     if token_id is None:
-        raise ValueError("word_dropout needs a token in place of words: set word_dropout_token_id.")
+        raise ValueError("word_dropout needs a token that replaces words. Set word_dropout_token_id.")
     dropped = noise(torch.rand, decoder_input_ids.float(), generator) < share
-    dropped[:, 0] = False  # what the decoder starts with
+    dropped[:, 0] = False  # the decoder's start token
     return decoder_input_ids.masked_fill(dropped, token_id)
 
 
@@ -210,24 +210,24 @@ def check_decoder_reads(decoder: nn.Module, args: tuple, inputs: dict) -> None:
 
 
 def decoder_positions(base: PreTrainedModel) -> int | None:
-    """How many tokens the decoder has positions for; ``None`` where they are relative or made as needed."""
+    """How many positions the decoder has; ``None`` if they are relative or made as needed."""
     names = ("embed_positions", "position_embeddings", "wpe")
     for name, table in base.get_decoder().named_modules():
         made_as_needed = hasattr(table, "make_weight")
         if name.rsplit(".", 1)[-1] in names and isinstance(table, nn.Embedding) and not made_as_needed:
-            # The first rows may be left out: by an offset in BART, up to the padding's own in RoBERTa.
+            # The table's first rows can be unused: an offset in BART, rows up to the padding's in RoBERTa.
             padding = 0 if table.padding_idx is None else table.padding_idx + 1
-            # ProphetNet's predicting streams stand one position further than their token.
+            # ProphetNet's predicting streams are one position ahead of their token.
             ahead = 1 if hasattr(base.config, "ngram") else 0
             return table.num_embeddings - getattr(table, "offset", padding) - ahead
     return None
 
 
 def resize_token_embeddings(base: PreTrainedModel, new_num_tokens: int | None, *args, **kwargs) -> nn.Module:
-    """The base's resized embeddings. Where an encoder and a decoder were joined: of both, if they share a vocabulary.
+    """Resize the base's embeddings. If a joined encoder and decoder share a vocabulary, both are resized.
 
     Raises:
-        ValueError: the two have vocabularies of their own.
+        ValueError: the two halves have different vocabularies.
     """
     halves = [base]
     if isinstance(base, JOINED) and new_num_tokens is not None:
@@ -247,10 +247,10 @@ def resize_token_embeddings(base: PreTrainedModel, new_num_tokens: int | None, *
 
 
 def base_class(config: PreTrainedConfig, architecture: str | None = None) -> type[PreTrainedModel]:
-    """The class of the encoder-decoder model a configuration belongs to.
+    """The class of the encoder-decoder model that a configuration belongs to.
 
     Raises:
-        ValueError: there is none with a head that generates, or none of the name ``architecture``.
+        ValueError: there is no class that generates, or no class with the name ``architecture``.
     """
     if architecture is not None:
         return architecture_class(architecture)
@@ -261,31 +261,31 @@ def base_class(config: PreTrainedConfig, architecture: str | None = None) -> typ
         if type(config) in auto._model_mapping:
             return auto._model_mapping[type(config)]
     raise ValueError(
-        f"A model of type {config.model_type!r} is no encoder-decoder that generates, so there is no "
-        "cross-attention for NVIB. Pass one (BART, T5, Marian, ...), or join an encoder and a decoder with "
+        f"A model of type {config.model_type!r} is not an encoder-decoder that generates, so it has no "
+        "cross-attention for NVIB. Pass an encoder-decoder (BART, T5, ...), or join an encoder and a decoder with "
         "NvibForConditionalGeneration.from_encoder_decoder_pretrained(encoder, decoder)."
     )
 
 
 @contextmanager
 def damage_explained(name_or_path: object) -> Iterator[None]:
-    """Say which checkpoint it is that cannot be read, and what to do."""
+    """If a checkpoint cannot be read, say which one, and what to do."""
     try:
         yield
     except (SafetensorError, json.JSONDecodeError) as error:
         raise OSError(
             f"The checkpoint {name_or_path} is damaged ({error}): one of its files was cut short when it was saved, "
-            "copied or downloaded. Fetch it again, or take an earlier one."
+            "copied or downloaded. Fetch it again, or use an earlier one."
         ) from error
 
 
 def load_base(
     name_or_path: str, find: Callable[[PreTrainedConfig], type[PreTrainedModel]] = base_class, **kwargs
 ) -> PreTrainedModel:
-    """A pretrained model by name or path; ``kwargs`` are those of ``from_pretrained``.
+    """Load a pretrained model by name or path; ``kwargs`` go to ``from_pretrained``.
 
     Args:
-        find: the class for a configuration, by default an encoder-decoder's.
+        find: returns the class for a configuration; by default an encoder-decoder's.
     """
     hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "subfolder", "trust_remote_code") if k in kwargs}
     config = AutoConfig.from_pretrained(name_or_path, **hub)
@@ -301,9 +301,9 @@ def load_base(
 def join_encoder_decoder(
     encoder: str | PreTrainedModel, decoder: str | PreTrainedModel | PreTrainedConfig, **kwargs
 ) -> PreTrainedModel:
-    """One model of an encoder and a decoder with cross-attention; ``kwargs`` go to both ``from_pretrained``.
+    """Join an encoder and a decoder with cross-attention; ``kwargs`` go to ``from_pretrained`` of both.
 
-    Cross-attention that a pretrained decoder lacks is fresh, as is all of a decoder given as a configuration.
+    If a pretrained decoder lacks cross-attention, it gets a fresh one. A configuration gives a fresh decoder.
     """
     if not isinstance(encoder, PreTrainedModel):
         config = AutoConfig.from_pretrained(encoder)
@@ -330,7 +330,7 @@ def join_encoder_decoder(
 
 
 def _set_special_tokens(model: PreTrainedModel) -> None:
-    """Take the tokens with which generation starts, ends and pads from the decoder where they are not set."""
+    """Take unset start, end and padding tokens of generation from the decoder."""
     decoder, generation = model.config.decoder, model.generation_config
     first = (getattr(decoder, name, None) for name in ("decoder_start_token_id", "bos_token_id", "cls_token_id"))
     start = next((token for token in first if token is not None), None)
@@ -351,7 +351,7 @@ def _set_special_tokens(model: PreTrainedModel) -> None:
 
 
 def check_known(arguments: Iterable[str], taker: str, known: Iterable[str] = ()) -> None:
-    """Raise TypeError for arguments that are not ``known``, with the nearest name.
+    """Raise TypeError for arguments that are not ``known``, and suggest the nearest name.
 
     Otherwise a misspelt mask would be ignored silently.
     """

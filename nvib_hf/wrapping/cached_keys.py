@@ -1,7 +1,7 @@
-"""What attention has to know of a key beside it, as further channels of the key in a base's cache.
+"""What else attention needs for a key, as further channels of the key in a base's cache.
 
-A cache has keys and values and nothing else: whatever is done to them (beams change places, rows are repeated or
-selected, all of it goes to another device, or comes back as a tuple) is done to these channels too.
+A cache has only keys and values. Whatever happens to them happens to these channels too: beams change places, examples
+are repeated or selected, the cache moves to another device or comes back as a tuple.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from torch.nn import functional as F
 
 from ..layers.denoising_attention import HALF_PRECISION, three_summands
 
-ALIGNED = 8  # widths are multiples of it where a kernel reads keys as a slice
+ALIGNED = 8  # widths are multiples of it if a kernel reads keys as a slice
 
 
 def carried(key: Tensor, bias: Tensor, shrinkage: Tensor | None, multiple_of: int = 1) -> Tensor:
-    """Keys ``(B, H, N, E)`` with what belongs to them in further channels.
+    """Keys ``(B, H, N, E)`` with further channels for bias and shrinkage.
 
-    First the bias ``(B, N)``, in half precision as three summands that it does not round; then of the shrinkage
-    ``(B, N, P)`` a slice for each head; then zeros, up to a width that is a multiple of ``multiple_of``.
+    First comes the bias ``(B, N)``; in half precision it is split into three summands, so that it is not rounded. Then
+    each head gets a slice of the shrinkage ``(B, N, P)``. Then zeros fill up the width to a multiple of
+    ``multiple_of``.
     """
     heads = key.shape[1]
     channels = three_summands(bias, shift=False) if key.dtype in HALF_PRECISION else bias[..., None]
@@ -28,13 +29,15 @@ def carried(key: Tensor, bias: Tensor, shrinkage: Tensor | None, multiple_of: in
     if shrinkage is not None:
         missing = -shrinkage.shape[-1] % heads
         shrinkage = F.pad(shrinkage, (0, missing)).unflatten(-1, (heads, -1)).transpose(1, 2)
-        parts.append(shrinkage.to(key.dtype))  # under autocast its own may be wider, and would be that of all channels
+        parts.append(
+            shrinkage.to(key.dtype)
+        )  # under autocast its dtype may be wider, and cat would widen all channels
     wide = torch.cat(parts, dim=-1)
     return F.pad(wide, (0, -wide.shape[-1] % multiple_of))
 
 
 def separated(wide: Tensor, width: int, size: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys of ``width``, bias and shrinkage (of ``size`` ``P``, ``None`` for none) of what :func:`carried` made."""
+    """The inverse of :func:`carried`: keys of ``width``, bias, and shrinkage of ``size`` ``P`` (``None`` for none)."""
     beyond = width + (3 if wide.dtype in HALF_PRECISION else 1)
     bias = wide[:, 0, :, width:beyond]
     bias = (bias.float() if bias.dtype in HALF_PRECISION else bias).sum(-1)

@@ -1,7 +1,7 @@
-"""A base's attention module turned into denoising attention in place: what all kinds share, and cross-attention.
+"""Turns a base's attention module into denoising attention, in place: code for all kinds, and for cross-attention.
 
-A spec (``specs.py``) says where a module's projections, widths and scale are; one forward serves all architectures. A
-module keeps its parameters, names and hooks: only its class changes, to a subclass of its own.
+A spec (``specs.py``) says where a module's projections, widths and scale are, so one forward serves all architectures.
+A module keeps its parameters, names and hooks. Only its class changes, to a subclass of its own class.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .specs import AttentionSpec
 
 
 class ConvertedAttention(nn.Module):
-    """Mixed in before an attention's own class; ``nvib_spec`` says what its parts are called."""
+    """Mixin before an attention's own class. ``nvib_spec`` has the names of its parts."""
 
     nvib_spec: AttentionSpec
     nvib_arguments: tuple[str, ...]
@@ -51,7 +51,7 @@ class ConvertedAttention(nn.Module):
         return x.view(*x.shape[:-1], -1, getattr(self, self.nvib_spec.head_dim)).transpose(1, 2)
 
     def _joined(self, output: Tensor) -> Tensor:
-        """``(B, H, N, E)`` to what the module returns of it, ``(B, N, C)``."""
+        """``(B, H, N, E)`` to the module's output ``(B, N, C)``."""
         spec, output = self.nvib_spec, output.transpose(1, 2).flatten(2)
         if spec.output is not None:
             output = getattr(self, spec.output)(output)
@@ -73,8 +73,8 @@ class ConvertedAttention(nn.Module):
 def projection_matrix(projection: nn.Module, like: Tensor) -> Tensor:
     """The matrix ``(out, P)`` of a linear map.
 
-    A plain ``nn.Linear`` is read. Anything else (LoRA, quantised weights, Conv1D, offloaded weights) is applied to
-    the identity, so that whatever it does counts.
+    A plain ``nn.Linear`` gives its weight. Anything else (LoRA, quantised weights, Conv1D, offloaded weights) is
+    applied to the identity, so that everything it does counts.
     """
     plain = type(projection) is nn.Linear and type(projection.weight) is nn.Parameter
     hooked = hasattr(projection, "_hf_hook") or projection._forward_hooks or projection._forward_pre_hooks
@@ -85,12 +85,12 @@ def projection_matrix(projection: nn.Module, like: Tensor) -> Tensor:
 
 
 class MadeAtRunTime(type):
-    """The type of a class that no module has: it is pickled as what it is made of, and so found again anywhere."""
+    """The type of a class that is in no module. Pickle stores the parts that it is made of, and makes it again."""
 
 
 @functools.cache
 def converted_class(mixin: type[ConvertedAttention], base: type[nn.Module], spec: AttentionSpec) -> type[nn.Module]:
-    """A subclass of ``base`` that computes ``mixin``'s attention: the same one for the same three."""
+    """A subclass of ``base`` that computes ``mixin``'s attention. Equal arguments give the same class."""
     names = tuple(inspect.signature(base.forward).parameters)[1:]
     fields = {"nvib_spec": spec, "nvib_arguments": names, "__module__": base.__module__}
     return MadeAtRunTime(f"Denoising{base.__name__}", (mixin, base), fields)
@@ -110,14 +110,14 @@ def own_class(module: ConvertedAttention) -> type[nn.Module]:
 
 
 def set_class(module: nn.Module, module_class: type[nn.Module]) -> None:
-    """Change the class, also beneath a hook of accelerate, which keeps the ``forward`` it calls on the instance."""
+    """Change the class, also under a hook of accelerate, which stores the instance's original ``forward``."""
     module.__class__ = module_class
     if "_old_forward" in vars(module):
         module._old_forward = module_class.forward.__get__(module)
 
 
 class DenoisingCrossAttention(ConvertedAttention):
-    """Mixed in before a cross-attention's own class by :func:`convert_cross_attention`."""
+    """Mixin that :func:`convert_cross_attention` puts before a cross-attention's own class."""
 
     nvib_width: int  # of latent vectors
     nvib_scale: float
@@ -132,7 +132,7 @@ class DenoisingCrossAttention(ConvertedAttention):
             hidden_states, packed = hidden_states.transpose(0, 1), packed.transpose(0, 1)
         query = self._by_head(getattr(self, spec.query)(hidden_states))
         read = self._projected(packed, hidden_states.dtype, inputs.get(spec.cache))
-        rows, sources = len(query), len(read["key"])  # those of a cache, where it has been reordered or repeated
+        rows, sources = len(query), len(read["key"])  # keys of a cache may have been reordered or repeated
         if rows != sources:
             query = fold_rows(query, sources)
         output, weights = denoising_attention(
@@ -152,9 +152,9 @@ class DenoisingCrossAttention(ConvertedAttention):
         return tuple(inputs.get(name) for name in spec.returns)
 
     def _projected(self, packed: Tensor, dtype: torch.dtype, cache) -> dict[str, Tensor | None]:
-        """What attention reads of a latent in this layer, once per source: later steps find it in the cache.
+        """What attention reads of a latent in this layer. It is computed once; later steps find it in the cache.
 
-        ``key``, ``value`` ``(B, H, Nl, E)`` and ``bias``; of a mixture also ``shrinkage`` and the matrices.
+        There are ``key``, ``value`` ``(B, H, Nl, E)`` and ``bias``; for a mixture also ``shrinkage`` and the matrices.
         """
         if not isinstance(cache, EncoderDecoderCache):
             return self._of_latent(packed, dtype)
@@ -169,15 +169,15 @@ class DenoisingCrossAttention(ConvertedAttention):
             make_room(cached, index, packed.shape[1])
             key, value = cached.update(*self._to_be_cached(read), index)
             cache.is_updated[index], layer = True, cached.layers[index]
-            # No row's own, so they may stay behind when a cache is taken apart: they are made again then.
+            # They belong to no example, so a cache that is taken apart may lose them. Then they are made again.
             layer.nvib_matrices = {name: read[name] for name in ("key_weight", "value_weight") if name in read}
         read = self._from_cache(key, value, layer, packed, dtype)
         if key is layer.keys and not torch.compiler.is_compiling():
-            layer.nvib_read = (key, value, read)  # for the next step, unless others stand there by then
+            layer.nvib_read = (key, value, read)  # for the next step, unless the cache has other tensors by then
         return read
 
     def _from_cache(self, key: Tensor, value: Tensor, layer, packed: Tensor, dtype: torch.dtype) -> dict:
-        """What attention reads of the keys and values in a cache, which may have been put elsewhere."""
+        """What attention reads of the keys and values in a cache, which may be on another device."""
         key, value = (x.to(packed.device) for x in (key, value))
         if hasattr(layer, "max_cache_len"):
             key, value = (x[:, :, : packed.shape[1]] for x in (key, value))
@@ -194,7 +194,7 @@ class DenoisingCrossAttention(ConvertedAttention):
     def _of_latent(self, packed: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         latent = unpack(packed, self.nvib_width)
         vectors = latent.vectors.to(dtype)
-        if not torch.is_grad_enabled():  # which would keep the copy: each projection of a slice takes 7 % longer
+        if not torch.is_grad_enabled():  # projections of a slice take 7 % longer, but autograd would keep the copy
             vectors = vectors.contiguous()
         key, value = self._key_value(vectors)
         read = {"key": key, "value": value, "bias": latent.bias}
@@ -203,14 +203,14 @@ class DenoisingCrossAttention(ConvertedAttention):
         return read
 
     def _to_be_cached(self, read: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Keys and values with all that belongs to a vector in them."""
+        """Keys and values that hold everything that belongs to a vector."""
         key, value, bias, shrinkage = read["key"], read["value"], read["bias"], read.get("shrinkage")
         if shrinkage is None and self._appends_bias(key.dtype):
             return append_bias(key, value, bias, self.nvib_scale)
         return carried(key, bias, shrinkage, multiple_of=ALIGNED), value
 
     def _appends_bias(self, dtype: torch.dtype) -> bool:
-        """Whether points are cached as kernels read them: once, not at every step, for which fp32 has a mask."""
+        """Whether the cache has points in the form that kernels read, made once. For fp32 there is a mask instead."""
         return dtype in HALF_PRECISION and self.nvib_spec.softcap is None
 
     def _is_mixture(self, packed: Tensor) -> bool:
@@ -218,29 +218,29 @@ class DenoisingCrossAttention(ConvertedAttention):
 
 
 def make_room(cache: Cache, index: int, length: int) -> None:
-    """Have an unwritten static cache hold ``length`` vectors in a layer: one made for a source lacks the prior's.
+    """Let an empty static cache hold ``length`` vectors in a layer. A cache made for a source lacks the prior's.
 
     Raises:
-        ValueError: it has been made already, and is too short.
+        ValueError: the cache is too short, and not empty.
     """
     layer = cache.layers[index] if index < len(cache.layers) else None
     if layer is None or getattr(layer, "max_cache_len", length) >= length:
         return
     if layer.is_initialized:
         raise ValueError(
-            f"The cache of cross-attention holds {layer.max_cache_len} vectors, but the latents have {length}: those "
-            f"of the source and the prior's. Make it with max_cache_len={length}, or leave the cache to generate()."
+            f"The cache of cross-attention holds {layer.max_cache_len} vectors, but the latents have {length}, "
+            f"including the prior's. Make it with max_cache_len={length}, or leave the cache to generate()."
         )
     layer.max_cache_len = length
 
 
 def fold_rows(x: Tensor, sources: int) -> Tensor:
-    """A source's rows (its beams, side by side) as further queries: ``(S * K, H, Nt, E)`` to ``(S, H, K * Nt, E)``.
+    """A source's beams, next to each other, as further queries: ``(S * K, H, Nt, E)`` to ``(S, H, K * Nt, E)``.
 
-    So its keys and values are stored once, however many beams there are.
+    So a source's keys and values are stored once, however many beams there are.
     """
     if len(x) % sources:
-        raise ValueError(f"There are {sources} latents but {len(x)} decoder inputs. Pass one latent for each row.")
+        raise ValueError(f"There are {sources} latents but {len(x)} decoder inputs. Pass one latent for each example.")
     return x.unflatten(0, (sources, -1)).transpose(1, 2).flatten(2, 3)
 
 
@@ -267,13 +267,13 @@ def restore_cross_attention(model: nn.Module) -> None:
 
 
 def check_cache_was_found(cache: object, layers: tuple[int, ...]) -> None:
-    """Raise RuntimeError if a decoder was given a cache that its cross-attention in ``layers`` did not see.
+    """Raise RuntimeError if a decoder got a cache, but its cross-attention in ``layers`` did not see it.
 
-    It would decode on, from keys and values of every step anew.
+    Decoding would still work, but compute keys and values anew at every step.
     """
     if isinstance(cache, EncoderDecoderCache) and not all(cache.is_updated.get(layer) for layer in layers):
         missed = [layer for layer in layers if not cache.is_updated.get(layer)]
         raise RuntimeError(
-            f"The cache did not reach the cross-attention of layers {missed}: the decoder hands it on under a name "
-            f"that is not {CACHE!r}. {installed_and_tested()}. Install a tested version, or pass use_cache=False."
+            f"The cache did not reach the cross-attention of layers {missed}: the decoder passes it under another "
+            f"name than {CACHE!r}. {installed_and_tested()}. Install a tested version, or pass use_cache=False."
         )

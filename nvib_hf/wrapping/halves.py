@@ -1,4 +1,4 @@
-"""What a model is asked for that its base has: the halves of an encoder-decoder, embeddings, methods of its own."""
+"""What a wrapped model takes from its base: the halves of an encoder-decoder, embeddings, the base's own methods."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from ..layers.cross_entropy import IGNORED
 from .base import resize_token_embeddings
 
-# What some bases have beside what every PreTrainedModel has; a wrap has it where its base does.
+# Attributes that only some bases have. A wrap has an attribute if its base has it.
 OF_SOME_BASES = (
     "disable_ngram_loss",
     "encoder_output_dim",
@@ -57,12 +57,12 @@ class BaseHalvesMixin:
         self.base.set_output_embeddings(new_embeddings)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
-        """As of the base; of both halves where an encoder and a decoder were joined that share a vocabulary."""
+        """As in the base. If a joined encoder and decoder share a vocabulary, both are resized."""
         return self._resized(resize_token_embeddings(self.base, new_num_tokens, *args, **kwargs))
 
     @property
     def resize_decoder_token_embeddings(self):
-        """Of a Marian whose halves have vocabularies of their own."""
+        """For a Marian model whose halves have their own vocabularies."""
         resize = self.base.resize_decoder_token_embeddings
         return lambda new_num_tokens: self._resized(resize(new_num_tokens))
 
@@ -72,11 +72,11 @@ class BaseHalvesMixin:
 
     @property
     def vocab_size(self) -> int:
-        """Of the base, where that keeps it."""
+        """The base's vocabulary size, if the base has this attribute."""
         return self.base.vocab_size
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """The decoder's inputs for these labels: the base's own rule where it has one."""
+        """The decoder's inputs for these labels, by the base's own rule if it has one."""
         if hasattr(self.base, "prepare_decoder_input_ids_from_labels"):
             return self.base.prepare_decoder_input_ids_from_labels(labels)
         start, pad = self.base.config.decoder_start_token_id, self.base.config.pad_token_id

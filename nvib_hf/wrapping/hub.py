@@ -1,9 +1,9 @@
 """The code that a saved model carries, in one flat folder.
 
-With ``trust_remote_code=True`` Transformers loads a model whose code lies beside its weights. Its loader knows files,
-not folders: for ``from .layers.kl import x`` it looks for a file ``layers.kl.py``. This package has folders. So they
-are flattened when a model is saved: ``layers/kl.py`` becomes ``layers_kl.py``, and the imports in every file follow.
-Code that was loaded from such a folder is flat already, and is saved from there as it is.
+With ``trust_remote_code=True`` Transformers loads a model whose code is beside its weights. Its loader knows files,
+not folders: for ``from .layers.kl import x`` it looks for a file ``layers.kl.py``. This package has folders, so saving
+a model flattens them: ``layers/kl.py`` becomes ``layers_kl.py``, and the imports in every file change accordingly.
+Code loaded from such a flat folder is saved unchanged.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _UNFINISHED: ContextVar[bool] = ContextVar("unfinished", default=False)
 
 
 def flattened(file: Path) -> dict[str, str]:
-    """A module and all that it imports relatively: their sources by the names of their flat files.
+    """The sources of a module and of all that it imports relatively, by the names of their flat files.
 
     Args:
-        file: the module's; modules beside and below it can be imported.
+        file: the module's file. It can import modules beside and below it.
     """
     root, sources, waiting = file.parent, {}, [file]
     while waiting:
@@ -57,18 +57,18 @@ def _flat_name(file: Path, root: Path) -> str:
 
 
 def owner_of_code(cls: type) -> type:
-    """The class whose file is saved: ``cls``, or what it derives from if it has no file or is made at run time."""
+    """The class whose file is saved: ``cls``, or its parent if ``cls`` has no file or is made at run time."""
     owner = next(c for c in cls.__mro__ if c.__module__ != "__main__" and not c.__module__.startswith("torch."))
     if cls.__module__ == "__main__":
         logger.warning(
-            f"{cls.__name__} is defined in __main__, so its code cannot be saved. The folder brings the code of "
-            f"{owner.__name__}. Put your class into a module of its own to save that."
+            f"{cls.__name__} is defined in __main__, so its code cannot be saved. The folder has the code of "
+            f"{owner.__name__}. To save your class, put it into a module of its own."
         )
     return owner
 
 
 def auto_map_entry(cls: type) -> str:
-    """Where a configuration says that the code of a class is: ``"modeling_nvib.NvibForConditionalGeneration"``."""
+    """A configuration's entry for the code of a class: ``"modeling_nvib.NvibForConditionalGeneration"``."""
     owner = owner_of_code(cls)
     return f"{owner.__module__.rsplit('.', 1)[-1]}.{owner.__name__}"
 
@@ -81,13 +81,13 @@ def save_code(cls: type, folder: str | os.PathLike) -> None:
         write_whole(Path(folder, name), source)
 
 
-# What was interrupted must not load as a mixture of two models, so the configuration is the last file of a model.
-# Within Transformers' own saving it is the first: until the weights are there it has another name.
+# If saving is interrupted, the folder must not load as a mixture of two models. So the configuration must be the last
+# file. Transformers itself writes it first, so it has another name until the weights are written.
 
 
 @contextmanager
 def written_last(file: Path) -> Iterator[None]:
-    """Remove a folder's ``config.json``; what is saved within appears under that name when all has been written."""
+    """Remove a folder's ``config.json``. The new one gets this name when everything inside the block is written."""
     file.unlink(missing_ok=True)
     token = _UNFINISHED.set(True)
     try:
@@ -98,12 +98,12 @@ def written_last(file: Path) -> Iterator[None]:
 
 
 def name_until_finished(file: Path) -> Path:
-    """Where to write a configuration: elsewhere, while its model is being saved."""
+    """The path to write a configuration to: another name while its model is being saved."""
     return _aside(file) if _UNFINISHED.get() else file
 
 
 def put_in_place(file: Path) -> None:
-    """Give a configuration its name, if it was written elsewhere."""
+    """Give a configuration its final name, if it was written under another."""
     if _aside(file).exists():
         _aside(file).replace(file)
 

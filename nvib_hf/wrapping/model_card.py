@@ -18,17 +18,17 @@ from ..versions import ADDRESS
 
 
 def markdown_table(titles: Sequence[object], *rows: Sequence[object]) -> str:
-    """A table of cells that are Markdown already."""
+    """A Markdown table. Its cells must be Markdown already."""
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def verbatim(text: str) -> str:
-    """A model's text on one line of Markdown, where it reads as it stands."""
+    """A model's text as one line of Markdown that shows the text unchanged."""
     return re.sub(r"([\\`*_|<>\[\]#])", r"\\\1", " ".join(text.split())) or "*(nothing)*"
 
 
-# Tasks of the Hub by what the encoder reads, but for bases that translate; others: speech.
+# The Hub's task by the encoder's input, except for translators. Any other input is speech.
 TASKS = {"input_ids": "text-generation", "inputs_embeds": "text-generation", "pixel_values": "image-to-text"}
 TRANSLATORS = ("fsmt", "m2m_100", "marian", "nllb-moe")
 
@@ -92,9 +92,9 @@ TEXT = """\
 
 {base} with a nonparametric variational information bottleneck (NVIB) between encoder and decoder{inside}.
 
-The encoder's vectors become a distribution over weighted sets of vectors. Training decodes a sample of it, while two
-KL terms, one for the vectors and one for their weights, limit what passes. Each input thus has a latent that can be
-decoded, and latents can also be drawn from the prior or lie between those of two inputs.
+The encoder's vectors become a distribution over weighted sets of vectors. Training decodes a sample of it. Two KL
+terms, one for the vectors and one for their weights, limit how much information passes. So each input has a latent
+that you can decode. You can also draw latents from the prior, or interpolate between the latents of two inputs.
 
 ## Use
 
@@ -102,8 +102,8 @@ decoded, and latents can also be drawn from the prior or lie between those of tw
 {snippet}
 ```
 
-`trust_remote_code=True` runs the code that lies beside the weights: nothing has to be installed but PyTorch and
-Transformers. It can be left out where nvib_hf, with which this model was made, is installed{install} and imported.
+`trust_remote_code=True` runs the code beside the weights, so you need only PyTorch and Transformers. nvib_hf made this
+model: you can leave `trust_remote_code` out if nvib_hf is installed{install} and imported.
 
 ## Settings
 
@@ -124,11 +124,11 @@ def model_card(model, name: str, training: str = "", **metadata) -> ModelCard:
         model: the :class:`~nvib_hf.NvibForConditionalGeneration`.
         name: repository or folder that the snippet loads.
         training: a section on its training.
-        metadata: further fields of the card's header (``license``, ``language``, ``datasets``, ...), before those of
-            ``model.card_metadata``. The licence is for the user to say: a base's is not always known.
+        metadata: further fields of the card's header (``license``, ``language``, ``datasets``, ...). They win over
+            those of ``model.card_metadata``. You have to state the licence, because a base's is not always known.
 
     Raises:
-        TypeError: a field that YAML cannot hold, or tags that are no text.
+        TypeError: YAML cannot hold a field, or tags are not text.
     """
     read = {"input_ids": READ_TEXT, "pixel_values": READ_IMAGE}.get(model.main_input_name, READ_SPEECH)
     data = {
@@ -152,22 +152,22 @@ def model_card(model, name: str, training: str = "", **metadata) -> ModelCard:
 
 
 def task_of(model) -> str:
-    """The task of the Hub that a model is listed under."""
+    """The Hub's task for a model."""
     if model.config.base_config.model_type in TRANSLATORS:
         return "translation"
     return TASKS.get(model.main_input_name, "automatic-speech-recognition")
 
 
 def as_literal(text: str) -> str:
-    """A text as Python writes it, on one line, without what would end a block of code."""
+    """A text as a Python literal on one line, without characters that would end a block of code."""
     return json.dumps(text, ensure_ascii=False).replace("`", r"\x60")
 
 
 def plain_fields(given: dict[str, object]) -> dict[str, object]:
-    """The fields of a header that say something.
+    """The fields of a header that are not empty.
 
     Raises:
-        TypeError: one that YAML cannot hold.
+        TypeError: YAML cannot hold a field.
     """
     for field, value in given.items():
         try:
@@ -189,7 +189,7 @@ def as_tags(tags: object) -> list[str]:
 
 
 def base_ids(config: NvibConfig) -> list[str]:
-    """Repositories of what the model was made of: an NVIB model that was trained on, or the base, or its halves."""
+    """The repositories that the model was made from: an NVIB model trained further, the base, or its halves."""
     for parts in ([config], [config.base_config], _halves(config)):
         if found := [part.name_or_path for part in parts if is_hub_id(part.name_or_path)]:
             return found
@@ -197,7 +197,7 @@ def base_ids(config: NvibConfig) -> list[str]:
 
 
 def _halves(config: NvibConfig) -> list[PreTrainedConfig]:
-    """Encoder's and decoder's configuration, where the base has one of each."""
+    """The encoder's and the decoder's configuration, if the base has both."""
     halves = [getattr(config.base_config, name, None) for name in ("encoder", "decoder")]
     return halves if all(isinstance(half, PreTrainedConfig) for half in halves) else []
 
@@ -221,7 +221,7 @@ def _inside(config: NvibConfig) -> str:
 
 
 def _settings(model) -> dict[str, str]:
-    """The bottleneck's settings, with the prior that the layer has."""
+    """The bottleneck's settings, with the layer's current prior."""
     config, layer = model.config, model.nvib
     given = {f.name: getattr(config, f.name) for f in fields(config) if f.name in setting_names()}
     settings = {name: f"`{value!r}`" for name, value in given.items() if value is not None}
@@ -235,7 +235,7 @@ def _settings(model) -> dict[str, str]:
 
 
 def _summary(values: Tensor) -> str:
-    """One number for all channels, or what there is to say of many."""
+    """The number, if all channels have the same one; otherwise their range."""
     low, high = values.min().item(), values.max().item()
     if low == high:
         return f"`{low:.4g}`"

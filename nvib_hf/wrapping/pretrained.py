@@ -1,4 +1,4 @@
-"""What every model around a base has: its NVIB layers, and how it comes to be, from a base or from files."""
+"""What every model around a base has: its NVIB layers, wrapping, loading and saving."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ from .wrap import hand_back, split_settings, wrap
 class NvibPreTrainedModel(SinglePrecisionMixin, OfTheBaseMixin, PreTrainedModel):
     """A model of Transformers around a ``base``, with NVIB layers in it.
 
-    Subclasses set ``base``, ``config`` and ``_self_attention_names`` (the modules' names in the model by those of
-    their layers), load a base by its name in ``_load_base``, run what reads the inputs of a batch in ``_read``, and
-    name the Auto class that loads them in ``_auto_name``; with ``_has_card`` a model card is saved, too.
+    A subclass sets ``base``, ``config`` and ``_self_attention_names`` (the modules' names in the model by the names of
+    their layers). Its ``_load_base`` loads a base by name, its ``_read`` runs the modules that read a batch's inputs,
+    and its ``_auto_name`` is the Auto class that loads it. With ``_has_card`` it saves a model card too.
     """
 
     config_class = NvibConfig
     base_model_prefix = "base"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _tied_weights_keys: dict[str, str] = {}  # of its own; PEFT looks for those of the base if it finds a dict here
+    _tied_weights_keys: dict[str, str] = {}  # none of its own; if this is a dict, PEFT looks for the base's
     _supports_sdpa = True
-    # s / 2 * ||x||^2 in the pseudo-counts must cancel to the last bit against the attention's bias. When loading;
-    # afterwards see SinglePrecisionMixin.
+    # s / 2 * ||x||^2 in the pseudo-counts must cancel to the last bit against the attention's bias. This list is for
+    # loading; SinglePrecisionMixin does the same later.
     _keep_in_fp32_modules_strict = [
         r"nvib\.(alpha|keep|prior)_\w+",
         "nvib.dropping_share",
@@ -71,16 +71,16 @@ class NvibPreTrainedModel(SinglePrecisionMixin, OfTheBaseMixin, PreTrainedModel)
     def from_base_pretrained(cls, base: str | PreTrainedModel, **kwargs) -> Self:
         """Wrap a pretrained model.
 
-        In ``eval()`` a fresh wrap computes what the base computes (for the default ``tau_*``).
+        With the default ``tau_*``, a fresh wrap in ``eval()`` computes what the base computes.
 
         Args:
             base: name or path of a checkpoint, or a loaded model, which is changed in place.
-            kwargs: settings of :class:`NvibConfig`; the others go to the base's ``from_pretrained``
-                (``dtype``, ``attn_implementation``, ``revision``, ...).
+            kwargs: settings of :class:`NvibConfig`. Others go to the base's ``from_pretrained`` (``dtype``,
+                ``attn_implementation``, ``revision``, ...).
 
         Raises:
-            ValueError: the base has no attention that is known; a setting outside its range.
-            TypeError: an argument that neither takes.
+            ValueError: the base has no known attention; a setting is outside its range.
+            TypeError: neither :class:`NvibConfig` nor the base takes an argument.
         """
         settings, others = split_settings(kwargs)
         if isinstance(base, nn.Module):
@@ -92,14 +92,14 @@ class NvibPreTrainedModel(SinglePrecisionMixin, OfTheBaseMixin, PreTrainedModel)
         else:
             raise TypeError(
                 f"The base must be a model of Transformers, or its name or path, but got {type(base).__name__}. Pass "
-                "what from_pretrained of its class returned."
+                "a model that from_pretrained of its class returned."
             )
         return wrap(cls, base, settings)
 
     def unwrap(self) -> PreTrainedModel:
-        """The base model with its trained weights and its own cross-attention. This model is spent afterwards.
+        """Return the base model with its trained weights and its own attention. Do not use this model afterwards.
 
-        It generates as this model is set to, and has its tags.
+        The base takes over this model's generation settings and tags.
         """
         restore_cross_attention(self.base)
         unstack(self.base)
@@ -108,25 +108,25 @@ class NvibPreTrainedModel(SinglePrecisionMixin, OfTheBaseMixin, PreTrainedModel)
         return self.base
 
     def freeze_base(self) -> Self:
-        """Train the NVIB layers alone."""
+        """Train only the NVIB layers."""
         self.base.requires_grad_(False)
         for layer in self.nvib_layers().values():
             layer.requires_grad_(True)
         return self
 
     def initialize_weights(self) -> None:
-        """What was not loaded: the base's by its own rules, which would pass it over in a model from elsewhere."""
-        for name, layer in self.nvib_layers().items():  # first: the base has rules for linear maps of any kind
+        """Initialise weights that were not loaded, the base's by its own rules. Transformers would skip the base."""
+        for name, layer in self.nvib_layers().items():  # first, because the base has rules for all linear maps
             if not getattr(layer, "_is_hf_initialized", False):
                 self._initialize_nvib(layer, self.config.taus(name.partition(".")[0]))
         self.base.initialize_weights()
         super().initialize_weights()
         if (prior := getattr(self, "latent_prior", None)) is not None:
-            prior.requires_grad_(False)  # it is trained by a call of its own
+            prior.requires_grad_(False)  # fit_latent_prior trains it
 
     @torch.no_grad()
     def _initialize_nvib(self, layer: NvibLayer, taus: dict[str, float]) -> None:
-        """Prior and identity of an NVIB layer, tensor by tensor, but for those that were loaded."""
+        """Set an NVIB layer to its prior and the identity, except for tensors that were loaded."""
         config = self.config
         buffers = prior_buffers(config.prior_mu, config.prior_var, math.log(config.prior_alpha))
         for name, value in (buffers | {"dropping_share": config.dropping_share}).items():
@@ -151,12 +151,12 @@ class NvibPreTrainedModel(SinglePrecisionMixin, OfTheBaseMixin, PreTrainedModel)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """As in ``PreTrainedModel``, of a saved NVIB model: one whose files are damaged or incomplete is refused.
+        """As in ``PreTrainedModel``, for a saved NVIB model, but refuses damaged or incomplete files.
 
         Raises:
-            OSError: files that are missing or cut short, or weights that are missing, unless they are given
-                (``state_dict``), looked at (``output_loading_info``) or not expected (``ignore_mismatched_sizes``).
-            ValueError: another kind of model, or one saved by a newer version; no name at all.
+            OSError: files are missing or cut short; or weights are missing, without ``state_dict``,
+                ``output_loading_info`` or ``ignore_mismatched_sizes``.
+            ValueError: it is another kind of model, or a newer version saved it; there is no name.
         """
         state_dict = kwargs.get("state_dict")
         check_name_to_load(pretrained_model_name_or_path, state_dict)
@@ -165,7 +165,7 @@ class NvibPreTrainedModel(SinglePrecisionMixin, OfTheBaseMixin, PreTrainedModel)
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, key_mapping=key_mapping, **kwargs
             )
-        # Saved again, they have their new names.
+        # If the model is saved again, renamed tensors get their new names.
         conversions = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [rule for rule in conversions if not RENAMED.keys() & set(rule.source_patterns)]
         if output_loading_info:
@@ -177,17 +177,17 @@ class NvibPreTrainedModel(SinglePrecisionMixin, OfTheBaseMixin, PreTrainedModel)
     # -------------------------------------------------------------------------------------------------- saving
     @classmethod
     def register_for_auto_class(cls, auto_class: object = "AutoModel") -> None:
-        """Nothing to do: a saved model brings its code, which Transformers would save from one folder alone."""
+        """Does nothing: a saved model brings its code anyway. Transformers could save code from one folder only."""
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, is_main_process: bool = True, *args, **kwargs
     ) -> None:
         """As in ``PreTrainedModel``. The folder gets the model's code and, if it has none yet, a model card.
 
-        The configuration is written last, and an older one removed first: a folder in which saving was interrupted has
-        none, and does not load.
+        An older configuration is removed first, and the new one is written last. If saving is interrupted, the folder
+        has no configuration, and does not load.
 
-        ``model.name_or_path`` is from then on where it was saved or pushed to: what an adapter takes for its base.
+        Afterwards ``model.name_or_path`` is the place it was saved or pushed to. Adapters use it as the base's name.
         """
         known = getattr(self.config, "auto_map", None) or {}
         autos = [self._auto_name]
@@ -209,7 +209,7 @@ class NvibPreTrainedModel(SinglePrecisionMixin, OfTheBaseMixin, PreTrainedModel)
             self._save_card(folder, folder.resolve().name)
 
     def _upload_modified_files(self, working_dir, repo_id, files_timestamps, *args, **kwargs):
-        """The last step of each push. A repository without a card gets this model's, not an empty form."""
+        """The last step of each push. A repository without a card gets this model's card, not an empty form."""
         path = Path(working_dir) / "README.md"
         if not self._holds_an_adapter():  # save_pretrained(..., push_to_hub=True) does both after the push
             save_code(type(self), working_dir)
@@ -223,7 +223,7 @@ class NvibPreTrainedModel(SinglePrecisionMixin, OfTheBaseMixin, PreTrainedModel)
         return commit
 
     def _holds_an_adapter(self) -> bool:
-        """Whether Transformers would save an adapter in place of the model."""
+        """Whether Transformers would save an adapter instead of the model."""
         return getattr(self, "_hf_peft_config_loaded", False)
 
     def _save_card(self, folder: Path, name: str, **metadata) -> None:
@@ -248,35 +248,36 @@ class NvibPreTrainedModel(SinglePrecisionMixin, OfTheBaseMixin, PreTrainedModel)
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs
     ) -> None:
-        """As in ``PreTrainedModel``, but for the kind that hides from the loss what the layers inside cost."""
+        """As in ``PreTrainedModel``, but refuses reentrant checkpointing, which hides layers' KLs from the loss."""
         reentrant = getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False)
         if enable and reentrant and self._self_attention_names:
             raise ValueError(
-                "use_reentrant=True runs the layers without gradients first, when the KLs of their NVIB layers are "
-                "taken. Pass {'use_reentrant': False}, which is the default."
+                "use_reentrant=True first runs the layers without gradients, and the KLs of their NVIB layers come "
+                "from that run. Pass {'use_reentrant': False}, which is the default."
             )
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
     def _check_generator(self, generator: torch.Generator) -> None:
-        """Raise ValueError for a generator whose draws checkpointing would not repeat in the backward pass."""
+        """Raise ValueError if checkpointing would not repeat a generator's draws in the backward pass."""
         if not self.training or not self._self_attention_names:
             return
         if any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
             raise ValueError(
-                "A generator was given under gradient checkpointing, which restores the state of the global one alone "
-                "when it runs the layers again. Leave it out and call torch.manual_seed."
+                "A generator was given under gradient checkpointing, which restores only the state of the global "
+                "generator when it runs the layers again. Leave generator out and call torch.manual_seed."
             )
 
     @torch.no_grad()
     def set_taus(self, **taus: float | dict[str, float]) -> None:
-        """Regularise a live model: its layers are initialised anew, each for its prior, and the configuration says so.
+        """Regularise a live model: initialise its layers anew, each for its own prior, and update the configuration.
+
+        The layers lose what they learnt in training; the priors stay.
 
         Args:
-            taus: of ``tau_alpha``, ``tau_sigma`` and ``tau_mu`` those to change, as :class:`~nvib_hf.NvibConfig` takes
-                them. What training made of the layers is lost; the priors stay.
+            taus: those of ``tau_alpha``, ``tau_sigma`` and ``tau_mu`` to change, as in :class:`~nvib_hf.NvibConfig`.
 
         Raises:
-            ValueError: a value outside its range. TypeError: another name. Nothing has been changed then.
+            ValueError: a value is outside its range. TypeError: another name. Then nothing has changed.
 
         Source: Fehr & Henderson (COLM 2024), post-training regularisation.
         """
@@ -290,17 +291,17 @@ class NvibPreTrainedModel(SinglePrecisionMixin, OfTheBaseMixin, PreTrainedModel)
             layer.identity_init(**self.config.taus(name.partition(".")[0]))
 
     def fit_prior(self, batches: Iterable[dict[str, Tensor]]) -> EmpiricalPrior | dict[str, EmpiricalPrior]:
-        r"""Give every NVIB layer the prior of what it reads over a corpus, in one pass, and initialise it for that.
+        r"""Give every NVIB layer an empirical prior, from its inputs over a corpus, and initialise the layer for it.
 
         Args:
-            batches: the model's inputs, for instance a ``DataLoader``; with the decoder's inputs or ``labels`` if the
-                decoder's self-attention has NVIB. Columns that are no tensors are passed over.
+            batches: the model's inputs, for instance a ``DataLoader``. If the decoder's self-attention has NVIB, they
+                need the decoder's inputs or ``labels`` too. Columns that are not tensors are skipped.
 
         Returns:
-            The prior of the layer between the halves; where self-attentions have NVIB, those of all, by their names.
+            The prior of the layer between the halves. If self-attentions have NVIB, the priors of all layers by name.
 
         Raises:
-            ValueError: fewer than two vectors, or a channel that never varies; nothing has been changed then.
+            ValueError: there are fewer than two vectors, or a channel never varies. Then nothing has changed.
 
         Source: Fehr & Henderson (COLM 2024), empirical priors.
         """
@@ -318,7 +319,7 @@ class NvibPreTrainedModel(SinglePrecisionMixin, OfTheBaseMixin, PreTrainedModel)
 
     @contextmanager
     def _watched(self, statistics: dict[str, PriorStatistics]) -> Iterator[None]:
-        """The model in ``eval()``, ``statistics`` seeing what their layers are given."""
+        """Put the model in ``eval()``, and let ``statistics`` see the inputs of their layers."""
         training = self.training
         self.eval()
         hooks = [
@@ -353,16 +354,16 @@ def _watch_source(seen: PriorStatistics) -> Callable:
 
 
 def check_name_to_load(name: object, state_dict: dict | None) -> None:
-    """Raise ValueError where there is nothing to load from."""
+    """Raise ValueError if there is nothing to load from."""
     if name is None and state_dict is None:
         raise ValueError(
-            "There is no name to load an NVIB model by. If this is for an adapter, the model had not been saved "
-            "when that was put on it: wrap the base again and call PeftModel.from_pretrained(model, adapter)."
+            "There is no name to load an NVIB model by. If you load an adapter, its model had not been saved when the "
+            "adapter was made: wrap the base again and call PeftModel.from_pretrained(model, adapter)."
         )
 
 
 def check_weights_fit(name: object, missing: Iterable[str], unexpected: Iterable[str]) -> None:
-    """Raise OSError for a checkpoint that lacks weights, or has weights of NVIB that the model has no place for."""
+    """Raise OSError if a checkpoint lacks weights, or has weights of NVIB that the model lacks."""
     if missing := sorted(missing):
         raise OSError(
             f"The checkpoint {name} lacks {len(missing)} of the model's weights ({_some(missing)}). Fetch it again, "
@@ -370,8 +371,8 @@ def check_weights_fit(name: object, missing: Iterable[str], unexpected: Iterable
         )
     if unexpected := sorted(key for key in unexpected if "nvib" in key.split(".")):
         raise OSError(
-            f"The checkpoint {name} has {len(unexpected)} weights of NVIB that its configuration has no place for "
-            f"({_some(unexpected)}), so the two are not of one model. Fetch both again, or pass "
+            f"The checkpoint {name} has {len(unexpected)} weights of NVIB that do not fit its configuration "
+            f"({_some(unexpected)}), so the two come from different models. Fetch both again, or pass "
             "ignore_mismatched_sizes=True to leave those weights out."
         )
 

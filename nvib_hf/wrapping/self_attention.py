@@ -1,11 +1,11 @@
-"""Self-attention of every architecture of the table, turned into denoising attention in place.
+"""Turns the self-attention of every architecture in the table into denoising attention, in place.
 
-A converted module has an NVIB layer of its own, ``nvib``, between its input and its keys and values. The base's masks,
-position biases and caches stay what they are: the prior's component stands in front of all keys, visible to every
-query, and what attention needs to know of a position beside its key travels in the cache as further channels of it.
+A converted module has its own NVIB layer, ``nvib``, between its input and its keys and values. The base's masks,
+position biases and caches do not change. The prior's component comes before all keys, and every query sees it. What
+else attention needs for a position is stored in the cache, as further channels of the key.
 
-What belongs to one pass through the model (its random generator, the posteriors of its layers) is in a
-:class:`ForwardPass` and never on a module.
+A :class:`ForwardPass` holds what belongs to one pass through the model (its random generator, the posteriors of its
+layers). Modules never hold it.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from .specs import AttentionSpec
 
 # -------------------------------------------------------------------------------------------- one forward pass
 class LayerRecord(NamedTuple):
-    """What a self-attention saw in one pass: enough to charge it for.
+    """What a self-attention records in one pass, so that the loss can charge for it.
 
-    ``source_mask`` ``(B, N)`` is True where a position is a vector and no padding; ``None`` is True everywhere.
-    ``sources`` ``(B,)`` counts the vectors that the kept ones are a share of; ``None`` counts those of the mask.
+    ``source_mask`` ``(B, N)`` is True where a position is no padding; ``None`` means True everywhere. ``sources``
+    ``(B,)`` is the number of vectors that the share kept divides by; ``None`` means the number in the mask.
     """
 
     posterior: Posterior
@@ -41,13 +41,13 @@ class LayerRecord(NamedTuple):
 
 
 class HandedOn(NamedTuple):
-    """What an encoder layer that drops or merges vectors or adds up pseudo-counts tells the layers above it.
+    """What an encoder layer that drops or merges vectors, or accumulates pseudo-counts, passes to the layers above it.
 
-    ``by`` is the attention that says so. ``keep`` ``(B, N')`` is True where a vector is left. ``places`` ``(B, N')``
-    are positions in the encoder's input, ``None`` while all of it is there; ``order`` ``(B, N')`` are positions in
-    this layer's own input. ``log_alpha`` ``(B, N')`` are accumulated pseudo-counts, ``log_mass`` ``(B, N')`` says how
-    many vectors each stands for, ``None`` while each is one. ``length`` is that of the encoder's input, ``sources``
-    ``(B,)`` counts its vectors.
+    ``by`` is the attention that made it. ``keep`` ``(B, N')`` is True where a vector is left. ``places`` ``(B, N')``
+    are positions in the encoder's input, ``None`` while all of them are left; ``order`` ``(B, N')`` are positions in
+    this layer's own input. ``log_alpha`` ``(B, N')`` are the accumulated pseudo-counts. ``log_mass`` ``(B, N')`` says
+    how many vectors each one stands for, ``None`` while each stands for itself. ``length`` is the length of the
+    encoder's input, ``sources`` ``(B,)`` counts its vectors.
     """
 
     by: DenoisingSelfAttention
@@ -61,16 +61,16 @@ class HandedOn(NamedTuple):
 
 
 class ForwardPass:
-    """One pass through a model, or through its encoder: all that its self-attentions share beside tensors.
+    """One pass through a model or its encoder: everything that its self-attentions share, except tensors.
 
-    As a context manager it is the current pass of this thread, and of no other. A call inside a call has a pass of its
-    own, and an exception ends one as a return does.
+    It is a context manager. Inside, it is the current pass of this thread only. A call inside a call has its own pass.
+    An exception ends a pass like a return.
 
     Args:
         generator: for the draws of training.
-        shortens: whether vectors that an encoder layer drops leave the sequence, where the architecture allows it.
-        records: ``{}`` to have every self-attention leave a :class:`LayerRecord`; ``None`` for none.
-        encoder: of a pass through the encoder alone, that module.
+        shortens: whether dropped vectors leave the encoder's sequence, if the architecture allows it.
+        records: ``{}`` makes every self-attention leave a :class:`LayerRecord`; ``None`` records nothing.
+        encoder: the encoder's module, if the pass is through the encoder only.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class ForwardPass:
 
 
 class _Traced:
-    """The current pass while ``torch.compile`` traces: it cannot set a ContextVar, but traces one pass at a time."""
+    """The current pass while ``torch.compile`` traces, one pass at a time. Tracing cannot set a ContextVar."""
 
     current: ForwardPass | None = None
 
@@ -105,7 +105,7 @@ _TRACED = _Traced()
 
 
 def current_pass() -> ForwardPass | None:
-    """The pass that this thread is in; ``None`` outside of one, as where checkpointing runs a layer again."""
+    """This thread's current pass. ``None`` outside of a pass, for instance when checkpointing runs a layer again."""
     return _TRACED.current if torch.compiler.is_compiling() else _CURRENT.get()
 
 
@@ -118,7 +118,7 @@ def _set_current(this_pass: ForwardPass | None) -> None:
 
 # ------------------------------------------------------------------------------------------------ the attention
 class DenoisingSelfAttention(ConvertedAttention):
-    """Mixed in before a self-attention's own class by :func:`convert_self_attention`."""
+    """Mixin that :func:`convert_self_attention` puts before a self-attention's own class."""
 
     nvib: SelfAttentionNvibLayer
     nvib_config: NvibConfig
@@ -160,32 +160,32 @@ class DenoisingSelfAttention(ConvertedAttention):
         return tuple(inputs.get(name) for name in spec.returns)
 
     def handed_on_below(self) -> HandedOn | None:
-        """What the layers below left; ``None`` where they leave everything."""
+        """What the layers below passed on; ``None`` if they drop nothing."""
         return None
 
     def source_mask(self, mask: Tensor | None, hidden_states: Tensor, below: HandedOn | None) -> Tensor | None:
-        """Positions ``(B, N)`` that a query sees; ``None`` if those are all."""
+        """Positions ``(B, N)`` that at least one query sees; ``None`` if all are seen."""
         return positions_seen_by_any(mask, hidden_states)
 
     def _leave(
         self, this_pass: ForwardPass | None, posterior: Posterior, source_mask: Tensor | None, below: HandedOn | None
     ) -> None:
-        """Tell the pass what there is to charge this layer for."""
+        """Record in the pass what the loss charges this layer for."""
         if this_pass is not None and this_pass.records is not None:
             this_pass.records[self] = LayerRecord(posterior, source_mask)
 
     def _lengths(self, query: Tensor, num_keys: int, below: HandedOn | None) -> tuple[int, int]:
-        """Of the queries and keys that a position bias is made for."""
+        """The numbers of queries and keys that a position bias is made for."""
         return query.shape[2], num_keys
 
     def _of_what_is_left(
         self, mask: Tensor | None, position_bias: Tensor | None, below: HandedOn | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Mask and position bias of what the layers below left."""
+        """Mask and position bias for the vectors that the layers below left."""
         return mask, position_bias
 
     def states_and_mask(self, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor | None]:
-        """Of a call's arguments."""
+        """The hidden states and the mask in a call's arguments."""
         inputs = dict(zip(self.nvib_arguments, args, strict=False)) | kwargs
         return inputs[self.nvib_spec.hidden_states], inputs.get(self.nvib_spec.mask)
 
@@ -198,7 +198,7 @@ class DenoisingSelfAttention(ConvertedAttention):
     def _projected(self, latent: AttendedLatent, dtype: torch.dtype, cache, past: int | Tensor) -> dict[str, Tensor]:
         """What attention reads: ``key``, ``value`` ``(B, H, 1 + Nk, E)`` and ``bias``, the prior's first.
 
-        Of a mixture also ``shrinkage`` and the matrices.
+        For a mixture there are also ``shrinkage`` and the matrices.
         """
         vectors, bias, shrinkage = latent.vectors.to(dtype), latent.bias, latent.shrinkage
         matrices = {}
@@ -208,8 +208,8 @@ class DenoisingSelfAttention(ConvertedAttention):
         if cache is None:
             key, value = self._key_value(vectors)
         else:
-            # The prior's component is projected once: the first time, where a cache has been taken apart since, or
-            # always beside a counter on the device.
+            # The prior's component is projected the first time, again if the cache has been taken apart since, and
+            # always if the counter is on the device.
             first = isinstance(past, Tensor) or past == 0 or not hasattr(cache.layers[self.layer_idx], "nvib_prior")
             key, value = self._key_value(vectors if first else vectors[:, 1:])
             wide = carried(
@@ -230,7 +230,7 @@ class DenoisingSelfAttention(ConvertedAttention):
         return {"key": key, "value": value, "bias": bias, **beside}
 
     def _position_bias(self, inputs: dict, queries: int, keys: int, past: int | Tensor) -> Tensor | None:
-        """What the base adds to the scores, ``(1, H, Nt, Nk)``: its own, or that of a layer below."""
+        """The base's position bias ``(1, H, Nt, Nk)``: this layer's own, or the one from a layer below."""
         if not self.nvib_spec.has_position_bias:
             return None
         given = inputs.get("position_bias")
@@ -243,10 +243,10 @@ class DenoisingSelfAttention(ConvertedAttention):
     def _scores_mask(
         self, mask: Tensor | None, is_causal: bool | None, position_bias: Tensor | None, query: Tensor, keys: int
     ) -> Tensor | None:
-        """The base's mask and position bias, to be added to the scores, with a column for the prior's component."""
+        """The base's mask and position bias for the scores, with a column for the prior's component."""
         queries = query.shape[2]
         is_causal = self.is_causal if is_causal is None else is_causal
-        if mask is None and is_causal and queries > 1:  # as in the base, whose kernels take a flag for it
+        if mask is None and is_causal and queries > 1:  # as in the base, where a flag tells the kernels
             positions = torch.arange(keys, device=query.device)
             mask = (positions <= positions[-queries:, None])[None, None]
         if mask is not None:
@@ -258,16 +258,16 @@ class DenoisingSelfAttention(ConvertedAttention):
 
 
 def check_mask(mask: object, name: str) -> None:
-    """Raise ValueError for a mask that is none of scores: other implementations of attention have their own kinds."""
+    """Raise ValueError unless a mask is one of scores. Some implementations of attention have other masks."""
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 4):
         raise ValueError(
-            f"{name} adds a bias to its scores, which the attention implementation of this model cannot. Call "
+            f"{name} adds a bias to its scores, but this model's attention implementation cannot do that. Call "
             "model.set_attn_implementation('sdpa'), or 'eager'."
         )
 
 
 def positions_seen_by_any(mask: Tensor | None, hidden_states: Tensor) -> Tensor | None:
-    """Positions that any query sees, ``(B, N)``: what is no padding. ``None`` without a mask."""
+    """Positions that at least one query sees, ``(B, N)``, so no padding. ``None`` without a mask."""
     if mask is None:
         return None
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
@@ -281,7 +281,7 @@ def convert_self_attention(
     config: NvibConfig,
     mixin: type[DenoisingSelfAttention] = DenoisingSelfAttention,
 ) -> None:
-    """Turn a self-attention module into denoising attention, in place, with an NVIB layer of its own."""
+    """Turn a self-attention module into denoising attention, in place, with ``layer`` as its NVIB layer."""
     set_class(module, converted_class(mixin, type(module), spec))
     module.nvib, module.nvib_config = layer, config
 

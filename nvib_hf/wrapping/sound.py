@@ -1,12 +1,12 @@
-r"""Whisper over the sound alone: its encoder need not run over silence, if the silence's mass stays.
+r"""Whisper over the sound only: its encoder need not run over silence, if the silence keeps its mass.
 
-Whisper's window is always as long, and most of what its decoder reads is of silence. Without those vectors it falls
-apart: attention misses their mass. Here the encoder runs over the sound and ``MARGIN`` vectors more, and a handful of
-stored vectors stand for the rest of the window, each with a share of what the rest would have weighed:
+Whisper's window always has the same length, and most vectors that its decoder reads are silence. If you just remove
+them, Whisper fails, because attention misses their mass. Here the encoder runs over the sound and ``MARGIN`` vectors
+more. A few stored vectors stand for the rest of the window, and share the mass that the rest would have:
 
 .. math:: w_k = \frac{N - n}{K}, \qquad k = 1 \ldots K
 
-of a window of ``N`` vectors of which ``n`` are encoded.
+for a window of ``N`` vectors, ``n`` of them encoded.
 
 Source: this project.
 """
@@ -29,18 +29,18 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from ..configuration_nvib import NvibConfig
 from .base import run_encoder
 
-MARGIN = 25  # vectors heard after the sound, half a second
+MARGIN = 25  # vectors encoded after the sound, half a second
 STRIDE = 2  # frames of features for each vector
 STORED = 25  # vectors that stand for the rest of the window
 NO_SOUND = -1.5  # a log-mel feature of a recording of zeros: (log10(1e-10) + 4) / 4
 
 
 class Heard(NamedTuple):
-    """Vectors of sound ``(B, Ns, H)`` with those of silence at the end, and the encoder's own output.
+    """Vectors of sound ``(B, Ns, H)``, then of silence, and the encoder's own output.
 
-    ``padding`` ``(B, Ns)``, True = no vector; ``log_mass`` ``(B, Ns)`` beside that of one vector of the encoder;
-    ``stored``: how many of the last vectors are stored ones, 0 where all of the window was encoded; ``window``: as
-    many as the encoder makes of all of it.
+    ``padding`` ``(B, Ns)``, True = padding; ``log_mass`` ``(B, Ns)``, relative to one vector of the encoder;
+    ``stored``: how many of the last vectors are stored, 0 if the whole window was encoded; ``window``: how many
+    vectors the encoder makes from a whole window.
     """
 
     outputs: BaseModelOutput
@@ -52,7 +52,7 @@ class Heard(NamedTuple):
 
 
 class SoundMixin(nn.Module):
-    """For a model around Whisper, ``base``, that has to know silence."""
+    """For a model around Whisper (``base``) that stores vectors of silence."""
 
     base: PreTrainedModel
     config: NvibConfig
@@ -60,10 +60,10 @@ class SoundMixin(nn.Module):
     _has_stacked_encoder: bool
 
     def make_silence(self) -> None:
-        """A buffer ``silence`` for :meth:`store_silence` or a checkpoint to fill.
+        """Register a buffer ``silence``, which :meth:`store_silence` or a checkpoint fills.
 
         Raises:
-            ValueError: the base is not Whisper; its encoder drops vectors by itself.
+            ValueError: the base is not Whisper; its encoder's layers drop vectors.
         """
         encoder = self.base.get_encoder()
         check_encoder(encoder, self._has_stacked_encoder)
@@ -71,9 +71,9 @@ class SoundMixin(nn.Module):
         self.register_buffer("silence", weight.new_zeros(STORED, encoder.config.d_model))
 
     def store_silence(self) -> Self:
-        """Encode nothing but the sound from now on (``encode_sound_only``), and know what silence is: made of itself.
+        """Encode only the sound from now on (``encode_sound_only``), and store silence as this model encodes it.
 
-        Called when a base is wrapped with ``encode_sound_only=True``. Call it again after training the encoder.
+        Wrapping a base with ``encode_sound_only=True`` calls it. Call it again after you train the encoder.
         """
         if not hasattr(self, "silence"):
             self.make_silence()
@@ -83,32 +83,32 @@ class SoundMixin(nn.Module):
 
 
 def check_encoder(encoder: nn.Module, stacked: bool) -> None:
-    """Raise ValueError unless the encoder is one whose window can be cut."""
+    """Raise ValueError unless the encoder's window can be cut."""
     if not isinstance(encoder, WhisperEncoder):
         raise ValueError(
             f"encode_sound_only is for Whisper, whose encoder always runs over a window of the same length, but the "
-            f"encoder is a {type(encoder).__name__}. Leave it off: padding of other encoders is masked."
+            f"encoder is a {type(encoder).__name__}. Leave it off: other encoders mask their padding."
         )
     if stacked:
         raise ValueError(
-            "encode_sound_only does not go with an encoder whose layers drop vectors or accumulate pseudo-counts. "
+            "encode_sound_only does not work with an encoder whose layers drop vectors or accumulate pseudo-counts. "
             "Leave the encoder out of attentions, or encode_sound_only off."
         )
 
 
 def mark_unheard(features: Tensor, frames: Tensor) -> Tensor:
-    """Features ``(B, mels, T)`` with NaN for what comes after the first ``frames`` ``(B,)`` of each.
+    """Features ``(B, mels, T)`` with NaN after the first ``frames`` ``(B,)`` of each example.
 
-    So that their length stays with them, whichever rows of a batch Whisper's ``generate()`` goes on with.
+    So each example carries its length, whichever examples of a batch Whisper's ``generate()`` goes on with.
     """
     after = torch.arange(features.shape[-1], device=features.device) >= frames.to(features.device)[:, None]
     return features.masked_fill(after[:, None], math.nan)
 
 
 def mark_end(segment: Tensor, frames: Tensor) -> Tensor:
-    """A window ``(B, mels, T)`` of which ``frames`` ``(B,)`` are sound, the rest zeros: silence for a margin, and NaN.
+    """A window ``(B, mels, T)`` with ``frames`` ``(B,)`` of sound: puts silence for a margin after it, then NaN.
 
-    Zeros are no silence: Whisper fills up the last window of long sound with them.
+    Whisper pads the last window of long sound with zeros, which are not silence.
     """
     end = frames.to(segment.device)[:, None] + STRIDE * MARGIN
     after = torch.arange(segment.shape[-1], device=segment.device) >= frames.to(segment.device)[:, None]
@@ -117,14 +117,14 @@ def mark_end(segment: Tensor, frames: Tensor) -> Tensor:
 
 
 def with_silence(features: Tensor) -> Tensor:
-    """Features with the quietest of a row in place of its NaN: Whisper's have a floor, which is silence."""
+    """Features with NaN replaced by the example's quietest value. Whisper's features have a floor: silence."""
     floor = features.nan_to_num(math.inf).amin((1, 2), keepdim=True)
-    floor = floor.masked_fill(floor == math.inf, NO_SOUND)  # nothing was heard
+    floor = floor.masked_fill(floor == math.inf, NO_SOUND)  # no sound at all
     return torch.where(features.isnan(), floor, features)
 
 
 def heard_frames(features: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """How many frames of features ``(B, mels, T)`` are heard, ``(B,)``: without a mark, and of a mask and a margin."""
+    """How many frames of features ``(B, mels, T)`` to encode, ``(B,)``: no NaN, and within the mask and a margin."""
     frames = (~features[:, 0].isnan()).sum(-1)
     if attention_mask is None or attention_mask.shape != features[:, 0].shape:
         return frames
@@ -133,9 +133,9 @@ def heard_frames(features: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 
 def hear(base: PreTrainedModel, inputs: dict, silence: Tensor) -> Heard:
-    """The encoder over the sound of ``input_features``, and ``silence`` ``(K, H)`` with the mass of the rest.
+    """Run the encoder over the sound of ``input_features``, and add ``silence`` ``(K, H)`` with the mass of the rest.
 
-    Rows do not depend on each other: what is after a shorter sound and its margin, no attention sees.
+    Examples do not depend on each other: no attention sees what comes after a shorter sound and its margin.
 
     Args:
         inputs: the encoder's inputs, by name. Frames whose mask is 0 after all others are not encoded.
@@ -143,12 +143,12 @@ def hear(base: PreTrainedModel, inputs: dict, silence: Tensor) -> Heard:
     encoder = base.get_encoder()
     features, window = inputs["input_features"], encoder.config.max_source_positions
     if features.shape[-1] != STRIDE * window:
-        run_encoder(base, inputs)  # which says what it needs
+        run_encoder(base, inputs)  # its error says what it needs
     frames = heard_frames(features, inputs.get("attention_mask"))
     numbers = (-(-frames // STRIDE)).clamp(min=min(MARGIN, window))  # (B,)
     longest = int(numbers.max())
     others = {name: value for name, value in inputs.items() if name not in ("input_features", "attention_mask")}
-    # After each row's own end there is nothing, as after the end of the longest.
+    # Zeros after each example's own end, as after the end of the longest.
     after = torch.arange(STRIDE * longest, device=features.device) >= STRIDE * numbers[:, None]
     features = with_silence(features)[:, :, : STRIDE * longest].masked_fill(after[:, None], 0)
     padding = torch.arange(longest, device=features.device) >= numbers[:, None]
@@ -170,10 +170,10 @@ def hear(base: PreTrainedModel, inputs: dict, silence: Tensor) -> Heard:
 
 
 def cut_encoder(encoder: WhisperEncoder, length: int, padding: Tensor | None) -> WhisperEncoder:
-    """A Whisper encoder of the same parameters whose window is ``length`` vectors; the encoder is left as it is.
+    """A Whisper encoder with the same parameters and a window of ``length`` vectors. ``encoder`` does not change.
 
     Args:
-        padding: ``(B, length)``, True = what no attention sees.
+        padding: ``(B, length)``, True where no attention sees.
     """
     if length == encoder.config.max_source_positions and padding is None:
         return encoder
@@ -187,19 +187,19 @@ def cut_encoder(encoder: WhisperEncoder, length: int, padding: Tensor | None) ->
         width = encoder.config.d_model
         states = encoder.conv1.weight.new_zeros(1).expand(*padding.shape, width)
         mask = create_bidirectional_mask(config=encoder.config, inputs_embeds=states, attention_mask=~padding)
-        # Beside the modules, which stay what they are: the loop over the layers runs over these.
+        # The loop over the layers finds these in vars(). The modules themselves do not change.
         vars(cut)["layers"] = [partial(run_layer, layer, mask) for layer in encoder.layers]
     return cut
 
 
 def run_layer(layer: nn.Module, mask: Tensor, hidden_states: Tensor, attention_mask: None = None, **kwargs):
-    """A layer that its encoder gives no mask."""
+    """Run a layer with a mask that its encoder does not pass."""
     return layer(hidden_states, mask, **kwargs)
 
 
 @torch.no_grad()
 def stored_silence(base: PreTrainedModel, number: int) -> Tensor:
-    """``(number, H)``: a window without sound, encoded and cut into pieces of equal length, of each the mean."""
+    """``(number, H)``: encodes a window without sound, cuts it into equal pieces, and takes each piece's mean."""
     encoder = base.get_encoder()
     frames = STRIDE * encoder.config.max_source_positions
     features = encoder.conv1.weight.new_full((1, encoder.config.num_mel_bins, frames), NO_SOUND)

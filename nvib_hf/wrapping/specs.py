@@ -1,7 +1,7 @@
-"""The table of architectures: where attention sits in a model and what its parts are called.
+"""The table of architectures: where a model's attention is, and the names of its parts.
 
-One spec for each kind of attention module, cross- and self-attention alike. Wrapping checks every name of a spec
-against the installed Transformers: a renamed argument would raise no error, but the model would decode differently.
+Each kind of attention module, cross- or self-attention, has a spec. Wrapping checks every name of a spec against the
+installed Transformers: a renamed argument would raise no error, but the model would decode differently.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ class AttentionSpec:
     """How to read one kind of attention module. Fields are names of its attributes and arguments.
 
     Args:
-        place: end of the module's name in the model: it tells cross- from self-attention of the same class.
-        query, key, value, output: the projections; ``output`` is ``None`` where another module applies it.
-        key_value: one projection to keys and values side by side, instead of ``key`` and ``value``.
-        query_key_value: one projection to all three side by side, instead of them.
+        place: end of the module's name in the model. It distinguishes cross- and self-attention of the same class.
+        query, key, value, output: the projections; ``output`` is ``None`` if another module applies it.
+        key_value: a joint projection to keys and values, instead of ``key`` and ``value``.
+        query_key_value: a joint projection to all three, instead of them.
         head_dim: attribute with the head's width ``E``.
         scale: attribute with the scale ``s``; ``None`` for ``E ** -0.5``.
         dropout: attribute with the dropout of the weights, a number or an ``nn.Dropout``.
         output_dropout: attribute with a dropout after the output projection.
         softcap: attribute with the soft cap of the scores.
-        hidden_states, cache: arguments of ``forward``: the attention's own states, and the cache (``None`` if it takes
-            none; such a model decodes with ``use_cache=False``).
-        memory: argument of ``forward`` with the encoder's states; ``None`` for self-attention.
-        mask: argument of ``forward`` with the mask of the scores; read in self-attention.
-        has_position_bias: the module adds what its ``compute_bias`` makes of positions to the scores.
-        returns: what ``forward`` returns, in order: ``output``, ``weights``, or the name of an argument handed on.
-        time_major: states are ``(N, B, C)``.
-        shortens: what an encoder's self-attention drops can leave the sequence: nothing else in its layer reads a
-            mask of the whole.
+        hidden_states, cache: arguments of ``forward`` for the attention's own states and the cache (``None`` if it
+            takes no cache; such a model decodes with ``use_cache=False``).
+        memory: argument of ``forward`` for the encoder's states; ``None`` for self-attention.
+        mask: argument of ``forward`` for the mask of the scores; used in self-attention.
+        has_position_bias: whether the module adds a bias from its ``compute_bias`` to the scores.
+        returns: what ``forward`` returns, in order: ``output``, ``weights``, or the name of an argument to return.
+        time_major: whether states are ``(N, B, C)``.
+        shortens: whether vectors that an encoder's self-attention drops can leave the sequence. They can if nothing
+            else in the layer reads a mask of the whole sequence.
     """
 
     place: str
@@ -163,8 +163,8 @@ def register_attention(spec: AttentionSpec, *class_names: str) -> None:
 
     Args:
         spec: how to read the module.
-        class_names: names of the module's classes; with the last part of the Python module's name in front
-            (``"modeling_fsmt.Attention"``) where the name alone could be anybody's.
+        class_names: names of the module's classes. If a name is too general, put the last part of the Python module's
+            name in front (``"modeling_fsmt.Attention"``).
 
     Example:
         >>> register_attention(AttentionSpec(place="cross_attn", output="o_proj"), "MyAttention")
@@ -234,7 +234,7 @@ register_attention(
     "Speech2TextAttention",
     "WhisperAttention",
 )
-register_attention(replace(BART_SELF, shortens=False), "NllbMoeAttention")  # its router reads the mask, too
+register_attention(replace(BART_SELF, shortens=False), "NllbMoeAttention")  # its router reads the mask too
 register_attention(
     T5_SELF,
     "LongT5Attention",
@@ -264,12 +264,12 @@ _IMPOSSIBLE = {
     "softmax, where a latent's weights mean nothing by themselves. Take T5Gemma",
     ("GPTBigCodeAttention", "crossattention"): "in Transformers itself it raises an error. Take a GPT-2 decoder",
 }
-# Parts of the names that cross-attention has in models that are not in the table.
+# Parts of names that cross-attention has in models outside the table.
 _HINTS = ("cross", "encoder_attn", "encdec", "encoder_decoder", "enc_dec", "multihead_attn")
 
 
 def spec_of(module: nn.Module, kind: str) -> AttentionSpec | None:
-    """The spec of an attention module, by its class's qualified name or by the name alone; ``None`` without one."""
+    """The spec of an attention module, by its class's qualified name or its name; ``None`` if there is none."""
     name = type(module).__name__
     qualified = f"{type(module).__module__.rsplit('.', 1)[-1]}.{name}"
     return _REGISTRY.get((kind, qualified), _REGISTRY.get((kind, name)))
@@ -281,7 +281,7 @@ def attention_scale(module: nn.Module, spec: AttentionSpec) -> float:
 
 
 def attended_width(module: nn.Module, spec: AttentionSpec) -> int:
-    """Width ``P`` of the vectors that an attention makes keys and values of."""
+    """Width ``P`` of the vectors that an attention turns into keys and values."""
     name = spec.key or spec.key_value or spec.query_key_value
     assert name is not None, f"{spec} names no projection to keys"
     projection = getattr(module, name)
@@ -289,10 +289,10 @@ def attended_width(module: nn.Module, spec: AttentionSpec) -> int:
 
 
 def find_cross_attention(model: nn.Module) -> list[tuple[nn.Module, AttentionSpec]]:
-    """The model's cross-attention modules that the table knows, each with its spec.
+    """The model's cross-attention modules that are in the table, each with its spec.
 
     Raises:
-        ValueError: there are none, or none that can be converted; the message says what was found instead.
+        ValueError: there are none, or they cannot be converted. The message says what was found instead.
     """
     found, unknown = [], set()
     for name, module in model.named_modules():
@@ -306,8 +306,8 @@ def find_cross_attention(model: nn.Module) -> list[tuple[nn.Module, AttentionSpe
     if found:
         if getattr(model.config, "use_prompt", False):
             raise ValueError(
-                f"{type(model).__name__} with use_prompt=True attends to trained keys beside those of the source, "
-                "which are no part of a latent. Load it with use_prompt=False."
+                f"{type(model).__name__} with use_prompt=True also attends to trained keys, which are not part of a "
+                "latent. Load it with use_prompt=False."
             )
         return found
     if unknown:
@@ -318,10 +318,10 @@ def find_cross_attention(model: nn.Module) -> list[tuple[nn.Module, AttentionSpe
             "...), class_name)."
         )
     raise ValueError(
-        f"{type(model).__name__} has no cross-attention, which NVIB turns into denoising attention. Pass an "
+        f"{type(model).__name__} has no cross-attention that NVIB could turn into denoising attention. Pass an "
         "encoder-decoder model (BART, T5, ...), or join an encoder and a decoder with "
-        "NvibForConditionalGeneration.from_encoder_decoder_pretrained. If it has one under a name that was not "
-        "recognised, describe it: nvib_hf.register_cross_attention(CrossAttention(place=..., ...), class_name)."
+        "NvibForConditionalGeneration.from_encoder_decoder_pretrained. If it has cross-attention under an unknown "
+        "name, describe it: nvib_hf.register_cross_attention(CrossAttention(place=..., ...), class_name)."
     )
 
 
@@ -329,10 +329,10 @@ def find_self_attention(half: nn.Module, kind: str) -> list[tuple[nn.Module, Att
     """The self-attention modules of an encoder or decoder, in the order of the layers, each with its spec.
 
     Args:
-        kind: what ``half`` is called in a message, ``"encoder"`` or ``"decoder"``.
+        kind: the name of ``half`` in messages, ``"encoder"`` or ``"decoder"``.
 
     Raises:
-        ValueError: the table knows none of them, or not as they are; the message says what was found instead.
+        ValueError: none is in the table, or one differs from it. The message says what was found instead.
     """
     found, unknown = [], set()
     for name, module in half.named_modules():
@@ -344,8 +344,8 @@ def find_self_attention(half: nn.Module, kind: str) -> list[tuple[nn.Module, Att
             unknown.add(type(module).__name__)
     if not found:
         raise ValueError(
-            f"The {kind} {type(half).__name__} has no self-attention that is in the table, but "
-            f"{', '.join(sorted(unknown)) or 'none at all'}. Leave {kind!r} out of attentions, or, if it computes a "
+            f"The {kind} {type(half).__name__} has no self-attention that is in the table, only "
+            f"{', '.join(sorted(unknown)) or 'other modules'}. Leave {kind!r} out of attentions. Or, if it computes a "
             "plain softmax of scores, masks and position biases, describe it: nvib_hf.register_self_attention("
             "SelfAttention(place=..., query=..., key=..., value=..., output=..., ...), class_name)."
         )
@@ -373,7 +373,7 @@ def check_names(module: nn.Module, spec: AttentionSpec) -> None:
     if missing:
         (field, what), name = missing[0], type(module).__name__
         raise ValueError(
-            f"{name} is not what the table of {spec.kind}-attention says: {what} (field {field!r} of its spec), so it "
+            f"{name} differs from the table of {spec.kind}-attention: {what} (field {field!r} of its spec), so it "
             f"would compute something else. {installed_and_tested()}. Install a tested version, or describe the "
             f"module anew: nvib_hf.register_{spec.kind}_attention({spec.kind.title()}Attention(..., {field}=...), "
             f"{name!r})."

@@ -1,10 +1,9 @@
-"""Encoder layers on top of each other that hand on which vectors are left, what each stands for, and pseudo-counts.
+"""A stack of encoder layers that pass on which vectors are left, how many each stands for, and their pseudo-counts.
 
-What a layer drops is hidden from the layers above it and from the decoder. For generation it is taken out of their
-sequence altogether. What a layer's output is merged to goes on with the mass of all
-(:mod:`nvib_hf.layers.merging`): as pseudo-counts of the layers above and of the decoder's latent. Where a decoder
-follows, their sequence is shorter from there on, in training too. What is handed on is part of the
-:class:`~nvib_hf.wrapping.self_attention.ForwardPass`.
+The layers above and the decoder do not see what a layer drops. In generation, dropped vectors leave their sequence.
+Merged vectors go on with the mass of all that they replace (:mod:`nvib_hf.layers.merging`): the layers above and the
+decoder's latent add it to their pseudo-counts. Before a decoder the sequence is shorter from there on, in training too.
+The :class:`~nvib_hf.wrapping.self_attention.ForwardPass` holds what layers pass on.
 """
 
 from __future__ import annotations
@@ -19,18 +18,19 @@ from ..layers.merging import merge_in_place
 from .self_attention import DenoisingSelfAttention, ForwardPass, HandedOn, LayerRecord, current_pass
 
 NOT_SEEN = (
-    "An encoder layer cannot see what the one below it dropped, merged or weighed: its forward pass runs again "
-    "without it, as in gradient checkpointing. Train without it, or with NVIB in the encoder's last layer alone."
+    "An encoder layer cannot see what the layer below it dropped, merged or weighed: its forward pass runs again "
+    "without that layer, as in gradient checkpointing. Train without checkpointing, or with NVIB in the encoder's last "
+    "layer only."
 )
 
 
 class StackedSelfAttention(DenoisingSelfAttention):
-    """The self-attention of an encoder layer in a stack, which :func:`stack` makes; ``nvib_lowest`` is the first."""
+    """The self-attention of an encoder layer in a stack (:func:`stack`). ``nvib_lowest`` marks the lowest layer."""
 
     nvib_lowest: bool
 
     def handed_on_below(self) -> HandedOn | None:
-        """What the nearest layer below that ran (layer drop skips some) handed on; ``None`` if there is none."""
+        """What the nearest layer below passed on (layer drop skips some layers); ``None`` if there is none."""
         this_pass = current_pass()
         if this_pass is not None and this_pass.encoder is not None:
             return this_pass.handed_on
@@ -39,13 +39,13 @@ class StackedSelfAttention(DenoisingSelfAttention):
         return None
 
     def source_mask(self, mask: Tensor | None, hidden_states: Tensor, below: HandedOn | None) -> Tensor | None:
-        """Without what the layers below dropped, too."""
+        """As in the base class, without the vectors that layers below dropped."""
         return super().source_mask(mask, hidden_states, below) if below is None else below.keep
 
     def _leave(
         self, this_pass: ForwardPass | None, posterior: Posterior, source_mask: Tensor | None, below: HandedOn | None
     ) -> None:
-        """Hand on to the layer above what it has to know, too."""
+        """As in the base class, and pass on what the layer above has to know."""
         if this_pass is None:
             return
         if source_mask is None:
@@ -68,7 +68,7 @@ class StackedSelfAttention(DenoisingSelfAttention):
         this_pass.handed_on = HandedOn(self, keep, places, order, log_alpha, log_mass, length, sources)
 
     def _lengths(self, query: Tensor, num_keys: int, below: HandedOn | None) -> tuple[int, int]:
-        """Of the encoder's whole input, as the layers above may need other parts of the position bias."""
+        """The lengths of the encoder's whole input, because layers above may need other parts of the position bias."""
         return super()._lengths(query, num_keys, below) if below is None else (below.length, below.length)
 
     def _of_what_is_left(
@@ -89,13 +89,13 @@ class StackedSelfAttention(DenoisingSelfAttention):
 
 
 def at_least_one(keep: Tensor) -> Tensor:
-    """``keep`` ``(B, N)`` itself or, if it is nothing in the whole batch, the first position: no sequence is empty."""
+    """``keep`` ``(B, N)``, or the first position if the whole batch keeps nothing: no sequence may be empty."""
     nothing = ~keep.any()
     return torch.cat([keep[:, :1] | nothing, keep[:, 1:]], dim=1)
 
 
 def of_places(scores: Tensor, places: Tensor) -> Tensor:
-    """Rows and columns ``(B, N')`` of what is added to scores, ``(B or 1, H or 1, N or 1, N)``."""
+    """Select rows and columns ``(B, N')`` of a mask or bias of scores, ``(B or 1, H or 1, N or 1, N)``."""
     scores = scores.expand(len(places), -1, -1, -1)
     if scores.shape[2] > 1:
         scores = scores.take_along_dim(places[:, None, :, None], dim=2)
@@ -123,13 +123,13 @@ def merged_states(states: Tensor, handed_on: HandedOn, share: float, shorten: bo
 
 
 class Shortening:
-    """Takes what an attention dropped out of the output of its encoder layer, and merges the rest: its forward hook.
+    """A forward hook of an encoder layer: it removes what the layer's attention dropped, and merges what is left.
 
-    By name, so that the hook of a copied model is one of the copy.
+    It finds the attention by name, so that the hook of a copied model uses the copy.
 
     Args:
         attention: its name in the layer.
-        share: of the vectors that merging leaves; 1 merges nothing.
+        share: the share of the vectors that merging leaves; 1 merges nothing.
     """
 
     def __init__(self, attention: str, share: float = 1.0) -> None:
@@ -149,13 +149,13 @@ class Shortening:
 
 
 def begin_encoder(encoder: nn.Module, args: tuple) -> None:
-    """Forward pre-hook of a stacked encoder, whose layers hand on within a pass of its own, inside the model's."""
+    """Forward pre-hook of a stacked encoder: begins a pass of its own for its layers, inside the model's pass."""
     outer = current_pass() or ForwardPass()
     ForwardPass(outer.generator, outer.shortens, outer.records, encoder).__enter__()
 
 
 def end_encoder(encoder: nn.Module, args: tuple, output: object) -> None:
-    """Forward hook, called after an exception too: the model's pass gets what the encoder's last layer handed on."""
+    """Forward hook, called after an exception too: gives the model's pass what the encoder's last layer passed on."""
     this_pass = current_pass()
     if this_pass is None or this_pass.encoder is not encoder:
         return
@@ -166,11 +166,11 @@ def end_encoder(encoder: nn.Module, args: tuple, output: object) -> None:
 
 
 def stack(encoder: nn.Module, modules: dict[int, StackedSelfAttention], shares: dict[int, float]) -> None:
-    """Put converted modules of an encoder on top of each other.
+    """Connect converted modules of an encoder.
 
     Args:
-        modules: by the numbers of their layers, the lowest first.
-        shares: of its vectors that a layer's output is merged to, by the layer's number.
+        modules: by the number of their layer, the lowest first.
+        shares: to which share of its vectors a layer's output is merged, by the number of the layer.
     """
     names = {id(module): name for name, module in encoder.named_modules()}
     for number, module in modules.items():
@@ -194,7 +194,7 @@ def unstack(model: nn.Module) -> None:
 
 
 def encoder_layer(encoder: nn.Module, name: str) -> str:
-    """The name of the layer that a module of an encoder belongs to: the outermost element of a list of modules."""
+    """The name of the encoder layer that a module belongs to: the outermost element of a list of modules."""
     parts = name.split(".")
     for i in range(1, len(parts)):
         if isinstance(encoder.get_submodule(".".join(parts[:i])), nn.ModuleList):
@@ -203,18 +203,18 @@ def encoder_layer(encoder: nn.Module, name: str) -> str:
 
 
 def check_states_are_whole(has_stacked_encoder: bool) -> None:
-    """Raise ValueError for an encoder's output in place of its inputs where its layers hand on what they dropped."""
+    """Raise ValueError for an encoder's output in place of its inputs, if its layers pass on what they dropped."""
     if has_stacked_encoder:
         raise ValueError(
-            "encoder_last_hidden_state does not say what this encoder's layers dropped. Pass the inputs, or latents "
+            "encoder_last_hidden_state does not tell what this encoder's layers dropped. Pass the inputs, or latents "
             "as encoder_outputs."
         )
 
 
 def check_length_is_left(keep: Tensor, states: Tensor) -> None:
-    """Raise ValueError where an encoder changes the length after the layers that drop vectors."""
+    """Raise ValueError if an encoder changes the length after the layers that drop vectors."""
     if keep.shape[1] != states.shape[1]:
         raise ValueError(
-            f"The encoder's layers leave {keep.shape[1]} vectors, of which it makes {states.shape[1]}, so that nobody "
-            "knows which are dropped. Leave 'encoder' out of attentions."
+            f"The encoder's layers leave {keep.shape[1]} vectors, but it turns them into {states.shape[1]}, so NVIB "
+            "cannot tell which are dropped. Leave 'encoder' out of attentions."
         )

@@ -26,10 +26,10 @@ from .stacked_encoder import StackedSelfAttention, stack
 
 
 class CrossAttentionOf(NamedTuple):
-    """What NVIB needs to know of a base's cross-attention.
+    """What NVIB needs to know about a base's cross-attention.
 
-    Its modules with their specs; the width ``P`` of the vectors they read; their scale ``s``; their places in the
-    cache.
+    The modules with their specs; the width ``P`` of the vectors that they read; their scale ``s``; their layers in
+    the cache.
     """
 
     modules: list[tuple[nn.Module, AttentionSpec]]
@@ -39,10 +39,10 @@ class CrossAttentionOf(NamedTuple):
 
 
 def cross_attention_of(base: PreTrainedModel) -> CrossAttentionOf:
-    """Cross-attention of a base that has not been converted.
+    """The cross-attention of a base that has not been converted.
 
     Raises:
-        ValueError: it is not what the table of architectures says; layers of different scales.
+        ValueError: it differs from the table of architectures; layers have different scales.
     """
     found = find_cross_attention(base)
     for module, spec in found:
@@ -61,12 +61,12 @@ def make_layer(config: NvibConfig, width: int, scale: float) -> NvibLayer:
 
 
 def layer_settings(config: NvibConfig) -> dict:
-    """What a configuration says of all NVIB layers."""
+    """The settings in a configuration for all NVIB layers."""
     return {"delta": config.delta, "alpha_activation": config.alpha_activation, "kl_weights": config.kl_weights}
 
 
 def dropping_settings(config: NvibConfig) -> dict:
-    """What a configuration says of the layers that can drop vectors."""
+    """The settings in a configuration for layers that can drop vectors."""
     return {
         "dropping": config.dropping,
         "alpha_threshold": config.alpha_threshold,
@@ -81,11 +81,10 @@ def put_into_self_attention(base: PreTrainedModel, halves: dict[str, nn.Module],
         halves: the base's ``"encoder"``, and its ``"decoder"`` if it has one.
 
     Returns:
-        The modules' names in the base by those of their layers, ``{"encoder.0": ...}``, from below to above.
+        The modules' names in the base by the names of their layers, ``{"encoder.0": ...}``, from below to above.
 
     Raises:
-        ValueError: an attention that the table does not know, or the number of a layer that there is not. Nothing has
-            been changed then.
+        ValueError: the table does not know an attention, or a layer does not exist. Then nothing has changed.
     """
     found: dict[str, tuple[nn.Module, AttentionSpec]] = {}
     for kind, half in halves.items():
@@ -108,17 +107,17 @@ def put_into_self_attention(base: PreTrainedModel, halves: dict[str, nn.Module],
 
 
 def is_stacked(config: NvibConfig) -> bool:
-    """Whether the encoder's layers hand on to each other what they dropped or merged, or their pseudo-counts."""
-    hands_on = config.drops or config.accumulate_alpha or bool(config.encoder_merge_share)
-    return "encoder" in config.attentions and hands_on
+    """Whether the encoder's layers pass on what they dropped or merged, or their pseudo-counts."""
+    passes_on = config.drops or config.accumulate_alpha or bool(config.encoder_merge_share)
+    return "encoder" in config.attentions and passes_on
 
 
 def chosen(half: nn.Module, kind: str, config: NvibConfig) -> dict[str, tuple[nn.Module, AttentionSpec]]:
     """The self-attentions of an encoder or decoder that ``config.attentions`` names, by the names of their layers.
 
     Raises:
-        ValueError: an attention that the table does not know; the number of a layer that there is not; where vectors
-            are dropped, layers that do not go on to the last.
+        ValueError: the table does not know an attention; a layer does not exist; vectors are dropped, but a later
+            layer is not chosen.
     """
     layers, modules = config.attentions[kind], find_self_attention(half, kind)
     if layers == "all":
@@ -130,9 +129,9 @@ def chosen(half: nn.Module, kind: str, config: NvibConfig) -> dict[str, tuple[nn
         )
     if kind == "encoder" and is_stacked(config) and layers != list(range(layers[0], len(modules))):
         raise ValueError(
-            f"attentions['encoder'] is {layers}, but what a layer drops or merges is gone from all layers above it, "
-            f"and accumulated pseudo-counts go from each layer to the next: name all of them from one on, for "
-            f"instance {list(range(layers[0], len(modules)))}."
+            f"attentions['encoder'] is {layers}, but each layer passes what it drops, merges or accumulates on to all "
+            "layers above it. Name every layer from the first one on, for instance "
+            f"{list(range(layers[0], len(modules)))}."
         )
     if kind == "encoder" and (others := sorted((config.encoder_merge_share or {}).keys() - set(layers))):
         raise ValueError(
@@ -141,13 +140,13 @@ def chosen(half: nn.Module, kind: str, config: NvibConfig) -> dict[str, tuple[nn
         )
     if kind == "encoder" and config.drops and config.dropping == "relaxed":
         raise ValueError(
-            "dropping='relaxed' keeps every vector in training, at a smaller weight that layers above do not see. "
+            "dropping='relaxed' keeps every vector in training, with a smaller weight that layers above do not see. "
             "Set dropping='threshold' and an alpha_threshold, or leave the encoder out of attentions."
         )
     if kind == "encoder" and is_stacked(config) and config.is_encoder_decoder and shortens_after_its_layers(half):
         raise ValueError(
-            f"{type(half).__name__} has an adapter that makes fewer vectors of what its layers leave, so that nobody "
-            "knows which of those are dropped or merged. Leave 'encoder' out of attentions, or load it with "
+            f"{type(half).__name__} has an adapter that shortens its layers' output, so NVIB cannot tell which "
+            "vectors are dropped or merged. Leave 'encoder' out of attentions, or load the encoder with "
             "add_adapter=False."
         )
     return {f"{kind}.{number}": modules[number] for number in layers}
@@ -162,10 +161,10 @@ def shortens_after_its_layers(encoder: nn.Module) -> bool:
 
 
 def wrap(model_class: type[PreTrainedModel], base: PreTrainedModel, settings: dict) -> PreTrainedModel:
-    """A model of ``model_class`` around a base, which is changed in place, on its device and in its mode."""
+    """A ``model_class`` around a base, on the base's device and in its mode. The base is changed in place."""
     config = NvibConfig(base_config=base.config, base_architecture=architecture_name(type(base)), **settings)
     model = model_class(config, base=base)
-    # Not the base's name: whoever loads by it (an adapter does) would get the bare base.
+    # Not the base's name: an adapter loads its model by this name, and would get the bare base.
     model.name_or_path = config.name_or_path = ""
     for layer in model.nvib_layers().values():
         layer.to(base.device, base.dtype)
@@ -180,7 +179,7 @@ QUANTISED = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_i
 
 
 def carry_quantisation(base: PreTrainedModel, model: PreTrainedModel) -> None:
-    """A base that was loaded quantised makes a quantised model, all but its NVIB layer, that can be saved."""
+    """Let a model with a quantised base be saved as quantised, except for its NVIB layer."""
     quantizer = getattr(base, "hf_quantizer", None)
     if quantizer is None:
         return
@@ -194,7 +193,7 @@ def carry_quantisation(base: PreTrainedModel, model: PreTrainedModel) -> None:
 
 
 def hand_back(model: PreTrainedModel, base: PreTrainedModel) -> None:
-    """Give a base what the model around it has that it lacks: all of it, where the model was loaded from a file."""
+    """Give a base what only the model around it has. If the model was loaded from a file, the base lacks all of it."""
     if base.can_generate() and model.can_generate():
         base.generation_config = model.generation_config
     if tags := [tag for tag in model.model_tags or () if tag != "nvib"]:
@@ -210,7 +209,7 @@ def hand_back(model: PreTrainedModel, base: PreTrainedModel) -> None:
 
 
 def split_settings(kwargs: dict) -> tuple[dict, dict]:
-    """Keyword arguments that are settings of :class:`NvibConfig`, and the others."""
+    """Split keyword arguments into settings of :class:`NvibConfig` and others."""
     names = setting_names()
     settings = {name: value for name, value in kwargs.items() if name in names}
     others = {name: value for name, value in kwargs.items() if name not in names}
@@ -222,23 +221,23 @@ def split_settings(kwargs: dict) -> tuple[dict, dict]:
 
 
 def check_base(base: PreTrainedModel) -> None:
-    """Raise ValueError unless a model can be wrapped: nothing has been changed by then."""
+    """Raise ValueError unless a model can be wrapped. This changes nothing."""
     check_unwrapped(base)
     find_cross_attention(base)
     if not base.config.is_encoder_decoder or not base.can_generate():
         raise ValueError(
-            f"{type(base).__name__} is no encoder-decoder model that generates, so there is nothing to put NVIB "
-            "between. Pass a ...ForConditionalGeneration, or join an encoder and a decoder with "
+            f"{type(base).__name__} is not an encoder-decoder model that generates, so NVIB has no place in it. "
+            "Pass a ...ForConditionalGeneration, or join an encoder and a decoder with "
             "NvibForConditionalGeneration.from_encoder_decoder_pretrained(encoder, decoder)."
         )
 
 
 def check_unwrapped(base: PreTrainedModel) -> None:
-    """Raise ValueError for a model that has NVIB in it, or lies on several devices."""
+    """Raise ValueError if a model has NVIB already, or is spread over several devices."""
     name = type(base).__name__
     if any(isinstance(module, ConvertedAttention) for module in base.modules()):
         raise ValueError(
-            f"{name} is part of an NVIB model already, or one itself. Wrap another base, or call unwrap() on that "
+            f"{name} is an NVIB model already, or part of one. Wrap another base, or call unwrap() on that "
             "model first."
         )
     if len(set((getattr(base, "hf_device_map", None) or {}).values())) > 1:
@@ -252,13 +251,13 @@ def check_attentions(config: NvibConfig) -> dict:
     """The attentions of an encoder-decoder, by default the cross-attention; ValueError if they lack that."""
     if not config.is_encoder_decoder:
         raise ValueError(
-            "is_encoder_decoder is False, as of an encoder with a head, but this model has a decoder. Leave it out, "
-            "or load what is no encoder-decoder with NvibForSequenceClassification or NvibForTokenClassification."
+            "is_encoder_decoder is False, as for an encoder with a head, but this model has a decoder. Leave the "
+            "setting out, or load an encoder with NvibForSequenceClassification or NvibForTokenClassification."
         )
     if config.attentions is not None and "cross" not in config.attentions:
         raise ValueError(
-            f"attentions are {list(config.attentions)}, but the latents of an encoder-decoder are what its "
-            "cross-attention reads: name 'cross' too. As it is initialised it computes what the base computes."
+            f"attentions are {list(config.attentions)}, but the cross-attention of an encoder-decoder reads the "
+            "latents. Name 'cross' too. As it is initialised, it computes what the base computes."
         )
     attentions = {"cross": "all"} if config.attentions is None else config.attentions
     if config.encoder_merge_share and "encoder" not in attentions:

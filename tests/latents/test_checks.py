@@ -1,4 +1,4 @@
-"""Latents are looked at where a model takes them: what is no distribution of its own kind is refused by name."""
+"""Latents are looked at where a model takes them: what is not a distribution of its own kind is refused by name."""
 
 import copy
 import dataclasses
@@ -53,16 +53,19 @@ def with_value(name, value, at=(1, 0)):
 
 
 WRONG = {
-    "nan in z": (with_value("z", NAN), "Latent 1 is no distribution: its vectors hold NaN"),
-    "infinite z": (with_value("z", INF), "Latent 1 is no distribution: its vectors hold NaN or infinity"),
-    "nan in logvar": (with_value("logvar", NAN), "Latent 1 is no distribution: its vectors"),
-    "infinite variance": (with_value("logvar", INF), "Latent 1 is no distribution: its vectors"),
-    "nan in log_pi": (with_value("log_pi", NAN), "Latent 1 is no distribution: log_pi holds NaN or infinity"),
-    "all -inf": (with_value("log_pi", -INF, at=(2,)), "Latent 2 is no distribution: log_pi is -inf for every vector"),
-    "all nan": (with_value("log_pi", NAN, at=(2,)), "Latent 2 is no distribution: log_pi holds NaN"),
+    "nan in z": (with_value("z", NAN), "Latent 1 is not a distribution: its vectors hold NaN"),
+    "infinite z": (with_value("z", INF), "Latent 1 is not a distribution: its vectors hold NaN or infinity"),
+    "nan in logvar": (with_value("logvar", NAN), "Latent 1 is not a distribution: its vectors"),
+    "infinite variance": (with_value("logvar", INF), "Latent 1 is not a distribution: its vectors"),
+    "nan in log_pi": (with_value("log_pi", NAN), "Latent 1 is not a distribution: log_pi holds NaN or infinity"),
+    "all -inf": (
+        with_value("log_pi", -INF, at=(2,)),
+        "Latent 2 is not a distribution: log_pi is -inf for every vector",
+    ),
+    "all nan": (with_value("log_pi", NAN, at=(2,)), "Latent 2 is not a distribution: log_pi holds NaN"),
     "pi for log_pi": (
         lambda x: dataclasses.replace(x, log_pi=x.log_pi.exp()),
-        "not to 1: log_pi are logarithms; log_pi.log_softmax(-1) makes them sum to 1",
+        "not to 1; log_pi holds logarithms, and log_pi.log_softmax(-1) makes the weights sum to 1",
     ),
     "not one": (lambda x: dataclasses.replace(x, log_pi=x.log_pi - 1), "its weights sum to 0.3679, not to 1"),
     "no tensor": (
@@ -80,9 +83,9 @@ WRONG = {
     ),
     "a short mask": (
         lambda x: dataclasses.replace(x, attention_mask=x.attention_mask[:, 1:]),
-        "fields do not belong together",
+        "fields do not fit together",
     ),
-    "a number too few": (lambda x: dataclasses.replace(x, kl_gaussian=x.kl_gaussian[1:]), "do not belong together"),
+    "a number too few": (lambda x: dataclasses.replace(x, kl_gaussian=x.kl_gaussian[1:]), "do not fit together"),
     "another scale": (
         lambda x: dataclasses.replace(x, scale=2 * x.scale),
         "The latents were made for attention of scale=[0.7",
@@ -142,7 +145,7 @@ def test_what_is_dropped_or_drawn_sums_to_one_too(dropping):
 def test_nothing_is_lost_under_autograd(model, latents):
     """A NaN whose loss is finite is refused all the same, and gradients reach what is right."""
     wrong = with_value("log_pi", NAN)(latents)
-    with pytest.raises(ValueError, match="Latent 1 is no distribution"):
+    with pytest.raises(ValueError, match="Latent 1 is not a distribution"):
         model(encoder_outputs=wrong, labels=tiny_labels("bart"))
     latents.z.requires_grad_()
     model(encoder_outputs=latents, labels=tiny_labels("bart")).loss.backward()
@@ -187,7 +190,7 @@ def test_latents_need_their_three_fields():
 
 
 def test_latents_are_no_index():
-    with pytest.raises(TypeError, match=r"latents are indexed by a row.* but got latents"):
+    with pytest.raises(TypeError, match=r"The index of latents must be a number.* but got latents"):
         mixture()[mixture()]
 
 

@@ -197,7 +197,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
-    remedy = r"Pass a file that NvibLatents.save\(\) wrote; from_pretrained\(\) loads a model"
+    remedy = r"Pass a file that NvibLatents.save\(\) wrote. To load a model, call from_pretrained\(\)"
     mixture().save(tmp_path / "whole")
     (tmp_path / "half").write_bytes((tmp_path / "whole").read_bytes()[:-40])
     torch.save(mixture(), tmp_path / "pickled")
@@ -209,7 +209,9 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     tiny_nvib().save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=rf"model is a folder. {remedy}"):
         NvibLatents.load(tmp_path / "model")
-    with pytest.raises(ValueError, match=rf"holds no latents: 'base\..*', of \d+, is no field of theirs. {remedy}"):
+    with pytest.raises(
+        ValueError, match=rf"holds no latents: 'base\..*', one of \d+ tensors, is not one of their fields. {remedy}"
+    ):
         NvibLatents.load(tmp_path / "model" / "model.safetensors")
     save_file({"z": torch.zeros(1, 2, 3)}, tmp_path / "z")
     with pytest.raises(ValueError, match=rf"z holds no latents: it lacks 'attention_mask', 'log_pi'. {remedy}"):

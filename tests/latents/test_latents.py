@@ -51,7 +51,7 @@ def test_index_out_of_range(index):
     "index", [(0, 1), (..., 0), None, 1.0, np.eye(4, dtype=bool), torch.zeros(2, 2, dtype=torch.long)]
 )
 def test_what_selects_no_rows_is_refused(index):
-    with pytest.raises(TypeError, match="latents are indexed by a row"):
+    with pytest.raises(TypeError, match="The index of latents must be a number"):
         mixture()[index]
 
 
@@ -222,5 +222,5 @@ def test_interpolation_repeats_a_batch_of_one(first, second, sizes, weight):
 
 @pytest.mark.parametrize("sizes, weights", [((2, 3), 1), ((1, 4), 3), ((4, 1), 3), ((4, 4), 0), ((2, 3), 6)], ids=str)
 def test_interpolation_of_sizes_that_do_not_fit(sizes, weights):
-    with pytest.raises(ValueError, match=r"batch size too unless one of them is 1|for each of the 4 latents"):
+    with pytest.raises(ValueError, match=r"batch sizes too unless one of them is 1|for each of the 4 latents"):
         interpolate(mixture(batch=sizes[0]), mixture(batch=sizes[1]), torch.full((weights,), 0.5))

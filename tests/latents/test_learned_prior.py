@@ -326,7 +326,7 @@ def test_sizes_are_those_left_out_too():
 
 def test_an_encoder_with_a_head_has_no_latents_to_draw():
     base = BertForSequenceClassification(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
-    with pytest.raises(ValueError, match="latent_prior is of latents that are decoded"):
+    with pytest.raises(ValueError, match="latent_prior needs a decoder, but an encoder with a head has none"):
         NvibForSequenceClassification.from_base_pretrained(base, latent_prior={})
 
 

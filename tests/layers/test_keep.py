@@ -271,7 +271,7 @@ def test_refuses_two_rules_and_unknown_ones():
 
 def test_the_decision_that_was_removed_says_what_to_take(tmp_path):
     """Of a layer, of a new configuration and of one that was saved with it."""
-    says = r"dropping='hard' was removed.*alpha_threshold=0.1 with dropping='threshold', or dropping='relaxed'"
+    says = r"dropping='hard' was removed.*alpha_threshold=0.1 and dropping='threshold', or dropping='relaxed'"
     with pytest.raises(ValueError, match=says):
         Nvib(8, 8, dropping="hard")
     with pytest.raises(ValueError, match=says):

@@ -100,7 +100,7 @@ def test_anything_else_is_refused(other):
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (3, 2, 4), (3, 1, 1), (3, 2, 1, 1)], ids=str)
 def test_weights_of_another_shape_are_refused(shape):
     z, _, mu, logvar = fields()
-    message = rf"pi has shape \({shape[0]},.* but z has \(3, 2, 4\): pass one weight for each vector, \(3, 2, 1\)"
+    message = rf"pi has shape \({shape[0]},.* but z has \(3, 2, 4\). Pass one weight for each vector, \(3, 2, 1\)"
     with pytest.raises(ValueError, match="^" + message):
         as_memory((z, torch.ones(shape), mu, logvar))
     with pytest.raises(ValueError, match="^log_" + message):

@@ -323,7 +323,7 @@ def test_dtypes(dtype):
         ({"num_vectors": 2.5}, "num_vectors must be whole numbers"),
         (
             {"num_vectors": [1, 2, 3]},
-            r"num_vectors must be a number or one for each of the 2 rows, but has shape \(3,\)",
+            r"num_vectors must be a number or one for each of 2 examples, but has shape \(3,\)",
         ),
         ({"share": 0.0}, r"share must be in \(0, 1\], but got 0.0"),
         ({"share": [0.5, 1.5]}, r"share must be in \(0, 1\], but got \[0.5, 1.5\]"),
@@ -332,8 +332,14 @@ def test_dtypes(dtype):
         ({"share": 0.5, "order": "time"}, "order must be one of 'neighbours', 'any', but got 'time'"),
         ({"share": 0.5, "power": -1}, "power must be a number of at least 0, but got -1"),
         ({"share": 0.5, "z": torch.zeros(4, 3)}, r"z must be \(B, Nl, P\), but has shape \(4, 3\)"),
-        ({"share": 0.5, "log_mass": torch.zeros(2, 3)}, r"log_mass has shape \(2, 3\), but must have \(2, 4\)"),
-        ({"share": 0.5, "logvar": torch.zeros(2, 4)}, r"logvar has shape \(2, 4\), but must have \(2, 4, 3\)"),
+        (
+            {"share": 0.5, "log_mass": torch.zeros(2, 3)},
+            r"log_mass has shape \(2, 3\), but z of \(2, 4, 3\) needs \(2, 4\)",
+        ),
+        (
+            {"share": 0.5, "logvar": torch.zeros(2, 4)},
+            r"logvar has shape \(2, 4\), but z of \(2, 4, 3\) needs \(2, 4, 3\)",
+        ),
         ({"share": 0.5, "fixed": torch.zeros(4, dtype=torch.bool)}, r"fixed has shape \(4,\)"),
         (
             {"share": 0.5, "fixed": torch.zeros(2, 4)},

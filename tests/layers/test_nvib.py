@@ -428,9 +428,9 @@ def test_samples_are_reproducible_and_need_a_vector_in_each_row():
     first, second, third = (layer.sample(2, some, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
     assert torch.equal(first.z, second.z) and torch.equal(first.log_pi, second.log_pi)
     assert not torch.equal(first.z, third.z) and not torch.equal(first.pi, third.pi)
-    with pytest.raises(ValueError, match="has 3 rows, but number_samples is 2"):
+    with pytest.raises(ValueError, match="has a batch of 3, but number_samples is 2"):
         layer.sample(2, padding)
-    with pytest.raises(ValueError, match="a row that is all padding"):
+    with pytest.raises(ValueError, match="a sample that is all padding"):
         layer.sample(3, padding)
 
 

@@ -49,7 +49,7 @@ def test_one_memory_for_many_queries_is_refused(batch_first):
     memory = memory_of(1) if not batch_first else Nvib(8, 8, batch_first=True).eval()(torch.randn(1, 5, 8))["z"]
     query = torch.randn((5, 3, 8) if batch_first else (3, 5, 8))
     with pytest.raises(
-        ValueError, match="memory has a batch of 1, but the query one of 5: pass one latent for each row"
+        ValueError, match=r"memory has a batch of 1, but the query one of 5\. Pass one latent per example"
     ):
         attention(query, memory)
 

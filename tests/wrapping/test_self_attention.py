@@ -115,7 +115,7 @@ def test_a_fresh_wrap_computes_the_base_eagerly(family):
 def test_what_cannot_have_it_is_refused_by_name(family, kind):
     base = tiny_base(family)
     names = set(base.state_dict())
-    with pytest.raises(ValueError, match=r"no self-attention that is in the table, but \w*Attention"):
+    with pytest.raises(ValueError, match=r"no self-attention that is in the table, only \w*Attention"):
         wrap(family, [kind], base)
     assert set(base.state_dict()) == names and not any(isinstance(m, DenoisingSelfAttention) for m in base.modules())
 
@@ -484,7 +484,7 @@ def test_freeze_base_trains_all_nvib_layers():
 @pytest.mark.parametrize(
     ("attentions", "message"),
     [
-        (["encoder"], "name 'cross' too"),
+        (["encoder"], "Name 'cross' too"),
         (["cross", "self"], "'cross', 'encoder', 'decoder'"),
         ({"cross": "all", "encoder": [0, 7]}, "names layer 7.*has 2"),
         ({"cross": "all", "encoder": []}, "numbers of layers"),

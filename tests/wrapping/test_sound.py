@@ -291,7 +291,7 @@ def test_training_reaches_the_encoder(base):
 def test_others_are_refused(base):
     with pytest.raises(ValueError, match=r"encode_sound_only is for Whisper, .* but the encoder is a BartEncoder"):
         wrapped(tiny_base("bart"))
-    with pytest.raises(ValueError, match="does not go with an encoder whose layers drop vectors"):
+    with pytest.raises(ValueError, match="does not work with an encoder whose layers drop vectors"):
         wrapped(base, attentions=["cross", "encoder"], alpha_threshold=0.1)
     with pytest.raises(ValueError, match="128"):
         hear(base, {"input_features": features(100)}, torch.zeros(STORED, 32))
