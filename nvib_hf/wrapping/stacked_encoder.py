@@ -2,7 +2,7 @@
 
 The layers above and the decoder do not see what a layer drops. In generation, dropped vectors leave their sequence.
 Merged vectors go on with the mass of all that they replace (:mod:`nvib_hf.layers.merging`): the layers above and the
-decoder's latent add it to their pseudo-counts. Where a decoder follows, merging shortens the sequence, in training too.
+decoder's latent add it to their pseudo-counts. Before a decoder, merging shortens the sequence, in training too.
 The :class:`~nvib_hf.wrapping.self_attention.ForwardPass` holds what layers pass on.
 """
 
@@ -18,9 +18,9 @@ from ..layers.merging import merge_in_place
 from .self_attention import DenoisingSelfAttention, ForwardPass, HandedOn, LayerRecord, current_pass
 
 NOT_SEEN = (
-    "An encoder layer cannot see what the layer below it dropped, merged or weighed: its forward pass runs "
-    "again without that layer, as in gradient checkpointing. Train without checkpointing, or with NVIB in the encoder's last "
-    "layer only."
+    "An encoder layer cannot see what the layer below it dropped, merged or weighed: its forward pass runs again "
+    "without that layer, as in gradient checkpointing. Train without checkpointing, or with NVIB in the encoder's "
+    "last layer only."
 )
 
 

@@ -252,12 +252,12 @@ def test_encoder_states_in_place_of_inputs_are_refused():
         (
             {"cross": "all", "encoder": [0]},
             {"alpha_threshold": 0.1},
-            r"what it drops or accumulates on to all layers.*\[0, 1\]",
+            r"what it drops, merges or accumulates on to all layers.*\[0, 1\]",
         ),
         (
             {"cross": "all", "encoder": [0]},
             {"accumulate_alpha": True},
-            "what it drops or accumulates on to all layers",
+            "what it drops, merges or accumulates on to all layers",
         ),
         (["cross", "encoder"], {"dropping": "relaxed"}, "Set dropping='threshold' and an alpha_threshold"),
         (["cross", "encoder"], {"accumulate_alpha": True, "alpha_activation": "relu"}, "alpha_activation='exp'"),
