@@ -50,12 +50,7 @@ class NvibPreTrainedModel(SinglePrecisionMixin, OfTheBaseMixin, PreTrainedModel)
     _supports_sdpa = True
     # s / 2 * ||x||^2 in the pseudo-counts must cancel to the last bit against the attention's bias. When loading;
     # afterwards see SinglePrecisionMixin.
-    _keep_in_fp32_modules_strict = [
-        r"nvib\.(alpha|keep|prior)_\w+",
-        "nvib.threshold_share",
-        "kl_beta",
-        r"latent_prior\.(?!is_fitted)\w+",
-    ]
+    _keep_in_fp32_modules_strict = [r"nvib\.(alpha|keep|prior)_\w+", "nvib.threshold_share", "kl_beta"]
 
     base: PreTrainedModel
     config: NvibConfig
