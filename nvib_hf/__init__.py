@@ -111,6 +111,6 @@ else:
         if name in _NEED_TRANSFORMERS:
             raise ImportError(
                 f"nvib_hf.{name} needs the package transformers, which is not installed. Install it with "
-                "`pip install 'transformers>=5.23,<5.25' accelerate`."
+                "`pip install 'transformers>=5.18,<5.25' accelerate`."
             )
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

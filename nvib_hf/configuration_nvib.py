@@ -12,8 +12,7 @@ from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
+from transformers import PreTrainedConfig
 
 from .layers.latent_prior import checked_sizes
 from .layers.settings import (
@@ -29,7 +28,7 @@ from .layers.settings import (
     checked_tau,
     shares_by_layer,
 )
-from .versions import CACHE, UPDATE
+from .versions import CACHE, UPDATE, ConfigOfABase
 from .wrapping.adapters import READ_BY_PEFT, SIZES, default_targets
 from .wrapping.hub import auto_map_entry, name_until_finished, save_code
 
@@ -79,7 +78,7 @@ def _number(value: object) -> object:
         return value
 
 
-class NvibConfig(PreTrainedConfig):
+class NvibConfig(ConfigOfABase):
     r"""Configuration of :class:`~nvib_hf.NvibForConditionalGeneration`.
 
     The model reads ``lambda_*``, ``free_bits_*``, ``word_dropout*`` and ``label_smoothing`` at every step. It takes
@@ -156,7 +155,6 @@ class NvibConfig(PreTrainedConfig):
     """
 
     model_type = "nvib"
-    sub_configs_defaults = {"base_config": SubConfigSpec(config_class=AutoConfig, model_type="bart")}
     keys_to_ignore_at_inference = [
         CACHE,
         "decoder_hidden_states",
@@ -177,7 +175,6 @@ class NvibConfig(PreTrainedConfig):
         "latents",
     ]
 
-    base_config: PreTrainedConfig | dict | None = None
     base_architecture: str | None = None
     attentions: dict[str, str | list[int]] | list[str] | None = None
     accumulate_alpha: bool = False

@@ -5,11 +5,17 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    WhisperForConditionalGeneration,
+)
 from transformers.modeling_outputs import BaseModelOutput
 
 from .latents.checks import check_latents, refuse_batch
@@ -66,6 +72,18 @@ class NvibGenerationMixin(GenerationMixin):
     def detect_language(self) -> Callable[..., Tensor]:
         """Whisper's method: the language tokens of sounds, read from their latents."""
         return getattr(view_of_base(self), "detect_language")  # noqa: B009 (not every base has it)
+
+    def as_whisper(self) -> PreTrainedModel:
+        """This model, of the same parameters, as one of Whisper's own class, for what asks for a model's type.
+
+        A pipeline for speech is one: of Whisper alone it reads times, and recordings longer than a window.
+
+        Raises:
+            TypeError: the base is another model.
+        """
+        if not isinstance(self.base, WhisperForConditionalGeneration):
+            raise TypeError(f"as_whisper() is for a Whisper with NVIB, but the base is {type(self.base).__name__}.")
+        return view_of_base(self)
 
     @property
     def generate_with_fallback(self) -> Callable[..., Any]:
@@ -186,6 +204,32 @@ class LatentView:
     def get_compiled_call(self, *args, **kwargs):
         return self.model_of_latents.get_compiled_call(*args, **kwargs)
 
+    def _apply(self, *args, **kwargs) -> Self:
+        self.model_of_latents._apply(*args, **kwargs)
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        self.model_of_latents.train(mode)
+        return super().train(mode)
+
+    def generate(self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs):
+        """As the base's.
+
+        Raises:
+            ValueError: ``return_token_timestamps``, which are read off attention to all frames of the sound.
+        """
+        if kwargs.get("return_token_timestamps"):
+            raise ValueError(
+                "return_token_timestamps=True (return_timestamps='word' in a pipeline) reads times off attention to "
+                "every frame, which a latent lacks. Pass return_timestamps=True for the times of segments."
+            )
+        mask = kwargs.get("attention_mask")
+        if self.model_of_latents.config.encode_sound_only and self.packed is None and mask is not None:
+            inputs = kwargs.pop("input_features", None) if inputs is None else inputs
+            inputs = mark_unheard(inputs, heard_frames(inputs, mask))
+        given = () if inputs is None else (inputs,)
+        return super().generate(*given, generation_config=generation_config, **kwargs)
+
     def _of_rows(self, sound: Tensor) -> LatentOutput:
         """The latents of the examples that are left."""
         return LatentOutput(self.packed.last_hidden_state[rows_of(sound)])
@@ -238,25 +282,13 @@ def generate_as_base(model, inputs=None, generation_config: GenerationConfig | N
     """``generate()`` of the base's own class over the latents of ``model``.
 
     Each latent in ``encoder_outputs`` (packed) stands for one window of sound, which is decoded at once.
-
-    Raises:
-        ValueError: ``return_token_timestamps``, which need attention to all frames of the sound.
     """
-    if kwargs.get("return_token_timestamps"):
-        raise ValueError(
-            "return_token_timestamps=True reads times from cross-attention to every frame, but a latent has none. "
-            "Pass return_timestamps=True for the times of segments."
-        )
-    packed, mask = kwargs.pop("encoder_outputs", None), kwargs.get("attention_mask")
-    if model.config.encode_sound_only and packed is None and mask is not None:
-        inputs = kwargs.pop("input_features", None) if inputs is None else inputs
-        inputs = mark_unheard(inputs, heard_frames(inputs, mask))
+    packed = kwargs.pop("encoder_outputs", None)
     if packed is not None:
         inputs = sound_for_rows(packed.last_hidden_state, model.base.config)
         kwargs.pop("input_features", None)
         kwargs["force_unique_generate_call"] = True
-    given = () if inputs is None else (inputs,)
-    return view_of_base(model, packed).generate(*given, generation_config=generation_config, **kwargs)
+    return view_of_base(model, packed).generate(inputs, generation_config=generation_config, **kwargs)
 
 
 def check_encoder_outputs(given: object) -> None:

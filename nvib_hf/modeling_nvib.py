@@ -149,6 +149,7 @@ class NvibForConditionalGeneration(
         self.latent_prior = None
         if config.latent_prior is not None:
             self.latent_prior = LatentPrior(width, **config.latent_prior).float()
+            self._keep_in_fp32_modules_strict = [*self._keep_in_fp32_modules_strict, r"latent_prior\.(?!is_fitted)\w+"]
         self._self_attention_names = {layer: f"base.{name}" for layer, name in names.items()}
         self._has_stacked_encoder = is_stacked(config)
         self.register_buffer("kl_beta", torch.ones(3))  # of lambda_gaussian, lambda_dirichlet, lambda_vectors

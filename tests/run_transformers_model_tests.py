@@ -27,7 +27,6 @@ import transformers
 from tiny_models import BART_LIKE, START, T5_LIKE, VOCAB_SIZE
 from transformers import BartConfig, T5Config
 from transformers.modeling_outputs import Seq2SeqLMOutput
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 from nvib_hf import NvibConfig, NvibForConditionalGeneration, NvibLatents
 
@@ -126,7 +125,7 @@ def fetch_source(folder: Path) -> Path:
     requirement = f"transformers=={transformers.__version__}"
     pip = [sys.executable, "-m", "pip", "--quiet"]
     subprocess.run(
-        [*pip, "download", "--no-binary", ":all:", "--no-deps", "--dest", str(folder), requirement], check=True
+        [*pip, "download", "--no-binary", "transformers", "--no-deps", "--dest", str(folder), requirement], check=True
     )
     with tarfile.open(next(folder.glob("transformers-*.tar.gz"))) as archive:
         archive.extractall(folder, filter="data")
@@ -181,8 +180,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, help="an unpacked source package, in place of fetching it")
     arguments, others = parser.parse_known_args()
-    # So that labels are made for it as for any sequence-to-sequence model.
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES["nvib"] = NvibForConditionalGeneration.__name__
     outcomes = Outcomes()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

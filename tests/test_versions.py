@@ -30,9 +30,10 @@ def test_setup_cfg_and_the_readme_state_the_tested_range():
     setup.read(ROOT / "setup.cfg")
     assert f"transformers{TESTED_TRANSFORMERS}" in setup["options"]["install_requires"].split()
     assert f"`transformers{TESTED_TRANSFORMERS}`" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"'transformers{TESTED_TRANSFORMERS}'" in (ROOT / "nvib_hf/__init__.py").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("version", ["5.22.3", "5.25.0", "6.0.0"])
+@pytest.mark.parametrize("version", ["5.17.0", "5.25.0", "6.0.0"])
 def test_a_version_that_is_not_tested_is_warned_of_once(unwarned, monkeypatch, tmp_path, version):
     monkeypatch.setattr(versions.transformers, "__version__", version)
     with pytest.warns(UserWarning, match=f"not tested with this version.*transformers {version}"):

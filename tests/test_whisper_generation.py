@@ -2,10 +2,11 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import VOCAB_SIZE, tiny_base, tiny_inputs
-from transformers import GenerationConfig
+from transformers import GenerationConfig, WhisperFeatureExtractor, WhisperTokenizer, pipeline
 
 from nvib_hf import NvibForConditionalGeneration
 
@@ -162,3 +163,65 @@ def test_saved_and_loaded(model, sound, tmp_path):
 def test_times_of_tokens_are_refused(model, sound):
     with pytest.raises(ValueError, match="return_timestamps=True for the times of segments"):
         model.generate(sound, return_token_timestamps=True)
+
+
+# ------------------------------------------------------------------------------------------------------- pipelines
+WINDOW = 16_000  # samples: one second, of which the encoder makes 50 vectors
+TIMES = VOCAB_SIZE - 51
+
+
+@pytest.fixture(scope="module")
+def listener():
+    """A Whisper that hears windows of a second, and what belongs to it in a pipeline."""
+    base = tiny_base("whisper", max_source_positions=50)
+    prompts = PROMPTS | {"no_timestamps_token_id": TIMES - 1, "max_initial_timestamp_index": 49}
+    base.generation_config = GenerationConfig(
+        **{**base.generation_config.to_dict(), **prompts, "_from_model_config": False}
+    )
+    base.eval()
+    special = {0: "<|endoftext|>", 1: "<|end|>", 2: "<|startoftranscript|>", 30: "<|en|>", 31: "<|fr|>", 32: "<|de|>"}
+    special |= {33: "<|transcribe|>", 34: "<|translate|>", 35: "<|startofprev|>", TIMES - 1: "<|notimestamps|>"}
+    words = {token: f"\u0120{chr(ord('a') + token % 26)}{token}" for token in range(VOCAB_SIZE)}
+    times = {TIMES + step: f"<|{step * 0.02:.2f}|>" for step in range(51)}
+    vocabulary = {text: token for token, text in (words | special | times).items()}
+    added = list(special.values())
+    tokenizer = WhisperTokenizer(vocab=vocabulary, merges=[], additional_special_tokens=added)
+    return base, {
+        "tokenizer": tokenizer,
+        "feature_extractor": WhisperFeatureExtractor(feature_size=8, chunk_length=1),
+        "device": "cpu",
+    }
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"return_timestamps": True}, {"chunk_length_s": 1, "return_timestamps": True}, {"chunk_length_s": 1}],
+    ids=lambda settings: "-".join(settings) or "plain",
+)
+def test_a_pipeline_hears_times_and_long_recordings(listener, settings):
+    base, tools = listener
+    wrapped = NvibForConditionalGeneration.from_base_pretrained(copy.deepcopy(base)).eval()
+    results = []
+    for model in (base, wrapped.as_whisper()):
+        recognise = pipeline("automatic-speech-recognition", model=model, **tools)
+        for seconds in (1,) if not settings else (1, 2.5):
+            sound = np.random.default_rng(0).standard_normal(int(seconds * WINDOW)).astype(np.float32)
+            results.append(recognise({"raw": sound, "sampling_rate": WINDOW}, **settings))
+    middle = len(results) // 2
+    assert results[middle:] == results[:middle] and all(found["text"] for found in results)
+    if "return_timestamps" in settings:
+        assert all(found["chunks"] for found in results)
+    with pytest.raises(ValueError, match="latent lacks"):
+        recognise({"raw": sound, "sampling_rate": WINDOW}, return_timestamps="word")
+
+
+def test_a_model_as_whisper_is_moved_and_trains_as_a_whole(model):
+    copied = copy.deepcopy(model)
+    whisper = copied.as_whisper().to(torch.float64).train()
+    assert copied.nvib.mu_logvar.weight.dtype == copied.base.proj_out.weight.dtype == torch.float64
+    assert whisper.training and copied.nvib.training and copied.base.training
+
+
+def test_only_whisper_is_whisper():
+    with pytest.raises(TypeError, match="BartForConditionalGeneration"):
+        NvibForConditionalGeneration.from_base_pretrained(tiny_base("bart")).as_whisper()

@@ -78,6 +78,7 @@ from transformers import (
     T5GemmaConfig,
     T5GemmaForConditionalGeneration,
     T5GemmaModuleConfig,
+    T5GemmaPreTrainedModel,
     TrOCRConfig,
     TrOCRForCausalLM,
     UMT5Config,
@@ -226,6 +227,7 @@ def _t5gemma(overrides: dict) -> PreTrainedModel:
         **shared, hidden_size=32, cross_attention_hidden_size=48, layer_types=["sliding_attention", "full_attention"]
     )
     config = T5GemmaConfig(encoder=encoder, decoder=decoder, vocab_size=VOCAB_SIZE, **{**TOKENS, **overrides})
+    T5GemmaPreTrainedModel._supports_sdpa = False  # as since 5.21: before, the soft cap was left out
     return T5GemmaForConditionalGeneration(config)
 
 

@@ -51,12 +51,7 @@ class NvibPreTrainedModel(SinglePrecisionMixin, OfTheBaseMixin, PreTrainedModel)
     _supports_sdpa = True
     # s / 2 * ||x||^2 in the pseudo-counts must cancel to the last bit against the attention's bias. This list is for
     # loading; SinglePrecisionMixin does the same later.
-    _keep_in_fp32_modules_strict = [
-        r"nvib\.(alpha|keep|prior)_\w+",
-        "nvib.dropping_share",
-        "kl_beta",
-        r"latent_prior\.(?!is_fitted)\w+",
-    ]
+    _keep_in_fp32_modules_strict = [r"nvib\.(alpha|keep|prior)_\w+", "nvib.dropping_share", "kl_beta"]
 
     base: PreTrainedModel
     config: NvibConfig
