@@ -240,7 +240,7 @@ def append_bias(key: Tensor, value: Tensor, bias: Tensor, scale: float) -> tuple
     channels = three_summands(bias) if key.dtype in HALF_PRECISION else bias[..., None]
     channels = channels.clamp(min=max(MASKED_BIAS, torch.finfo(key.dtype).min)).to(key.dtype)
     batch, heads, length, width = key.shape
-    extra = -(-(width + channels.shape[-1]) // 8) * 8 - width
+    extra = (width + channels.shape[-1] + 7) // 8 * 8 - width
     channels = F.pad(channels, (0, extra - channels.shape[-1]))[:, None].expand(batch, heads, length, -1)
     return torch.cat([key, channels], dim=-1), F.pad(value, (0, extra))
 

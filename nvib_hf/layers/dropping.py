@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .distributions import Posterior, log_dirichlet_sample, noise
+from .exporting import is_exporting
 
 # What stands for log(0), finite so that a pseudo-count of 0 has a gradient; fp32 holds exp(-69) and its inverse.
 LOG_ZERO = -69.0
@@ -54,9 +55,11 @@ def kept(keep_logit: Tensor, share: Tensor | float) -> Tensor:
 def kept_first(keep: Tensor) -> Tensor | None:
     """Positions ``(B, L)`` of what is kept, in order, for the largest number ``L`` kept in a row of ``(B, N)``.
 
-    Rows that keep fewer are filled up with what they do not keep. ``None`` where ``L`` is ``N``. Reads a length from
-    the device.
+    Rows that keep fewer are filled up with what they do not keep. ``None`` where ``L`` is ``N``, and in an exported
+    graph, whose lengths cannot depend on values. Reads a length from the device.
     """
+    if is_exporting():
+        return None
     length = int(keep.sum(-1).max())
     if length == keep.shape[1]:
         return None

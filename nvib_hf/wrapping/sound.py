@@ -157,11 +157,11 @@ def hear(base: PreTrainedModel, inputs: dict, silence: Tensor) -> Heard:
     vectors = outputs.last_hidden_state
     if (numbers == window).all():
         return Heard(outputs, vectors, None, None, 0, window)
-    stored = len(silence)
+    stored = silence.shape[0]
     left = (window - numbers)[:, None].expand(-1, stored)
     return Heard(
         outputs,
-        torch.cat([vectors, silence.to(vectors.dtype).expand(len(vectors), -1, -1)], dim=1),
+        torch.cat([vectors, silence.to(vectors.dtype).expand(vectors.shape[0], -1, -1)], dim=1),
         torch.cat([padding, left == 0], dim=1),
         F.pad((left.clamp(min=1) / stored).log(), (longest, 0)),
         stored,
