@@ -201,6 +201,8 @@ class NvibForConditionalGeneration(
     ) -> NvibLatents:
         """Inputs to latents: with a graph in ``train()``, in ``eval()`` without, unless an input requires gradients.
 
+        While ``torch.export`` or ``torch.onnx`` record, to what decoding reads of them alone.
+
         Args:
             input_ids, attention_mask, inputs: what the base's encoder takes. Or, in place of them, what an earlier
                 call of the model returned as ``encoder_last_hidden_state`` ``(B, Ns, H)``, with its mask if it has one

@@ -161,7 +161,7 @@ def denoising_attention(
                 norm_term = latent_query.square().flatten(1, 2) @ shrinkage.transpose(-1, -2)  # (B, H * Nt, Nl)
                 scores = scores + 0.5 * scale * norm_term.view_as(scores)
         weights = scores.softmax(-1).to(value.dtype)
-        counted = F.dropout(weights, dropout_p)
+        counted = F.dropout(weights, dropout_p) if dropout_p > 0 else weights
         output = counted @ value
         if shrinkage is not None:
             mean_shrinkage = (counted.flatten(1, 2) @ shrinkage).view_as(latent_query)

@@ -132,7 +132,7 @@ class DenoisingCrossAttention(ConvertedAttention):
             hidden_states, packed = hidden_states.transpose(0, 1), packed.transpose(0, 1)
         query = self._by_head(getattr(self, spec.query)(hidden_states))
         read = self._projected(packed, hidden_states.dtype, inputs.get(spec.cache))
-        rows, sources = query.shape[0], read["key"].shape[0]  # those of a cache, where it has been reordered or repeated
+        rows, sources = query.shape[0], read["key"].shape[0]  # of a cache, where it has been reordered or repeated
         if rows != sources:
             query = fold_rows(query, sources)
         output, weights = denoising_attention(
