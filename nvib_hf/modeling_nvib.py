@@ -27,6 +27,7 @@ from .latents.merging import merge_share_of, merged, sharing
 from .latents.sampling import NvibLatentsMixin
 from .layers.cross_entropy import IGNORED
 from .layers.denoising_attention import pack
+from .layers.exporting import is_exporting
 from .layers.latent_prior import LatentPrior
 from .layers.nvib import NvibLayer
 from .layers.settings import check_prior
@@ -201,6 +202,8 @@ class NvibForConditionalGeneration(
     ) -> NvibLatents:
         """Inputs to latents. They carry a graph in ``train()``, and in ``eval()`` if an input requires gradients.
 
+        In a graph of ``torch.export`` or ``torch.onnx`` they have only what decoding reads.
+
         Args:
             input_ids, attention_mask, inputs: what the base's encoder takes. So that a frozen encoder need not run
                 again, you can pass ``encoder_last_hidden_state`` ``(B, Ns, H)`` of an earlier call instead, with its
@@ -216,7 +219,7 @@ class NvibForConditionalGeneration(
         # Outside of training nobody needs gradients, and the latents of a corpus would keep all its graphs in memory.
         with_graph = self.training or any(isinstance(x, Tensor) and x.requires_grad for x in inputs.values())
         with sharing(merge_share), nullcontext() if with_graph else torch.no_grad():
-            return self._encode_alone(inputs, sample, generator)[0]
+            return self._encode_alone(inputs, sample, generator, decode_only=is_exporting())[0]
 
     def _encode_alone(
         self,
@@ -344,21 +347,25 @@ class NvibForConditionalGeneration(
                 return self._decode(encoder_outputs, decoder_inputs)
 
         latents = states = None
+        decode_only = (
+            labels is None and is_exporting()
+        )  # what decoding does not read, a graph leaves out
         # The pass holds what self-attentions with NVIB share and record. Without such attentions it is not needed.
-        with ForwardPass(generator, records={}) if self._self_attention_names else nullcontext() as this_pass:
+        records: dict | None = None if decode_only else {}
+        with ForwardPass(generator, records=records) if self._self_attention_names else nullcontext():
             if encoder_outputs is None:
-                latents, states = self._encode({**given, **recorded}, generator=generator)
+                latents, states = self._encode({**given, **recorded}, None, generator, decode_only)
             elif not is_packed:
                 latents = encoder_outputs
                 check_latents(latents, self.nvib)
             packed = encoder_outputs if latents is None else self._packed(latents, states)
             read = (decoder_inputs.get(name) for name in ("decoder_input_ids", "decoder_inputs_embeds", "input_ids"))
-            if len(packed[0]) != len(read := next(x for x in read if x is not None)):
+            if packed[0].shape[0] != (read := next(x for x in read if x is not None)).shape[0]:
                 refuse_batch(packed[0], read)
             outputs = self._decode(packed, decoder_inputs)
         targets = None if labels is None else labels != IGNORED
-        attentions, records = (self._self_attentions(), this_pass.records) if this_pass else ({}, {})
-        terms, charged = layer_terms(latents, attentions, records, targets)
+        attentions = self._self_attentions() if records else {}
+        terms, charged = layer_terms(latents, attentions, records or {}, targets)
         loss = cross_entropy = None
         if labels is not None:
             regularisation = regulariser(charged, self.kl_beta if self.training else None, self.config)
@@ -385,7 +392,7 @@ class NvibForConditionalGeneration(
             layer_kl_gaussian=terms.kl_gaussian if of_layers else None,
             layer_kl_dirichlet=terms.kl_dirichlet if of_layers else None,
             layer_prop_vectors=terms.prop_vectors if of_layers else None,
-            latents=None if getattr(self, "_is_replica", False) else latents,
+            latents=None if decode_only or getattr(self, "_is_replica", False) else latents,
         )
 
     # generate() reads the signature at every step. A stored one also works for code from the Hub.

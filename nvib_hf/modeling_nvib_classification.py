@@ -19,6 +19,7 @@ from transformers.utils import can_return_tuple, logging
 
 from .configuration_nvib import NvibConfig
 from .layers.cross_entropy import IGNORED
+from .layers.exporting import is_exporting
 from .loss import layer_terms, regulariser
 from .outputs import NvibClassifierOutput
 from .versions import warn_if_untested
@@ -157,9 +158,10 @@ class NvibEncoderModel(NvibPreTrainedModel):
         if labels is not None and not labels.is_floating_point():
             is_target = (labels != IGNORED).any()  # without a target, the base's mean over targets would be nan
             given["labels"] = torch.where(is_target, labels, 0)
-        with ForwardPass(generator, records={}) as this_pass:
+        records: dict | None = None if labels is None and is_exporting() else {}
+        with ForwardPass(generator, records=records):
             outputs = self.base(**given, **kwargs, return_dict=True)
-        terms, charged = layer_terms(None, self._self_attentions(), this_pass.records)
+        terms, charged = layer_terms(None, self._self_attentions(), records or {})
         loss = outputs.loss
         regularisation = regulariser(
             charged, self.kl_beta if self.training else None, self.config

@@ -24,6 +24,8 @@ class NvibSeq2SeqLMOutput(Seq2SeqLMOutput):
             (``"cross"``, ``"encoder.0"``, ...); ``None`` if no self-attention has NVIB.
         latents: the decoded :class:`~nvib_hf.NvibLatents`. ``None`` at a step of generation, and with
             ``nn.DataParallel``, which gathers nothing but tensors.
+
+    A graph that ``torch.export`` or ``torch.onnx`` makes without ``labels`` has none of these.
     """
 
     cross_entropy: Tensor | None = None
@@ -50,6 +52,8 @@ class NvibClassifierOutput(ModelOutput):
         kl_gaussian, kl_dirichlet: ``(B,)``, unweighted means over the NVIB layers.
         layer_kl_gaussian, layer_kl_dirichlet, layer_prop_vectors: of each layer, ``(B,)``, by its name
             (``"encoder.0"``, ...).
+
+    A graph that is exported without ``labels`` has no KLs.
     """
 
     loss: Tensor | None = None

@@ -192,9 +192,13 @@ def test_the_plain_pytorch_walk_through_runs_in_every_mode(training, kappa, padd
     assert all(parameter.grad.any() for parameter in names["nvib"].parameters())
 
 
-def code_of(page: str) -> str:
+def codes_of(page: str) -> list[str]:
     text = (ROOT / "examples" / page).read_text(encoding="utf-8")
-    [code] = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+def code_of(page: str) -> str:
+    [code] = codes_of(page)
     return code
 
 
@@ -202,8 +206,20 @@ def code_of(page: str) -> str:
 def test_an_adapter_is_saved_and_loaded(folder):
     pytest.importorskip("peft")
     names = {"model": tiny_nvib()}
-    run(code_of("TOOLS.md"), names)
+    adapter, _ = codes_of("TOOLS.md")
+    run(adapter, names)
     assert any("lora" in name for name in tensors(names["adapter"]))
+
+
+def test_an_encoder_is_exported():
+    names = {"model": tiny_nvib()}
+    _, export = codes_of("TOOLS.md")
+    run(export, names)
+    texts = tuple(tiny_inputs("bart").values())  # of another batch and length
+    for actual, expected in zip(
+        names["program"].module()(*texts), names["Encoder"](names["model"])(*texts), strict=True
+    ):
+        torch.testing.assert_close(actual, expected)
 
 
 def test_another_architecture_is_a_spec(monkeypatch):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..layers.exporting import check_not_exporting
 from ..layers.merging import Limit, merge
 from ..layers.settings import checked
 from .latents import NvibLatents
@@ -61,6 +62,7 @@ def merged(
         Latents without dropped vectors, and without padding between vectors. The KLs do not change. Counts are of
         merged vectors. Pseudo-counts keep their sum, and have the ratios of the weights.
     """
+    check_not_exporting("Merging", "Export with model.config.merge_share = 1.")
     if first is None:
         first = 0 if latents.log_alpha is None else 1 if latents.kappa is None else int(latents.kappa[0])
     place = torch.arange(latents.z.shape[1], device=latents.device)

@@ -161,7 +161,7 @@ def denoising_attention(
                 norm_term = latent_query.square().flatten(1, 2) @ shrinkage.transpose(-1, -2)  # (B, H * Nt, Nl)
                 scores = scores + 0.5 * scale * norm_term.view_as(scores)
         weights = scores.softmax(-1).to(value.dtype)
-        counted = F.dropout(weights, dropout_p)
+        counted = F.dropout(weights, dropout_p) if dropout_p > 0 else weights
         output = counted @ value
         if shrinkage is not None:
             mean_shrinkage = (counted.flatten(1, 2) @ shrinkage).view_as(latent_query)
@@ -240,7 +240,7 @@ def append_bias(key: Tensor, value: Tensor, bias: Tensor, scale: float) -> tuple
     channels = three_summands(bias) if key.dtype in HALF_PRECISION else bias[..., None]
     channels = channels.clamp(min=max(MASKED_BIAS, torch.finfo(key.dtype).min)).to(key.dtype)
     batch, heads, length, width = key.shape
-    extra = -(-(width + channels.shape[-1]) // 8) * 8 - width
+    extra = (width + channels.shape[-1] + 7) // 8 * 8 - width
     channels = F.pad(channels, (0, extra - channels.shape[-1]))[:, None].expand(batch, heads, length, -1)
     return torch.cat([key, channels], dim=-1), F.pad(value, (0, extra))
 

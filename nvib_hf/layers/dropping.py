@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .distributions import Posterior, log_dirichlet_sample, noise
+from .exporting import is_exporting
 
 # Replaces log(0). It is finite, so that a pseudo-count of 0 has a gradient; fp32 holds exp(-69) and its inverse.
 LOG_ZERO = -69.0
@@ -54,9 +55,11 @@ def kept(keep_logit: Tensor, share: Tensor | float) -> Tensor:
 def kept_first(keep: Tensor) -> Tensor | None:
     """Positions ``(B, L)`` of kept vectors, in order. ``L`` is the most that any example of ``keep`` ``(B, N)`` keeps.
 
-    Examples that keep fewer are filled up with vectors that they do not keep. ``None`` if ``L`` is ``N``. This reads a
-    length from the device.
+    Examples that keep fewer are filled up with vectors that they do not keep. ``None`` if ``L`` is ``N``, and in an
+    exported graph, whose lengths cannot depend on values. This reads a length from the device.
     """
+    if is_exporting():
+        return None
     length = int(keep.sum(-1).max())
     if length == keep.shape[1]:
         return None

@@ -280,9 +280,9 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
             log_alpha = log_alpha.masked_fill(~mask, 0)
         mu, logvar = mu_logvar.chunk(2, dim=-1)
         return Posterior(  # the prior's component first
-            mu=torch.cat([self.prior_mu.to(mu.dtype).expand(len(mu), 1, -1), mu], dim=1),
-            logvar=torch.cat([self.prior_logvar.to(mu.dtype).expand(len(mu), 1, -1), logvar], dim=1),
-            log_alpha=torch.cat([self.prior_log_alpha.to(log_alpha.dtype).expand(len(mu), 1), log_alpha], dim=1),
+            mu=torch.cat([self.prior_mu.to(mu.dtype).expand(mu.shape[0], 1, -1), mu], dim=1),
+            logvar=torch.cat([self.prior_logvar.to(mu.dtype).expand(mu.shape[0], 1, -1), logvar], dim=1),
+            log_alpha=torch.cat([self.prior_log_alpha.to(log_alpha.dtype).expand(mu.shape[0], 1), log_alpha], dim=1),
             mask=F.pad(mask, (1, 0), value=True),
             keep=F.pad(keep, (1, 0), value=True),
             keep_logit=None if keep_logit is None else F.pad(keep_logit, (1, 0), value=math.inf),

@@ -114,7 +114,7 @@ def other_names_of_the_source(base: PreTrainedModel, encoder_names: Iterable[str
 def check_mask_of_states(base: PreTrainedModel, mask: Tensor, states: Tensor) -> None:
     """Raise ValueError for a mask that does not fit an encoder's output. Without it, attention would read padding."""
     has_rule = hasattr(base.get_encoder(), "_get_feature_vector_attention_mask")
-    fits = mask.dim() == 2 and len(mask) == len(states)
+    fits = mask.dim() == 2 and mask.shape[0] == states.shape[0]
     if not fits or mask.shape[1] < states.shape[1] or (mask.shape[1] > states.shape[1] and not has_rule):
         raise ValueError(
             f"attention_mask has shape {tuple(mask.shape)}, but {STATES} {tuple(states.shape)} needs "

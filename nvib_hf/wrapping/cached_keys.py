@@ -43,6 +43,7 @@ def separated(wide: Tensor, width: int, size: int | None) -> tuple[Tensor, Tenso
     bias = (bias.float() if bias.dtype in HALF_PRECISION else bias).sum(-1)
     shrinkage = None
     if size is not None:
-        slices = wide[..., beyond : beyond + -(-size // wide.shape[1])]  # of each head
+        heads = wide.shape[1]
+        slices = wide[..., beyond : beyond + (size + heads - 1) // heads]  # of each head
         shrinkage = slices.transpose(1, 2).flatten(2)[..., :size]
     return wide[..., :width], bias, shrinkage

@@ -132,7 +132,7 @@ class DenoisingCrossAttention(ConvertedAttention):
             hidden_states, packed = hidden_states.transpose(0, 1), packed.transpose(0, 1)
         query = self._by_head(getattr(self, spec.query)(hidden_states))
         read = self._projected(packed, hidden_states.dtype, inputs.get(spec.cache))
-        rows, sources = len(query), len(read["key"])  # keys of a cache may have been reordered or repeated
+        rows, sources = query.shape[0], read["key"].shape[0]  # keys of a cache may have been reordered or repeated
         if rows != sources:
             query = fold_rows(query, sources)
         output, weights = denoising_attention(
@@ -239,14 +239,16 @@ def fold_rows(x: Tensor, sources: int) -> Tensor:
 
     So a source's keys and values are stored once, however many beams there are.
     """
-    if len(x) % sources:
-        raise ValueError(f"There are {sources} latents but {len(x)} decoder inputs. Pass one latent for each example.")
+    if x.shape[0] % sources:
+        raise ValueError(
+            f"There are {sources} latents but {x.shape[0]} decoder inputs. Pass one latent for each example."
+        )
     return x.unflatten(0, (sources, -1)).transpose(1, 2).flatten(2, 3)
 
 
 def unfold_rows(x: Tensor, rows: int) -> Tensor:
     """The inverse of :func:`fold_rows`."""
-    return x.unflatten(2, (rows // len(x), -1)).transpose(1, 2).flatten(0, 1)
+    return x.unflatten(2, (rows // x.shape[0], -1)).transpose(1, 2).flatten(0, 1)
 
 
 def convert_cross_attention(

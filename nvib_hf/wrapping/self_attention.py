@@ -222,7 +222,7 @@ class DenoisingSelfAttention(ConvertedAttention):
             layer = cache.layers[self.layer_idx]
             if prior is not None:
                 layer.nvib_prior = prior
-            prior_wide, prior_value = (x.expand(len(wide), -1, -1, -1) for x in layer.nvib_prior)
+            prior_wide, prior_value = (x.expand(wide.shape[0], -1, -1, -1) for x in layer.nvib_prior)
             wide, value = torch.cat([prior_wide, wide], dim=2), torch.cat([prior_value, value], dim=2)
             width = getattr(self, self.nvib_spec.head_dim)
             key, bias, shrinkage = separated(wide, width, None if shrinkage is None else self.nvib.size_out)
@@ -271,7 +271,7 @@ def positions_seen_by_any(mask: Tensor | None, hidden_states: Tensor) -> Tensor 
     if mask is None:
         return None
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return seen.any(dim=1).any(dim=1).expand(len(hidden_states), -1)
+    return seen.any(dim=1).any(dim=1).expand(hidden_states.shape[0], -1)
 
 
 def convert_self_attention(

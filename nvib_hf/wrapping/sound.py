@@ -27,6 +27,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from ..configuration_nvib import NvibConfig
+from ..layers.exporting import check_not_exporting
 from .base import run_encoder
 
 MARGIN = 25  # vectors encoded after the sound, half a second
@@ -140,6 +141,7 @@ def hear(base: PreTrainedModel, inputs: dict, silence: Tensor) -> Heard:
     Args:
         inputs: the encoder's inputs, by name. Frames whose mask is 0 after all others are not encoded.
     """
+    check_not_exporting("encode_sound_only", "Export with model.config.encode_sound_only = False.")
     encoder = base.get_encoder()
     features, window = inputs["input_features"], encoder.config.max_source_positions
     if features.shape[-1] != STRIDE * window:
@@ -157,11 +159,11 @@ def hear(base: PreTrainedModel, inputs: dict, silence: Tensor) -> Heard:
     vectors = outputs.last_hidden_state
     if (numbers == window).all():
         return Heard(outputs, vectors, None, None, 0, window)
-    stored = len(silence)
+    stored = silence.shape[0]
     left = (window - numbers)[:, None].expand(-1, stored)
     return Heard(
         outputs,
-        torch.cat([vectors, silence.to(vectors.dtype).expand(len(vectors), -1, -1)], dim=1),
+        torch.cat([vectors, silence.to(vectors.dtype).expand(vectors.shape[0], -1, -1)], dim=1),
         torch.cat([padding, left == 0], dim=1),
         F.pad((left.clamp(min=1) / stored).log(), (longest, 0)),
         stored,

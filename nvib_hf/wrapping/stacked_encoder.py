@@ -96,7 +96,7 @@ def at_least_one(keep: Tensor) -> Tensor:
 
 def of_places(scores: Tensor, places: Tensor) -> Tensor:
     """Select rows and columns ``(B, N')`` of a mask or bias of scores, ``(B or 1, H or 1, N or 1, N)``."""
-    scores = scores.expand(len(places), -1, -1, -1)
+    scores = scores.expand(places.shape[0], -1, -1, -1)
     if scores.shape[2] > 1:
         scores = scores.take_along_dim(places[:, None, :, None], dim=2)
     return scores.take_along_dim(places[:, None, None, :], dim=3)
