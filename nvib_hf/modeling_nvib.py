@@ -347,9 +347,7 @@ class NvibForConditionalGeneration(
                 return self._decode(encoder_outputs, decoder_inputs)
 
         latents = states = None
-        decode_only = (
-            labels is None and is_exporting()
-        )  # what decoding does not read, a graph leaves out
+        decode_only = labels is None and is_exporting()  # a graph holds only what decoding reads
         # The pass holds what self-attentions with NVIB share and record. Without such attentions it is not needed.
         records: dict | None = None if decode_only else {}
         with ForwardPass(generator, records=records) if self._self_attention_names else nullcontext():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..latents.merging import UNTRACEABLE
 from ..layers.distributions import Posterior
 from ..layers.dropping import kept_first
+from ..layers.exporting import check_not_exporting
 from ..layers.merging import merge_in_place
 from .self_attention import DenoisingSelfAttention, ForwardPass, HandedOn, LayerRecord, current_pass
 
@@ -110,6 +111,7 @@ def merged_states(states: Tensor, handed_on: HandedOn, share: float, shorten: bo
         shorten: take merged vectors out of the sequence. Otherwise each stands in the place of all that it is of, and
             attention reads the first.
     """
+    check_not_exporting("encoder_merge_share", "Export a model without it.")
     log_mass = torch.zeros_like(states[..., 0]) if handed_on.log_mass is None else handed_on.log_mass
     made = merge_in_place(states, log_mass.masked_fill(~handed_on.keep, -torch.inf), share)
     log_alpha = made.total(handed_on.log_alpha.masked_fill(~handed_on.keep, -torch.inf))
