@@ -1,7 +1,7 @@
 """Export a wrapped model to ONNX and write text with onnxruntime: encoder, decoder, and decoder with a cache.
 
     pip install onnx onnxscript onnxruntime
-    python examples/export.py                    # a tiny BART with random weights, about a minute on two CPU cores
+    python examples/export.py                    # a tiny BART with random weights, a minute or more on two CPU cores
     python examples/export.py FOLDER   # a saved model that reads text
 
 The three graphs take batches and texts of any size. Two numbers say whether they do what the model does.

@@ -189,6 +189,14 @@ def test_settings(settings):
     check_three_graphs(model, "bart", WAYS["legacy"])
 
 
+@old_exporter
+@torch.no_grad()
+def test_a_width_that_is_no_multiple_of_the_heads():
+    """Of the mixture's variances each head has a slice in its keys, the last one's filled up."""
+    model = tiny_nvib("t5", base={**ONE_LAYER["t5"], "d_model": 30}, evaluation="mixture")
+    check_three_graphs(model, "t5", WAYS["legacy"])
+
+
 @pytest.mark.parametrize("way", ["export", slow_dynamo])
 @torch.no_grad()
 def test_a_mixture_with_dropping_in_every_layer(way):
