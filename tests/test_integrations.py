@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from tiny_models import tiny_base, tiny_inputs, tiny_labels
+from tiny_models import checkpoint_layers, tiny_base, tiny_inputs, tiny_labels
 from tiny_nvib import cross_attention, tensors, tiny_nvib
 from torch import nn
 
@@ -451,7 +451,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, reentrant):
     results = []
     for enable in (False, True):
         if enable:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            checkpoint_layers(model, {"use_reentrant": reentrant})
             model.enable_input_require_grads()
             assert model.is_activation_checkpointing
         model.zero_grad()

@@ -602,3 +602,8 @@ def row_of(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
         return single
     length = int(mask[row].sum())
     return {name: value[:, :length] for name, value in single.items()}
+
+
+def checkpoint_layers(model: PreTrainedModel, settings: dict) -> None:
+    """Turn gradient checkpointing on, by the name that it has in this version of Transformers."""
+    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)(settings)

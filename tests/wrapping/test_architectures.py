@@ -7,7 +7,17 @@ import copy
 
 import pytest
 import torch
-from tiny_models import EOS, FAMILIES, PAD, decoder_inputs, row_of, tiny_base, tiny_inputs, tiny_labels
+from tiny_models import (
+    EOS,
+    FAMILIES,
+    PAD,
+    checkpoint_layers,
+    decoder_inputs,
+    row_of,
+    tiny_base,
+    tiny_inputs,
+    tiny_labels,
+)
 from tiny_nvib import generate
 from torch import nn
 from torch.nn import functional as F
@@ -467,7 +477,7 @@ def test_gradient_checkpointing(family, use_reentrant):
     def step(checkpointing: bool) -> tuple[dict, int]:
         model = wrap(family, **NONTRIVIAL).train()
         if checkpointing:
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
+            checkpoint_layers(model, {"use_reentrant": use_reentrant})
         calls = []
         for module in model.modules():
             if isinstance(module, DenoisingCrossAttention):

@@ -8,7 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_models import FAMILIES, REFUSED, decoder_inputs, row_of, tiny_base, tiny_inputs, tiny_labels
+from tiny_models import (
+    FAMILIES,
+    REFUSED,
+    checkpoint_layers,
+    decoder_inputs,
+    row_of,
+    tiny_base,
+    tiny_inputs,
+    tiny_labels,
+)
 from tiny_nvib import generate
 from tiny_training import WITH_PEFT, tiny_model, trainer_of
 from torch.nn import functional as F
@@ -344,7 +353,12 @@ def test_the_loss_charges_the_mean_over_the_layers(family, training):
 
 def test_a_generator_determines_all_draws():
     model, inputs, labels = at_work("bart").train(), tiny_inputs("bart"), tiny_labels("bart")
+    base = tiny_base("bart").train()
+    torch.manual_seed(0)
+    for _ in range(3):
+        base(**inputs, labels=labels)  # which may draw by itself whether to leave a layer out
     state = torch.get_rng_state()
+    torch.manual_seed(0)
     logits = [
         model(**inputs, labels=labels, generator=torch.Generator().manual_seed(seed)).logits for seed in (0, 0, 1)
     ]
@@ -361,10 +375,10 @@ def test_gradient_checkpointing_gives_the_same_gradients_or_is_refused(family, r
     for enable in (False, True):
         if enable and reentrant:
             with pytest.raises(ValueError, match="use_reentrant"):
-                model.activation_checkpointing_enable({"use_reentrant": True})
+                checkpoint_layers(model, {"use_reentrant": True})
             return
         if enable:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_layers(model, {"use_reentrant": False})
         model.zero_grad()
         torch.manual_seed(0)
         model(**tiny_inputs(family), labels=tiny_labels(family)).loss.backward()
@@ -376,7 +390,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_or_is_refused(family, r
 
 def test_a_generator_under_checkpointing_is_refused():
     model = at_work("bart").train()
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint_layers(model, {"use_reentrant": False})
     with pytest.raises(ValueError, match="generator"):
         model(**tiny_inputs("bart"), labels=tiny_labels("bart"), generator=torch.Generator())
 

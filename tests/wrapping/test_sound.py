@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny_models import VOCAB_SIZE, decoder_inputs, tiny_base
+from tiny_models import VOCAB_SIZE, checkpoint_layers, decoder_inputs, tiny_base
 from tiny_nvib import generate
 from transformers import GenerationConfig
 
@@ -279,7 +279,7 @@ def test_training_reaches_the_encoder(base):
     for again in (False, True):
         model = wrapped(base).train()
         if again:
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_layers(model, {"use_reentrant": False})
         torch.manual_seed(0)
         x, mask = features(), mask_of(LENGTHS)
         model(input_features=x, attention_mask=mask, decoder_input_ids=tokens, labels=tokens).loss.backward()

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny_models import tiny_base, tiny_inputs, tiny_labels
+from tiny_models import checkpoint_layers, tiny_base, tiny_inputs, tiny_labels
 from torch.nn import functional as F
 
 from nvib_hf import NvibForConditionalGeneration
@@ -190,7 +190,7 @@ def test_layer_drop_skips_layers(layers):
 
 def test_gradient_checkpointing_is_refused():
     model = stacked().train()
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint_layers(model, {"use_reentrant": False})
     loss = model(**tiny_inputs("bart"), labels=tiny_labels("bart")).loss
     with pytest.raises(RuntimeError, match="gradient checkpointing"):
         loss.backward()
