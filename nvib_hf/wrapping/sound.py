@@ -34,6 +34,10 @@ MARGIN = 25  # vectors encoded after the sound, half a second
 STRIDE = 2  # frames of features for each vector
 STORED = 25  # vectors that stand for the rest of the window
 NO_SOUND = -1.5  # a log-mel feature of a recording of zeros: (log10(1e-10) + 4) / 4
+# The same in the silence beside speech, whose loudest value is about 10: Whisper's features end 8 decades below it,
+# (log10(10) - 8 + 4) / 4. Over 32 short utterances merged to a quarter, tiny.en had 25.2 % word error with it and 32.9
+# with NO_SOUND; with the padding of eight recordings 26.8, with that of artificial sounds 24.8 to 25.6.
+BESIDE_SPEECH = -0.75
 
 
 class Heard(NamedTuple):
@@ -201,10 +205,10 @@ def run_layer(layer: nn.Module, mask: Tensor, hidden_states: Tensor, attention_m
 
 @torch.no_grad()
 def stored_silence(base: PreTrainedModel, number: int) -> Tensor:
-    """``(number, H)``: encodes a window without sound, cuts it into equal pieces, and takes each piece's mean."""
+    """``(number, H)``: encodes a window of silence, cuts it into equal pieces, and takes each piece's mean."""
     encoder = base.get_encoder()
     frames = STRIDE * encoder.config.max_source_positions
-    features = encoder.conv1.weight.new_full((1, encoder.config.num_mel_bins, frames), NO_SOUND)
+    features = encoder.conv1.weight.new_full((1, encoder.config.num_mel_bins, frames), BESIDE_SPEECH)
     training = encoder.training
     encoder.eval()
     states = encoder(features).last_hidden_state[0]

@@ -146,7 +146,7 @@ def test_silence_has_the_mass_of_what_is_left_out(model):
 
 @torch.no_grad()
 def test_silence_is_what_the_encoder_makes_of_no_sound(base, model):
-    states = base.get_encoder()(torch.full((1, 8, FRAMES), sound.NO_SOUND)).last_hidden_state[0]
+    states = base.get_encoder()(torch.full((1, 8, FRAMES), sound.BESIDE_SPEECH)).last_hidden_state[0]
     torch.testing.assert_close(stored_silence(base, 2), torch.stack([states[:32].mean(0), states[32:].mean(0)]))
     torch.testing.assert_close(model.silence, stored_silence(base, STORED))
 
