@@ -261,12 +261,12 @@ def train(
     return trainer
 
 
-def learn_prior(model, tokenizer, texts: list[str], watched: list[str], steps: int, seed: int) -> None:
-    """Give the model a prior of the texts' latents, with as many codes as they teach."""
+def learn_prior(model, tokenizer, texts: list[str], watched: list[str], steps: int, seed: int, **more) -> None:
+    """Give the model a prior of the texts' latents, with as many codes as they teach; see `fit_latent_prior`."""
     latents, held_out = (encode_texts(model, tokenizer, some) for some in (texts, watched))
     vectors = int((latents.log_pi > -torch.inf).sum()) - len(latents)  # without the prior's own
     sizes = {"num_codes": min(2048, max(vectors // 8, 1)), "d_model": 128}
-    model.fit_latent_prior(latents, held_out, sizes=sizes, max_steps=steps, seed=seed)
+    model.fit_latent_prior(latents, held_out, sizes=sizes, max_steps=steps, seed=seed, **more)
 
 
 # ---------------------------------------------------------------------------------------------- showing

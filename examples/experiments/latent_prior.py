@@ -1,12 +1,13 @@
 """New texts from latents that reconstruct: priors of the latents of `examples/text_vae.py`, and a language model.
 
-    python examples/experiments/latent_prior.py          # about two hours on one quiet CPU core
+    python examples/experiments/latent_prior.py          # about an hour on one quiet CPU core
     python examples/experiments/latent_prior.py --quick  # everything runs, nothing is learnt
 
 All share one VAE, that of `examples/text_vae.py --output DIR/vae`, which is trained if the folder is not there; DIR is
 `--output`. Texts are drawn by
 
-* `learned`: a learned prior (`model.fit_latent_prior`), trained on the means of the training texts' latents;
+* `learned`: a learned prior (`model.fit_latent_prior`), trained on the means of the training texts' latents: with seed
+  0 the one that the main job has trained, with others trained in the same way;
 * `tokens`, the ceiling: a language model on the texts' tokens, with the same transformer, the same number of steps and
   the same batches;
 * `floors`: the prior that the VAE was trained with, independent Gaussians, and real latents of held-out texts whose
@@ -40,9 +41,11 @@ from nvib_hf import NvibForConditionalGeneration, NvibLatents, decode_latents, e
 from nvib_hf.evaluation.samples import sample_scores
 from nvib_hf.evaluation.texts import as_read, decoded, evaluating, reconstruction_scores
 from nvib_hf.latents.learned import vectors_of
+from nvib_hf.latents.sampling import sample_from_prior
 
-FULL = {"steps": 1200, "codes": 2048, "d_model": 128, "batch_size": 64, "samples": 200, "judge": "smollm2"}
-QUICK = {"steps": 2, "codes": 32, "d_model": 16, "batch_size": 8, "samples": 8, "judge": "tiny"}
+FULL = {"steps": example.PURPOSES["reconstruction"].prior_steps, "samples": 200, "judge": "smollm2"}
+QUICK = {"steps": 2, "samples": 8, "judge": "tiny"}
+BATCH_SIZE, D_MODEL = 64, 128  # as in the main job
 QUICK_TEXTS = 400  # of the training
 SAMPLINGS = [  # temperature, top_p
     (1.0, 1.0),
@@ -102,31 +105,19 @@ class Vae:
 
 # ---------------------------------------------------------------------------------------------- the methods
 def learned(vae: Vae, settings: dict, folder: Path) -> tuple[dict, dict]:
-    """A learned prior: what it costs, and its texts. The model with it is kept beside the runs."""
-    seed, size = settings["seed"], settings["batch_size"]
-    latents, watched, held_out = (
-        encode_texts(vae.model, vae.tokenizer, texts) for texts in (vae.texts, vae.watched, vae.held_out)
-    )
-    started = time.process_time()
-    history = vae.model.fit_latent_prior(
-        latents,
-        watched,
-        sizes={"num_codes": settings["codes"], "d_model": settings["d_model"]},
-        max_steps=settings["steps"],
-        batch_size=size,
-        seed=seed,
-        checkpoint=folder / f"learned-seed{seed}.pt",
-        progress=False,
-    )
-    costs = {
-        "seconds": time.process_time() - started,
-        "steps": history[-1]["step"],
+    """A learned prior: what it costs, and its texts."""
+    seed, costs = settings["seed"], {}
+    if seed or vae.model.latent_prior is None:
+        started = time.process_time()
+        how = vae.texts, vae.watched, settings["steps"], seed
+        example.learn_prior(vae.model, vae.tokenizer, *how, checkpoint=folder / f"learned-seed{seed}.pt")
+        costs["seconds"] = time.process_time() - started
+    held_out = encode_texts(vae.model, vae.tokenizer, vae.held_out)
+    costs |= {
         "parameters": sum(p.numel() for p in vae.model.latent_prior.parameters()),
-        "history": [[entry["step"], entry["held_out_loss"]] for entry in history],
-        "rate": average(vae.model.rate, held_out, size),
-        "codes_nats": average(codes_nats(vae.model), held_out, size),
+        "rate": average(vae.model.rate, held_out),
+        "codes_nats": average(codes_nats(vae.model), held_out),
     }
-    vae.model.save_pretrained(folder / f"learned-seed{seed}")
     made, milliseconds = {}, {}
     for temperature, top_p in SAMPLINGS:
         name, chance = f"temperature {temperature}, top-p {top_p}", torch.Generator().manual_seed(seed)
@@ -152,13 +143,13 @@ def tokens(vae: Vae, settings: dict, folder: Path) -> tuple[dict, dict]:
     seed = settings["seed"]
     torch.manual_seed(seed)
     ends = vae.tokenizer.bos_token_id, vae.tokenizer.eos_token_id
-    model = TokenModel(len(vae.tokenizer), settings["d_model"], *ends)
+    model = TokenModel(len(vae.tokenizer), D_MODEL, *ends)
     started = time.process_time()
-    train_token_model(model, vae.ids(vae.texts), vae.ids(vae.watched), settings)
+    train_token_model(model, vae.ids(vae.texts), vae.ids(vae.watched), {**settings, "batch_size": BATCH_SIZE})
     costs = {
         "seconds": time.process_time() - started,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "nats": model.mean_nats(vae.ids(vae.held_out), settings["batch_size"]),
+        "nats": model.mean_nats(vae.ids(vae.held_out), BATCH_SIZE),
     }
     made, milliseconds = {}, {}
     for temperature, top_p in SAMPLINGS:
@@ -174,7 +165,7 @@ def floors(vae: Vae, settings: dict, folder: Path) -> tuple[dict, dict]:
     count, chance = settings["samples"], torch.Generator().manual_seed(settings["seed"])
     given = encode_texts(vae.model, vae.tokenizer, vae.held_out[count : 2 * count])
     lengths = (given.log_pi > -torch.inf).sum(-1)
-    drawn, milliseconds = timed(lambda: vae.model.sample_latents(count, lengths, generator=chance))
+    drawn, milliseconds = timed(lambda: sample_from_prior(vae.model, count, lengths, chance))
     made = {
         "other held-out texts": as_read(vae.tokenizer, vae.held_out[-count:]),
         "independent, as without a learned prior": vae.write(drawn),
@@ -182,7 +173,7 @@ def floors(vae: Vae, settings: dict, folder: Path) -> tuple[dict, dict]:
     }
     references = as_read(vae.tokenizer, vae.held_out)
     costs = reconstruction_scores(reconstruct(vae.model, vae.tokenizer, vae.held_out), references)
-    costs["independent_rate"] = average(partial(independent_rate, vae.model), given, settings["batch_size"])
+    costs["independent_rate"] = average(partial(independent_rate, vae.model), given)
     return costs, scored(vae, made, {list(made)[1]: milliseconds}, settings, folder)
 
 
@@ -208,9 +199,9 @@ METHODS = {"floors": floors, "learned": learned, "tokens": tokens}
 
 
 # ------------------------------------------------------------------------------------------------- measures
-def average(function, latents: NvibLatents, batch_size: int) -> float:
+def average(function, latents: NvibLatents) -> float:
     """The mean over latents of what a function says of batches of them."""
-    values = [function(latents[start : start + batch_size]) for start in range(0, len(latents), batch_size)]
+    values = [function(latents[start : start + BATCH_SIZE]) for start in range(0, len(latents), BATCH_SIZE)]
     return torch.cat(values).mean().item()
 
 
