@@ -9,6 +9,7 @@ from tiny_nvib import tiny_nvib
 from tiny_prior import SIZES, cycles, fit, seeded
 
 from nvib_hf import NvibForConditionalGeneration, NvibLatents
+from nvib_hf.latents.refining import path_in_order
 
 
 @pytest.fixture(scope="module")
@@ -51,25 +52,35 @@ def test_a_walk_keeps_its_ends_to_the_bit_and_takes_no_step_off_the_grammar(fitt
             assert not all(pair in known for row in codes_of(fitted, moved) for pair in pairwise(row))
 
 
-def test_a_walk_goes_through_the_texts_from_their_beginnings_on(fitted):
-    """Without a prior to speak of: the codes nearest to a path that is computed vector by vector."""
-    first, second, prior = cycles(fitted, 12, 3), cycles(fitted, 12, 4), fitted.latent_prior
-    for weight in (0.1, 0.5, 0.8):
-        walk, expected = fitted.interpolate_latents(first, second, weight, refine=1e-6), []
-        for a, b in zip(first, second, strict=True):
-            a, b = (x.z[0, 1:][x.attention_mask[0, 1:]] for x in (a, b))
-            a, b = a - prior.places[: len(a)], b - prior.places[: len(b)]
-            n = round((1 - weight) * len(a) + weight * len(b))
-            row = []
+def test_a_walk_goes_through_the_texts_from_their_beginnings_on():
+    """Vector by vector, as the definition says."""
+    generator = seeded()
+    a, b = torch.randn(6, 7, 3, generator=generator), torch.randn(6, 5, 3, generator=generator)
+    n_a, n_b = torch.tensor([7, 3, 1, 5, 2, 6]), torch.tensor([5, 5, 4, 1, 2, 3])
+    for t in (0.0, 0.1, 0.5, 0.77, 1.0):
+        path, counts = path_in_order(a, n_a, b, n_b, torch.full((6,), t))
+        for row in range(6):
+            of_a, of_b = a[row, : n_a[row]].tolist(), b[row, : n_b[row]].tolist()
+            n = round((1 - t) * len(of_a) + t * len(of_b))
+            assert counts[row] == n
             for i in range(n):
-                t = 0.5 + (weight * len(b) - (i + 0.5)) / (n / 2)
-                t = min(max(t, 0.0), 1.0)
-                of_a = a[min(max(len(a) - n + i, 0), len(a) - 1)]
-                of_b = b[min(i, len(b) - 1)]
-                distances = ((1 - t) * of_a + t * of_b - prior.centres) / prior.draws_logvar.exp().mean(0).sqrt()
-                row.append(int(distances.square().sum(-1).argmin()))
-            expected.append(row)
-        assert codes_of(fitted, walk) == expected
+                moved = min(max(0.5 + (t * len(of_b) - (i + 0.5)) / (n / 2), 0.0), 1.0)
+                old = of_a[min(max(len(of_a) - n + i, 0), len(of_a) - 1)]
+                new = of_b[min(i, len(of_b) - 1)]
+                expected = [(1 - moved) * x + moved * y for x, y in zip(old, new, strict=True)]
+                assert path[row, i].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_without_a_prior_to_speak_of_a_walk_is_the_nearest_codes_of_that_path(fitted):
+    first, second, prior = cycles(fitted, 12, 3), cycles(fitted, 12, 4), fitted.latent_prior
+    walk, expected = fitted.interpolate_latents(first, second, 0.6, refine=1e-6), []
+    for a, b in zip(first, second, strict=True):
+        rows = [x.z[0, 1:][x.attention_mask[0, 1:]] for x in (a, b)]
+        (x_a, n_a), (x_b, n_b) = ((x[None] - prior.places[: len(x)], torch.tensor([len(x)])) for x in rows)
+        (path,), _ = path_in_order(x_a, n_a, x_b, n_b, torch.tensor([0.6]))
+        distances = (path[:, None] - prior.centres).square() / prior.draws_logvar.exp().mean(0)
+        expected.append(distances.sum(-1).argmin(-1).tolist())
+    assert codes_of(fitted, walk) == expected
 
 
 def test_a_walk_of_two_latents_is_one_of_many_rows_and_is_decoded(fitted):
