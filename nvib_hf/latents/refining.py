@@ -56,8 +56,8 @@ def path_in_order(a: Tensor, n_a: Tensor, b: Tensor, n_b: Tensor, t: Tensor) -> 
     t_i = (0.5 + ((t * n_b)[:, None] - i - 0.5) / (n[:, None] / 2)).clamp(0, 1)
     of_a = (i + (n_a - n)[:, None]).clamp(min=0).minimum(n_a[:, None] - 1)
     of_b = i.minimum(n_b[:, None] - 1)
-    of_both = (x.take_along_dim(places[..., None], dim=1) for x, places in ((a, of_a), (b, of_b)))
-    return torch.lerp(*of_both, t_i[..., None]), n
+    old, new = a.take_along_dim(of_a[..., None], dim=1), b.take_along_dim(of_b[..., None], dim=1)
+    return torch.lerp(old, new, t_i[..., None]), n
 
 
 def refined_path(
