@@ -359,7 +359,8 @@ def parse_arguments() -> argparse.Namespace:
     args.output = args.output or args.model or Path("text_vae")
     if args.quick:
         args.max_steps = args.max_steps or 10
-        args.prior_steps = 2 if args.prior_steps is None else args.prior_steps
+        if args.prior_steps is None and PURPOSES[args.purpose].prior_steps:
+            args.prior_steps = 2
     return args
 
 
