@@ -15,7 +15,8 @@ from pathlib import Path
 import language_model
 import torch
 from figures import pyplot
-from text_vae import draw_pseudo_counts, read_texts, title
+from pseudo_counts import draw_pseudo_counts
+from text_vae import read_texts, title
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from nvib_hf import add_to_model_card, evaluate, evaluation_section

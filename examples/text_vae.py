@@ -10,8 +10,8 @@
 `examples/minimal.py` is the same way in 60 lines. The latent of a text is a set of weighted vectors, as many as the
 text has tokens. Nothing else reaches the decoder. Training reconstructs each text from a sample of its latent. Two KL
 terms hold the vectors near a Gaussian and their pseudo-counts near a Dirichlet process: as near as the cross-entropy
-that you accept allows. The script prints held-out texts beside their reconstructions, samples from the prior, a walk
-between two texts and the size of the latents, and it draws the tokens' pseudo-counts.
+that you accept allows. A prior is then learnt of the latents. The script prints samples from it, held-out texts beside
+their reconstructions, a walk between two texts and the size of the latents, and it draws the tokens' pseudo-counts.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import bbe
 import torch
 from datasets import Dataset
 from few_texts import Recombined
+from pseudo_counts import draw_pseudo_counts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoTokenizer,
@@ -54,6 +55,7 @@ from nvib_hf import (
 MAX_LENGTH = 64  # tokens; longer texts are cut, unless told otherwise: the tokenizers below say so
 FEW_TEXTS = 5000  # fewer than these are recombined in training
 NUM_WATCHED = 256  # texts that the constraint looks at, at most: they are not trained on
+TEMPERATURE = 0.7  # of the samples from a learned prior
 
 
 # ---------------------------------------------------------------------------------------------- texts
@@ -157,12 +159,14 @@ class Purpose:
         cross_entropy: of training, in nats per token, which the KLs are raised to.
         rate: by how much the multiplier of the KLs may rise in a step, in log.
         keep: share of the vectors to keep; ``None`` keeps all.
+        prior_steps: in which a prior of the latents is learnt if all vectors are kept; 0 learns none.
     """
 
     cross_entropy: float
     steps: int
     rate: float = 0.005
     keep: float | None = None
+    prior_steps: int = 0
 
     @property
     def settings(self) -> dict[str, float]:
@@ -174,7 +178,7 @@ class Purpose:
 
 
 PURPOSES = {
-    "reconstruction": Purpose(cross_entropy=0.8, steps=2600, rate=0.02),
+    "reconstruction": Purpose(cross_entropy=0.8, steps=2600, rate=0.02, prior_steps=600),
     "samples": Purpose(cross_entropy=1.8, steps=5000, rate=0.02),
     "few-vectors": Purpose(cross_entropy=0.3, steps=5000, keep=0.5),
 }
@@ -183,7 +187,8 @@ PURPOSES = {
 # -------------------------------------------------------------------------------------------- training
 def purpose_of(args) -> Purpose:
     """The chosen purpose, with what the command line says otherwise."""
-    given = {"cross_entropy": args.cross_entropy, "keep": args.keep, "steps": args.max_steps}
+    given = {name: getattr(args, name) for name in ("cross_entropy", "keep", "prior_steps")}
+    given["steps"] = args.max_steps
     return replace(PURPOSES[args.purpose], **{name: value for name, value in given.items() if value is not None})
 
 
@@ -256,6 +261,14 @@ def train(
     return trainer
 
 
+def learn_prior(model, tokenizer, texts: list[str], watched: list[str], steps: int, seed: int, **more) -> None:
+    """Give the model a prior of the texts' latents, with as many codes as they teach; see `fit_latent_prior`."""
+    latents, held_out = (encode_texts(model, tokenizer, some) for some in (texts, watched))
+    vectors = int((latents.log_pi > -torch.inf).sum()) - len(latents)  # without the prior's own
+    sizes = {"num_codes": min(2048, max(vectors // 8, 1)), "d_model": 128}
+    model.fit_latent_prior(latents, held_out, sizes=sizes, max_steps=steps, seed=seed, **more)
+
+
 # ---------------------------------------------------------------------------------------------- showing
 def title(text: str) -> None:
     print(f"\n{text}\n{'-' * len(text)}")
@@ -269,10 +282,15 @@ def show_reconstructions(model, tokenizer, texts: list[str]) -> None:
 
 
 def show_samples(model, tokenizer, like: list[str], seed: int) -> None:
-    """Samples that are as long as some texts."""
-    title("Samples from the prior")
-    lengths = [len(ids) for ids in tokenizer(like, truncation=True).input_ids]
-    latents = model.sample_latents(len(like), lengths, generator=torch.Generator(model.device).manual_seed(seed))
+    """As many samples as there are texts: of their lengths, unless a learned prior draws lengths too."""
+    if model.latent_prior is None:
+        title("Samples from the prior")
+        how = {"num_vectors": [len(ids) for ids in tokenizer(like, truncation=True).input_ids]}
+    else:
+        title(f"Samples from the learned prior, temperature {TEMPERATURE}")
+        how = {"temperature": TEMPERATURE}
+    latents = model.sample_latents(len(like), generator=torch.Generator(model.device).manual_seed(seed), **how)
+    lengths = latents.attention_mask.sum(-1).tolist()
     for length, text in zip(lengths, decode_latents(model, tokenizer, latents), strict=True):
         print(f"  {length:2d} vectors  {text}")
 
@@ -300,47 +318,18 @@ def show_figures(model, tokenizer, held_out: list[str]) -> None:
     print(f"  vectors kept            {kept}, effective {costs['effective_vectors']:.1f}")
     print(f"  KL of the vectors       {per_text['gaussian']:.0f} nats")
     print(f"  KL of the weights       {per_text['dirichlet']:.2f} nats")
+    if "rate_learned" in costs:
+        print(f"  both, learned prior     {costs['rate_learned']:.0f} nats")
     if left_out := len(held_out) - len(texts):
         print(f"\n{left_out} of {len(held_out)} held-out texts are left out here: they have fewer than 4 words.")
     if cut := num_cut(tokenizer, texts):
         print(f"\n{cut} of these texts have more than {tokenizer.model_max_length} tokens: their beginning counts.")
 
 
-def draw_pseudo_counts(
-    model: NvibForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, texts: list[str], path: Path
-) -> None:
-    """The tokens of some texts, shaded by their share of the text's pseudo-counts; first the prior's component."""
-    from matplotlib import cm, colormaps
-    from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
-    shares = [encode_texts(model, tokenizer, [text]).log_alpha[0].softmax(-1).tolist() for text in texts]
-    ids = tokenizer(texts, truncation=True).input_ids
-    rows = [["prior", *(tokenizer.decode([id]).strip() for id in row)] for row in ids]
-    # One unit of the x axis is one character of a monospaced font.
-    width = max(sum(len(token) + 2 for token in tokens) for tokens in rows)
-    highest, colours = max(map(max, shares)), colormaps["Blues"]
-    figure = Figure(figsize=(0.085 * width + 1.2, 0.34 * len(rows) + 0.6), layout="constrained")
-    axes, font = figure.subplots(), {"ha": "center", "va": "center", "size": 8, "family": "monospace"}
-    for y, (tokens, of_text) in enumerate(zip(rows, shares, strict=True)):
-        x = 0
-        for place, (token, share) in enumerate(zip(tokens, of_text, strict=False)):  # the model may cut a text
-            axes.add_patch(Rectangle((x, y - 0.42), len(token) + 1.8, 0.84, color=colours(share / highest)))
-            ink, style = "white" if share > 0.6 * highest else "black", "normal" if place else "italic"
-            axes.text(x + len(token) / 2 + 0.9, y, token, color=ink, style=style, **font)
-            x += len(token) + 2
-    axes.set(xlim=(-0.5, width), ylim=(len(rows) - 0.4, -0.6))
-    axes.axis("off")
-    scale = cm.ScalarMappable(Normalize(0, highest), colours)
-    figure.colorbar(scale, ax=axes, label="share of the pseudo-counts", fraction=0.03, pad=0.01)
-    figure.savefig(path, dpi=150)
-
-
 def show(model, tokenizer, held_out: list[str], args) -> None:
     some = held_out[:8]
-    show_reconstructions(model, tokenizer, some)
     show_samples(model, tokenizer, held_out[8:16] or some, args.seed)
+    show_reconstructions(model, tokenizer, some)
     show_interpolation(model, tokenizer, *held_out[:2])
     show_figures(model, tokenizer, held_out)
     path = args.output / "pseudo_counts.png"
@@ -357,16 +346,21 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--purpose", choices=PURPOSES, default="reconstruction", help="what the latents are for")
     parser.add_argument("--cross-entropy", type=float, metavar="NATS", help="the cross-entropy per token to accept")
     parser.add_argument("--keep", type=float, metavar="SHARE", help="share of the vectors to keep (default: all)")
-    parser.add_argument("--max-steps", type=int, help="training steps (these three default to the purpose's)")
+    parser.add_argument(
+        "--max-steps", type=int, help="training steps (these three, and --prior-steps, default to the purpose's)"
+    )
     parser.add_argument(
         "--max-length", type=int, metavar="TOKENS", help=f"longer texts are cut (default: {MAX_LENGTH})"
     )
+    parser.add_argument("--prior-steps", type=int, help="steps in which a prior of the latents is learnt, 0 for none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="10 small steps: everything runs, nothing is learnt")
     args = parser.parse_args()
     args.output = args.output or args.model or Path("text_vae")
     if args.quick:
         args.max_steps = args.max_steps or 10
+        if args.prior_steps is None and PURPOSES[args.purpose].prior_steps:
+            args.prior_steps = 2
     return args
 
 
@@ -384,7 +378,7 @@ def train_on(corpus: list[str], build: Callable, learning_rate: float, args) -> 
     if few:
         print(
             f"Fewer than {FEW_TEXTS} texts are easily learnt by heart: training recombines them. More lines are "
-            "better: examples/README.md says what 400 came to."
+            "better: examples/README.md says what 100 to 1000 came to."
         )
     if cut := num_cut(tokenizer, corpus):
         print(
@@ -406,6 +400,8 @@ def train_on(corpus: list[str], build: Callable, learning_rate: float, args) -> 
         logging_steps=min(100, purpose.steps),
         seed=args.seed,
     )
+    if purpose.prior_steps and purpose.keep is None:
+        learn_prior(model, tokenizer, texts[:200] if args.quick else texts, watched, purpose.prior_steps, args.seed)
     trainer.save_model()
     (args.output / "held_out.txt").write_text("\n".join(held_out), encoding="utf-8")
     return model, tokenizer, held_out

@@ -54,8 +54,9 @@ def evaluate(
 ) -> dict:
     """Reconstruction, rate and distortion, tokens kept, samples and interpolations, for ``json.dump``.
 
-    Samples have as many latent vectors as the texts. Interpolations are between neighbours in the list. The same seed
-    gives the same results. A measure that the model lacks is left out; a measure that is not finite is ``None``.
+    Samples have as many latent vectors as the texts, or as a learned prior draws. Interpolations are between
+    neighbours in the list. The same seed gives the same results. A measure that the model lacks is left out; a measure
+    that is not finite is ``None``.
 
     Args:
         texts: held-out texts, as you would give them to the model.
@@ -112,7 +113,8 @@ def evaluate(
             "by_frequency": kept_by_frequency(records),
         }
         if num_samples:
-            lengths = latent_lengths(model, tokenizer, texts, **sizes)
+            learned = getattr(model, "latent_prior", None) is not None
+            lengths = None if learned else latent_lengths(model, tokenizer, texts, **sizes)
             samples = {
                 name: sample_texts(model, tokenizer, num_samples, lengths, seed, **sizes, **options)
                 for name, options in decodings.items()

@@ -51,6 +51,8 @@ def rate_distortion(
     * ``cross_entropy``: nats per target token, from the posterior itself; ``cross_entropy_sampled``: from one draw;
     * ``rate``: nats per text, with one vector per component; ``rate_published``: the same with the published KL_G,
       which weighs by pseudo-counts;
+    * ``rate_learned``: the same with the model's learned prior in place of independent vectors (``model.rate``), and
+      with what their number costs; not a number if a text has more vectors than that prior knows;
     * ``kl_gaussian_per_token``, ``kl_gaussian_published_per_token``, ``kl_dirichlet_per_token``: the terms of the
       rates, nats per target token; ``kl_gaussian``, ``kl_dirichlet``: as the model reports them and the loss weighs
       them, means over target tokens;
@@ -111,7 +113,7 @@ def rate_distortion(
 class Sums:
     """Sums over texts, and the moments of the latents' means."""
 
-    PER_TEXT = ("prop_vectors", "num_vectors", "effective_vectors")
+    PER_TEXT = ("rate_learned", "prop_vectors", "num_vectors", "effective_vectors")
 
     def __init__(self) -> None:
         self.sums: defaultdict[str, float] = defaultdict(float)
@@ -127,9 +129,12 @@ class Sums:
         for name in ("kl_gaussian", "kl_dirichlet"):
             if (kl := getattr(latents, name)) is not None:
                 self.add(name, tokens * kl)
-        for name, nats in divergences(model.nvib, latents).items():
+        terms = divergences(model.nvib, latents)
+        for name, nats in terms.items():
             self.add(f"{name}_per_token", nats)
-        for name in self.PER_TEXT:
+        if (learned := learned_rate(model, latents)) is not None:
+            self.add("rate_learned", learned + terms.get("kl_dirichlet", 0))
+        for name in self.PER_TEXT[1:]:
             if (value := getattr(latents, name)) is not None:
                 self.add(name, value)
         keep = latents.log_pi > -math.inf
@@ -185,6 +190,22 @@ def divergences(layer: NvibLayer, latents: NvibLatents) -> dict[str, Tensor]:
         components = latents.attention_mask.sum(-1)
     nats = {name: components * channels * kl for name, kl in gaussian.items() if kl is not None}
     return nats if latents.kl_dirichlet is None else {**nats, "kl_dirichlet": components * latents.kl_dirichlet}
+
+
+def learned_rate(model: PreTrainedModel, latents: NvibLatents) -> Tensor | None:
+    """Nats of the vectors of each posterior under the model's learned prior, ``(B,)``; ``None`` without one.
+
+    Not a number for a latent of more vectors than that prior knows, or of none but the first.
+    """
+    prior = getattr(model, "latent_prior", None)
+    if prior is None or not bool(prior.is_fitted) or latents.logvar is None:
+        return None
+    counts = (latents.log_pi > -math.inf).sum(-1) - 1
+    known = (counts >= 1) & (counts <= prior.max_length)
+    nats = torch.full(counts.shape, math.nan, device=counts.device)
+    if known.any():
+        nats[known] = model.rate(latents[known.nonzero()[:, 0]])
+    return nats
 
 
 def dirichlet_log_density(log_pi: Tensor, log_alpha: Tensor, mask: Tensor) -> Tensor:

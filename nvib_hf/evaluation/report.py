@@ -25,6 +25,7 @@ ROWS = {
         "cross_entropy_sampled": ("the same, of a sampled latent", "{:.3f}"),
         "rate": ("rate: what a latent costs, nats per text", "{:.1f}"),
         "rate_published": ("the same, by the published KL", "{:.1f}"),
+        "rate_learned": ("the same, under the learned prior", "{:.1f}"),
         "kl_gaussian_per_token": ("KL of the vectors that are drawn, nats per token", "{:.2f}"),
         "kl_gaussian_published_per_token": ("the same, weighted by pseudo-counts as published", "{:.2f}"),
         "kl_dirichlet_per_token": ("KL of the weights, nats per token", "{:.2f}"),

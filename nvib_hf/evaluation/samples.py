@@ -131,7 +131,7 @@ def sample_texts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     num_samples: int,
-    lengths: Sequence[int],
+    lengths: Sequence[int] | None,
     seed: int = 0,
     *,
     batch_size: int = 64,
@@ -142,20 +142,20 @@ def sample_texts(
 
     Args:
         lengths: numbers of latent vectors. Each sample takes one of them at random. Pass those of real texts
-            (:func:`latent_lengths`), or simply their lengths in tokens.
+            (:func:`latent_lengths`), or simply their lengths in tokens. ``None`` lets a learned prior draw them.
         seed: for the lengths, the latents and the draws of ``generate()``. The global random state does not change.
         generate_kwargs: further arguments of ``generate()``, for instance one of ``DECODINGS``; by default greedy.
     """
-    if not len(lengths):
+    if lengths is not None and not len(lengths):
         raise ValueError("lengths is empty. Pass at least one number of latent vectors.")
-    counts = random.Random(seed).choices(list(lengths), k=num_samples)
+    counts = None if lengths is None else random.Random(seed).choices(list(lengths), k=num_samples)
     generator = torch.Generator(model.device).manual_seed(seed)
     texts: list[str] = []
     with evaluating(model), torch.random.fork_rng():
         torch.manual_seed(seed)
         for i in range(0, num_samples, batch_size):
-            some = counts[i : i + batch_size]
-            latents = model.sample_latents(len(some), some, generator=generator)
+            some = None if counts is None else counts[i : i + batch_size]
+            latents = model.sample_latents(min(batch_size, num_samples - i), some, generator=generator)
             texts += generate_texts(model, tokenizer, max_length, encoder_outputs=latents, **generate_kwargs)
     return texts
 

@@ -199,12 +199,12 @@ class LearnedPriorMixin:
         return evaluated(prior, "rate", z, logvar, mask)
 
 
-def evaluated(prior: LatentPrior, name: str, *tensors: Tensor) -> Tensor:
+def evaluated(prior: LatentPrior, name: str, *arguments: Any) -> Tensor:
     """A method of the prior without dropout."""
     training = prior.training
     prior.eval()
     try:
-        result: Tensor = getattr(prior, name)(*tensors)
+        result: Tensor = getattr(prior, name)(*arguments)
     finally:
         prior.train(training)
     return result

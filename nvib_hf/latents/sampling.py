@@ -16,6 +16,7 @@ from .checks import check_count, check_latents, check_number
 from .latents import NvibLatents, interpolate
 from .learned import HasLatentPrior, LearnedPriorMixin, sample_from_learned_prior
 from .merging import merged
+from .refining import check_refine, refined, refined_path
 from .transport import interpolate_by_transport
 
 if TYPE_CHECKING:
@@ -189,7 +190,13 @@ class NvibLatentsMixin(LearnedPriorMixin):
         return sample_from_prior(self, num_samples, num_vectors, generator)
 
     def interpolate_latents(
-        self: HasNvib, first: NvibLatents, second: NvibLatents, weight: float | Tensor, method: str = "transport"
+        self: HasLatentPrior,
+        first: NvibLatents,
+        second: NvibLatents,
+        weight: float | Tensor,
+        method: str = "transport",
+        *,
+        refine: float = 0.0,
     ) -> NvibLatents:
         """Between two batches of latents: ``weight`` 0 is ``first``, 1 is ``second``; a number or ``(B,)``.
 
@@ -199,27 +206,44 @@ class NvibLatentsMixin(LearnedPriorMixin):
             method: ``"transport"`` moves the components of the one to those of the other
                 (:func:`~nvib_hf.latents.transport.interpolate_by_transport`); ``"mixture"`` puts both side by side, as
                 published (:func:`~nvib_hf.latents.latents.interpolate`).
+            refine: how much a learned prior counts against closeness; 0 asks none. Otherwise the way goes through the
+                texts from their beginnings on, every latent on it is brought to where texts are, and ``method`` does
+                not count (:func:`~nvib_hf.latents.refining.refined_path`). Such latents are points. 3 was measured
+                (``examples/experiments/results/latent_walks.md``).
 
         Raises:
             ImportError: ``"transport"`` without the package POT.
-            ValueError: another method; weights outside [0, 1]; batch sizes that do not fit; latents of another model.
+            ValueError: another method; weights outside [0, 1]; batch sizes that do not fit; latents of another model;
+                ``refine`` below 0, without a learned prior, or for latents longer than it knows.
         """
         check_choice("method", method, tuple(INTERPOLATIONS))
         for latents in (first, second):
             check_latents(latents, self.nvib)
+        if refine := check_refine(refine):
+            return refined_path(self, first, second, weight, refine)
         return INTERPOLATIONS[method](first, second, weight)
 
     @torch.no_grad()
     def vary_latents(
-        self: HasNvib,
+        self: HasLatentPrior,
         latents: NvibLatents,
         temperature: float = 1.0,
         redraw_weights: bool = False,
         generator: torch.Generator | None = None,
+        *,
+        refine: float = 0.0,
     ) -> NvibLatents:
-        """New text close to old one: a draw around each latent; see :func:`~nvib_hf.latents.sampling.vary`."""
+        """New text close to old one: a draw around each latent; see :func:`~nvib_hf.latents.sampling.vary`.
+
+        Args:
+            refine: above 0, a learned prior brings the draw back to where texts are
+                (:meth:`LatentPrior.plausible <nvib_hf.layers.latent_prior.LatentPrior.plausible>`), the more the
+                higher; the result is points of one weight all. ``latents`` must stand in the order of their texts.
+        """
         check_latents(latents, self.nvib)
-        return vary(latents, temperature, redraw_weights, generator)
+        refine = check_refine(refine)
+        varied = vary(latents, temperature, redraw_weights, generator)
+        return refined(self, varied, refine) if refine else varied
 
     def merge_latents(
         self: HasAttention,

