@@ -1,6 +1,6 @@
 """New texts from latents that reconstruct: priors of the latents of `examples/text_vae.py`, and a language model.
 
-    python examples/experiments/latent_prior.py          # about an hour on one quiet CPU core
+    python examples/experiments/latent_prior.py          # about an hour of a CPU core
     python examples/experiments/latent_prior.py --quick  # everything runs, nothing is learnt
 
 All share one VAE, that of `examples/text_vae.py --output DIR/vae`, which is trained if the folder is not there; DIR is

@@ -1,6 +1,6 @@
 """Between texts and around them, with and without a learned prior: `refine=` of walks and draws.
 
-    python examples/experiments/latent_walks.py          # about 6 minutes on one quiet CPU core, after the main job
+    python examples/experiments/latent_walks.py          # 200 seconds of a CPU core, after the main job
     python examples/experiments/latent_walks.py --quick  # everything runs, nothing is learnt
 
 The model is that of `examples/text_vae.py --output DIR/vae`, which is trained if the folder is not there; DIR is
