@@ -23,6 +23,7 @@ from .layers.settings import (
     SWITCHES,
     attentions_by_kind,
     check_dropping,
+    check_mass_is_read,
     check_prior,
     checked,
     checked_tau,
@@ -245,6 +246,18 @@ class NvibConfig(ConfigOfABase):
                 setattr(self, name, value)
         self._check_together()
 
+    def check(self) -> None:
+        """Check the settings again, as they are now: what passes can be saved and loaded.
+
+        Raises:
+            TypeError: an attribute whose name is nearly that of a setting; a value of another type.
+            ValueError: a value outside its range, or settings that contradict each other.
+        """
+        known = {field.name for field in fields(type(self))}
+        refuse_misspelt_settings(name for name in vars(self).keys() - known if not name.startswith("_"))
+        self._check_settings()
+        self._check_together()
+
     def _check_settings(self) -> None:
         """Check each setting by itself, and turn it into plain Python, which JSON can hold."""
         for name in ("prior_mu", "prior_var"):
@@ -283,6 +296,8 @@ class NvibConfig(ConfigOfABase):
     def _check_together(self) -> None:
         """Refuse settings that contradict each other."""
         check_dropping(self.dropping, self.alpha_threshold)
+        if self.attentions is not None:
+            check_mass_is_read(self.encoder_merge_share, self.attentions)
         if self.exact_attention and self.evaluation != "mixture":
             raise ValueError(
                 f"exact_attention=True adds a term to the mixture's score, but evaluation is {self.evaluation!r}. Set "
@@ -334,6 +349,7 @@ class NvibConfig(ConfigOfABase):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """As in the base class, and writes the code of this class beside it (see ``wrapping/hub.py``)."""
+        self.check()
         self.auto_map = {**(getattr(self, "auto_map", None) or {}), "AutoConfig": auto_map_entry(type(self))}
         super().save_pretrained(save_directory, *args, **kwargs)
         save_code(type(self), save_directory)

@@ -124,6 +124,7 @@ class NvibForConditionalGeneration(
 
     def __init__(self, config: NvibConfig, base: PreTrainedModel | None = None) -> None:
         warn_if_untested()
+        config.check()  # loading may have changed settings
         if base is None:
             architecture = base_class(config.base_config, config.base_architecture)
         else:

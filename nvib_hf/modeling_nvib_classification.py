@@ -85,6 +85,7 @@ class NvibEncoderModel(NvibPreTrainedModel):
 
     def __init__(self, config: NvibConfig, base: PreTrainedModel | None = None) -> None:
         warn_if_untested()
+        config.check()  # loading may have changed settings
         attentions = {"encoder": "all"} if config.attentions is None else config.attentions
         if set(attentions) != {"encoder"}:
             raise ValueError(

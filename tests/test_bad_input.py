@@ -358,3 +358,15 @@ def test_decoder_inputs_of_another_batch_are_refused_while_decoding(family):
         model(encoder_outputs=packed, labels=torch.cat([tiny_labels(family)] * 2))
     with pytest.raises(ValueError, match=says("There are 3 latents but 4 decoder inputs")):
         model(encoder_outputs=packed, decoder_input_ids=start)
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_a_mask_of_another_shape_than_its_tokens_is_refused(family):
+    model, inputs = tiny_nvib(family), tiny_inputs(family)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    for wrong in (mask[:, :5], mask[:2], mask[0]):
+        message = says(f"attention_mask has shape {tuple(wrong.shape)}", f"tokens have {tuple(ids.shape)}")
+        with pytest.raises(ValueError, match=message):
+            model.encode(input_ids=ids, attention_mask=wrong)
+        with pytest.raises(ValueError, match=message):
+            model(input_ids=ids, attention_mask=wrong, labels=tiny_labels(family))

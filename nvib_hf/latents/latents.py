@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     Rows = SupportsIndex | slice | Sequence[int] | Tensor | NDArray[Any]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class NvibLatents:
     """Latents of a batch, which :meth:`~nvib_hf.NvibForConditionalGeneration.generate` decodes.
 
@@ -140,6 +140,13 @@ class NvibLatents:
                 "field, as in latents.z[0, 1]."
             )
         return torch.as_tensor(index, device=self.device) if len(index) else []
+
+    def __repr__(self) -> str:
+        if not isinstance(self.z, Tensor):  # a tree of something else, as torch.export makes them
+            return object.__repr__(self)
+        batch, length, width = self.z.shape
+        kind = "samples" if self.logvar is None else "posteriors"
+        return f"NvibLatents({batch} {kind} of up to {length} vectors, {width} wide, {self.z.dtype}, {self.z.device})"
 
     def __len__(self) -> int:
         return self.batch_size

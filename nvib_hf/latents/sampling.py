@@ -185,7 +185,7 @@ class NvibLatentsMixin(LearnedPriorMixin):
             what = "draw num_vectors" if num_vectors is None else "heed temperature, top_p or noise"
             raise ValueError(
                 f"Only a learned prior can {what}, and this model has none. Call model.fit_latent_prior(...) first, "
-                "or pass num_vectors alone."
+                f"or say how many vectors and no more: sample_latents({num_samples}, num_vectors=20)."
             )
         return sample_from_prior(self, num_samples, num_vectors, generator)
 

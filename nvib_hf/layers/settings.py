@@ -220,6 +220,15 @@ def shares_by_layer(shares: Any) -> dict[int, float] | None:
     return dict(sorted(by_layer.items())) or None
 
 
+def check_mass_is_read(encoder_merge_share: dict[int, float] | None, attentions: dict[str, Any]) -> None:
+    """Raise ValueError for merging inside an encoder without NVIB, whose attention would not read the mass."""
+    if encoder_merge_share and "encoder" not in attentions:
+        raise ValueError(
+            f"encoder_merge_share={encoder_merge_share} needs NVIB in the encoder, whose attention reads the mass. "
+            f"Wrap the base with attentions={[*attentions, 'encoder']}, or set encoder_merge_share to None."
+        )
+
+
 def attentions_by_kind(attentions: Any) -> dict[str, str | list[int]] | None:
     """Which layers of which kinds of attention, as ``{kind: "all" or numbers}``. Also takes a list of kinds.
 

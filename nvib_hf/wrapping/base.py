@@ -29,6 +29,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from ..layers.distributions import noise
+from ..layers.exporting import is_exporting
 from ..versions import CACHE, installed_and_tested
 from .architecture import architecture_class
 
@@ -109,6 +110,18 @@ def other_names_of_the_source(base: PreTrainedModel, encoder_names: Iterable[str
     own = "inputs_embeds" if "inputs_embeds" in encoder_names else encoder.main_input_name
     taken = argument_names(base.forward) & {"input_features", "input_values", "pixel_values", "inputs"}
     return dict.fromkeys(sorted(taken - set(encoder_names)), own)
+
+
+def check_mask_of_tokens(inputs: dict) -> None:
+    """Raise ValueError for a mask of another shape than its tokens, which some attentions would ignore."""
+    tokens, mask = inputs.get("input_ids", inputs.get("inputs_embeds")), inputs.get("attention_mask")
+    if tokens is None or mask is None or mask.dim() > 2 or is_exporting():
+        return
+    if mask.shape != tokens.shape[:2]:
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}, but the tokens have {tuple(tokens.shape[:2])}. Pass one "
+            "value for each token."
+        )
 
 
 def check_mask_of_states(base: PreTrainedModel, mask: Tensor, states: Tensor) -> None:

@@ -184,6 +184,7 @@ class NvibPreTrainedModel(SinglePrecisionMixin, OfTheBaseMixin, PreTrainedModel)
 
         Afterwards ``model.name_or_path`` is the place it was saved or pushed to. Adapters use it as the base's name.
         """
+        self.config.check()  # before anything is written
         known = getattr(self.config, "auto_map", None) or {}
         autos = [self._auto_name]
         if self.config.is_encoder_decoder:

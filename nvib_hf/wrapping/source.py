@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-from .base import STATES, check_mask_of_states, run_encoder, shortened_mask
+from .base import STATES, check_mask_of_states, check_mask_of_tokens, run_encoder, shortened_mask
 from .self_attention import current_pass
 from .sound import hear
 from .stacked_encoder import check_length_is_left, check_states_are_whole
@@ -39,6 +39,7 @@ def read_source(model, inputs: dict) -> Source:
         share = None if heard.padding is None else (~heard.padding).sum(-1) / heard.window
         return Source(heard.outputs, heard.vectors, heard.padding, heard.log_mass, heard.stored, share)
     if states is None:
+        check_mask_of_tokens(given)
         outputs, mask = run_encoder(model.base, given)
     else:
         check_states_are_whole(stacked)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..configuration_nvib import NvibConfig, refuse_misspelt_settings, setting_names
 from ..layers.nvib import NvibLayer, SelfAttentionNvibLayer
+from ..layers.settings import check_mass_is_read
 from .architecture import architecture_name
 from .base import check_decoder_call
 from .cross_attention import ConvertedAttention
@@ -260,11 +261,7 @@ def check_attentions(config: NvibConfig) -> dict:
             "latents. Name 'cross' too. As it is initialised, it computes what the base computes."
         )
     attentions = {"cross": "all"} if config.attentions is None else config.attentions
-    if config.encoder_merge_share and "encoder" not in attentions:
-        raise ValueError(
-            f"encoder_merge_share={config.encoder_merge_share} needs NVIB in the encoder, whose attention reads the "
-            f"mass. Set attentions={[*attentions, 'encoder']}."
-        )
+    check_mass_is_read(config.encoder_merge_share, attentions)
     return attentions
 
 

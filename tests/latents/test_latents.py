@@ -224,3 +224,10 @@ def test_interpolation_repeats_a_batch_of_one(first, second, sizes, weight):
 def test_interpolation_of_sizes_that_do_not_fit(sizes, weights):
     with pytest.raises(ValueError, match=r"batch sizes too unless one of them is 1|for each of the 4 latents"):
         interpolate(mixture(batch=sizes[0]), mixture(batch=sizes[1]), torch.full((weights,), 0.5))
+
+
+def test_they_are_printed_in_a_line():
+    latents = mixture(batch=3)
+    batch, length, width = latents.z.shape
+    assert repr(latents) == f"NvibLatents(3 posteriors of up to {length} vectors, {width} wide, torch.float32, cpu)"
+    assert "samples" in repr(NvibLatents(latents.z, latents.log_pi, latents.attention_mask)) and batch == 3

@@ -259,3 +259,19 @@ def test_architectures_are_found_by_their_names(family):
     base = tiny_base(family)
     name = architecture_name(type(base))
     assert ":" not in name and architecture_class(name) is type(base)
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+    model = tiny_nvib()
+    model.config.lambda_gausian = 1.0
+    with pytest.raises(TypeError, match="'lambda_gausian' is not a setting of NvibConfig"):
+        model.save_pretrained(tmp_path / "misspelt")
+    del model.config.lambda_gausian
+    model.config.encoder_merge_share = {0: 0.5}
+    with pytest.raises(ValueError, match=r"needs NVIB in the encoder.*attentions=\['cross', 'encoder'\]"):
+        model.save_pretrained(tmp_path / "no encoder")
+    assert not list(tmp_path.iterdir())
+    model.config.encoder_merge_share = None
+    model.save_pretrained(tmp_path)
+    again = NvibForConditionalGeneration.from_pretrained(tmp_path, attentions=["cross"])  # a list, as when wrapping
+    assert again.config.attentions == {"cross": "all"}
