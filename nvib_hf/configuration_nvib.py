@@ -83,11 +83,11 @@ class NvibConfig(ConfigOfABase):
     r"""Configuration of :class:`~nvib_hf.NvibForConditionalGeneration`.
 
     The model reads ``lambda_*``, ``free_bits_*``, ``word_dropout*`` and ``label_smoothing`` at every step. It takes
-    the other settings when its layers are made.
+    the other settings when its layers are made: changing them later has no effect, but for ``merge_share``.
 
     Args:
-        base_config: configuration of the encoder-decoder model that you wrap (an object or a dict). It is copied, so
-            the model it came from does not change.
+        base_config: configuration of the encoder-decoder model that you wrap (an object or a dict). The configuration
+            is copied. (Wrapping a model changes the model: pass ``copy.deepcopy(model)`` to keep it.)
         base_architecture: the base model's class. Name a class of Transformers (``"BartForConditionalGeneration"``),
             or a class of your own in a module that you import (``"my_models:MyBart"``). By default Transformers' Auto
             classes choose it from ``base_config``.

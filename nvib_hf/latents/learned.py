@@ -130,7 +130,9 @@ class LearnedPriorMixin:
                 ``batch_size``, ``learning_rate``, ``evaluate_every``, ``patience``, ``checkpoint``, ``progress``.
 
         Returns:
-            At each look at the held-out latents: ``step``, ``training_loss`` and ``held_out_loss``, nats per latent.
+            At each look at the held-out latents: ``step``, ``training_loss`` and ``held_out_loss``. The losses are the
+            nats of a latent's codes. :meth:`log_prob` also has the density within each code, and may be far above or
+            below. :meth:`rate` says what a text costs.
 
         Raises:
             TypeError: no latents, such as texts; an unknown size. ValueError: latents of another model, or samples;
