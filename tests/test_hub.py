@@ -41,6 +41,7 @@ CODE = {
     "layers_denoising_attention.py",
     "layers_distributions.py",
     "layers_dropping.py",
+    "layers_exporting.py",
     "layers_initialisation.py",
     "layers_kl.py",
     "layers_latent_prior.py",

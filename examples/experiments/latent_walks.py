@@ -88,7 +88,7 @@ def report(group: list[dict]) -> str:
         {
             "refine": "none: transport" if float(refine) == 0 else refine,
             **{f"perplexity at {weight}": cell([found[f"fluency_{weight}"]]) for weight in JUDGED},
-            "largest step, %": cell([100 * found["largest_step"]], 1),
+            "largest step, %": cell([100 * x for x in [found.get("largest_step")] if x is not None], 1),  # or no edits
             "words edited in a step": cell([found["word_edits"]]),
             "self-BLEU": cell([found["self_bleu"]], 1),
             "an end at 0.5, %": cell([100 * found["an_end"]], 1),
