@@ -378,7 +378,7 @@ def train_on(corpus: list[str], build: Callable, learning_rate: float, args) -> 
     if few:
         print(
             f"Fewer than {FEW_TEXTS} texts are easily learnt by heart: training recombines them. More lines are "
-            "better: examples/README.md says what 100 to 1000 came to."
+            "better: examples/README.md says what 100 to 3000 came to."
         )
     if cut := num_cut(tokenizer, corpus):
         print(
