@@ -59,6 +59,15 @@ class HandedOn(NamedTuple):
     length: int
     sources: Tensor
 
+    def only(self, order: Tensor) -> HandedOn:
+        """What is passed on for the vectors at the positions ``order`` ``(B, N')`` only."""
+        taken = {
+            name: value.take_along_dim(order, dim=1)
+            for name in ("keep", "places", "log_alpha", "log_mass")
+            if (value := getattr(self, name)) is not None
+        }
+        return self._replace(**{"places": order, **taken})
+
 
 class ForwardPass:
     """One pass through a model or its encoder: everything that its self-attentions share, except tensors.

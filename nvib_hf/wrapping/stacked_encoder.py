@@ -55,18 +55,15 @@ class StackedSelfAttention(DenoisingSelfAttention):
             length, sources = source_mask.shape[1], source_mask.sum(-1)
         else:
             length, sources = below.length, below.sources
-        log_mass = None if below is None else below.log_mass
         if this_pass.records is not None:
             this_pass.records[self] = LayerRecord(posterior, source_mask, sources)
         keep, log_alpha = source_mask & posterior.keep[:, 1:], posterior.log_alpha[:, 1:]
-        places = None if below is None else below.places
+        places, log_mass = (None, None) if below is None else (below.places, below.log_mass)
+        handed_on = HandedOn(self, keep, places, None, log_alpha, log_mass, length, sources)
         shortens = this_pass.shortens and self.nvib_spec.shortens
-        order = kept_first(at_least_one(keep)) if shortens else None
-        if order is not None:
-            keep, log_alpha = (x.take_along_dim(order, dim=1) for x in (keep, log_alpha))
-            log_mass = None if log_mass is None else log_mass.take_along_dim(order, dim=1)
-            places = order if places is None else places.take_along_dim(order, dim=1)
-        this_pass.handed_on = HandedOn(self, keep, places, order, log_alpha, log_mass, length, sources)
+        if shortens and (order := kept_first(at_least_one(keep))) is not None:
+            handed_on = handed_on.only(order)._replace(order=order)
+        this_pass.handed_on = handed_on
 
     def _lengths(self, query: Tensor, num_keys: int, below: HandedOn | None) -> tuple[int, int]:
         """The lengths of the encoder's whole input, because layers above may need other parts of the position bias."""
@@ -114,14 +111,14 @@ def merged_states(states: Tensor, handed_on: HandedOn, share: float, shorten: bo
     check_not_exporting("encoder_merge_share", "Export a model without it.")
     log_mass = torch.zeros_like(states[..., 0]) if handed_on.log_mass is None else handed_on.log_mass
     made = merge_in_place(states, log_mass.masked_fill(~handed_on.keep, -torch.inf), share)
-    log_alpha = made.total(handed_on.log_alpha.masked_fill(~handed_on.keep, -torch.inf))
-    states, keep, places = made.z, made.keep, handed_on.places
-    log_mass, log_alpha = (x.masked_fill(~keep, 0) for x in (made.log_mass, log_alpha))
-    if shorten and (order := kept_first(at_least_one(keep))) is not None:
-        states = states.take_along_dim(order[..., None], dim=1)
-        keep, log_mass, log_alpha = (x.take_along_dim(order, dim=1) for x in (keep, log_mass, log_alpha))
-        places = order if places is None else places.take_along_dim(order, dim=1)
-    return states, handed_on._replace(keep=keep, places=places, order=None, log_alpha=log_alpha, log_mass=log_mass)
+    log_alpha = handed_on.log_alpha
+    if handed_on.by.nvib_config.accumulate_alpha:
+        log_alpha = made.total(log_alpha.masked_fill(~handed_on.keep, -torch.inf)).masked_fill(~made.keep, 0)
+    log_mass = made.log_mass.masked_fill(~made.keep, 0)
+    handed_on = handed_on._replace(keep=made.keep, order=None, log_alpha=log_alpha, log_mass=log_mass)
+    if shorten and (order := kept_first(at_least_one(made.keep))) is not None:
+        return made.z.take_along_dim(order[..., None], dim=1), handed_on.only(order)
+    return made.z, handed_on
 
 
 class Shortening:
