@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from nvib_hf.evaluation.texts import evaluating, length_batches
 from nvib_hf.layers.causal_transformer import CausalTransformer, sharpened
-from nvib_hf.training.latent_prior_training import shuffled_batches
+from nvib_hf.training.latent_prior_training import optimizer_and_schedule, shuffled_batches
 
 
 class TokenModel(nn.Module):
@@ -68,13 +68,7 @@ class TokenModel(nn.Module):
 def train_token_model(model: TokenModel, rows: list[list[int]], watched: list[list[int]], settings: dict) -> None:
     """As `fit_latent_prior` trains; the model ends with the weights that were best on the watched texts."""
     steps, batch_size = settings["steps"], settings["batch_size"]
-    matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == deep] for deep in (True, False))
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3)
-    warm_up = min(100, steps)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm_up, 1) * (1 - step / steps)
-    )
+    optimizer, schedule = optimizer_and_schedule(model, steps)
     generator, waiting, best, weights = torch.Generator().manual_seed(settings["seed"]), [], float("inf"), None
     for step in range(1, steps + 1):
         waiting = waiting or list(shuffled_batches([len(row) for row in rows], batch_size, generator))

@@ -113,7 +113,8 @@ def rate_distortion(
 class Sums:
     """Sums over texts, and the moments of the latents' means."""
 
-    PER_TEXT = ("rate_learned", "prop_vectors", "num_vectors", "effective_vectors")
+    OF_LATENTS = ("prop_vectors", "num_vectors", "effective_vectors")
+    PER_TEXT = ("rate_learned", *OF_LATENTS)
 
     def __init__(self) -> None:
         self.sums: defaultdict[str, float] = defaultdict(float)
@@ -134,7 +135,7 @@ class Sums:
             self.add(f"{name}_per_token", nats)
         if (learned := learned_rate(model, latents)) is not None:
             self.add("rate_learned", learned + terms.get("kl_dirichlet", 0))
-        for name in self.PER_TEXT[1:]:
+        for name in self.OF_LATENTS:
             if (value := getattr(latents, name)) is not None:
                 self.add(name, value)
         keep = latents.log_pi > -math.inf

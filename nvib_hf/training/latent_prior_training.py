@@ -75,19 +75,26 @@ def fit_latent_prior(
     return run.history
 
 
+def optimizer_and_schedule(
+    model: nn.Module, max_steps: int, learning_rate: float = 1e-3, weight_decay: float = 0.1
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    """AdamW, whose decay leaves biases and norms out; its rate rises over 100 steps and falls linearly to nothing."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer, warm_up = torch.optim.AdamW(groups, lr=learning_rate), min(100, max_steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm_up, 1) * (1 - step / max_steps)
+    )
+    return optimizer, schedule
+
+
 class _Run:
     """The state of a training, which a checkpoint holds."""
 
     def __init__(self, prior, training, batch_size, learning_rate, weight_decay, max_steps, seed) -> None:
         self.prior, self.training, self.batch_size = prior, training, batch_size
-        matrices = [p for p in prior.parameters() if p.dim() > 1]
-        vectors = [p for p in prior.parameters() if p.dim() < 2]
-        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=learning_rate)
-        warm_up = min(100, max_steps)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: min((step + 1) / warm_up, 1) * (1 - step / max_steps)
-        )
+        self.optimizer, self.schedule = optimizer_and_schedule(prior, max_steps, learning_rate, weight_decay)
         self.generator = torch.Generator().manual_seed(seed)
         self.step, self.best = 0, prior.state_dict()
         self.waiting: list[list[int]] = []
