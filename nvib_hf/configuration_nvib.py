@@ -228,7 +228,10 @@ class NvibConfig(ConfigOfABase):
                 f"one reads up to {CONFIG_VERSION}). {UPDATE}"
             )
         for old in RENAMED.keys() & kwargs.keys():
-            setattr(self, RENAMED[old], kwargs.pop(old))
+            new, value = RENAMED[old], kwargs.pop(old)
+            if getattr(self, new) not in (value, getattr(type(self), new)):
+                raise TypeError(f"{new} is given twice, also by its old name {old!r}. Leave out {old!r}.")
+            setattr(self, new, value)
         refuse_misspelt_settings(kwargs)
         self._check_settings()
         if isinstance(self.base_config, PreTrainedConfig):

@@ -88,5 +88,7 @@ def test_what_had_another_name_is_read_and_saved_by_its_new_one(tmp_path):
 def test_an_old_name_is_no_longer_an_argument():
     with pytest.raises(TypeError, match="'threshold_share' is now called 'dropping_share'"):
         NvibForConditionalGeneration.from_base_pretrained(tiny_base("bart"), threshold_share=0.5)
+    with pytest.raises(TypeError, match="dropping_share is given twice, also by its old name 'threshold_share'"):
+        NvibConfig(threshold_share=0.7, dropping_share=0.3)
     with pytest.raises(TypeError, match="threshold_share"):
         NvibLayer(4, 4, threshold_share=0.5)
