@@ -83,7 +83,8 @@ class NvibConfig(ConfigOfABase):
     r"""Configuration of :class:`~nvib_hf.NvibForConditionalGeneration`.
 
     The model reads ``lambda_*``, ``free_bits_*``, ``word_dropout*`` and ``label_smoothing`` at every step. It takes
-    the other settings when its layers are made: changing them later has no effect, but for ``merge_share``.
+    the other settings when its layers are made: changing them later has no effect, but for ``merge_share``
+    and ``training_merge_share``.
 
     Args:
         base_config: configuration of the encoder-decoder model that you wrap (an object or a dict). The configuration
@@ -114,7 +115,9 @@ class NvibConfig(ConfigOfABase):
         merge_share: each latent is merged to this share of its vectors, in (0, 1], in training and evaluation.
             Merging replaces the neighbours that cost least by their mean, with the mass of all
             (:meth:`~nvib_hf.NvibForConditionalGeneration.merge_latents`). 1 merges nothing. Read at every step.
-        encoder_merge_share: the same inside the encoder. It says after which layers, counted from 0, the vectors are
+        training_merge_share: in training, each example draws its share, uniformly between this and 1, in place of
+            ``merge_share``: the model learns to need fewer vectors. 1 draws none. Read at every step.
+        encoder_merge_share: merging inside the encoder. It says after which layers, counted from 0, the vectors are
             merged, and to which share of those that are left: ``{1: 0.5, 3: 0.5}``. The layers above run on fewer
             vectors and read their mass as pseudo-counts, so they need NVIB in their self-attention
             (``attentions=["cross", "encoder"]``). An encoder alone keeps its length: each merged vector stands in the
@@ -189,6 +192,7 @@ class NvibConfig(ConfigOfABase):
     alpha_threshold: float = 0.0
     dropping_share: float = 1.0
     merge_share: float = 1.0
+    training_merge_share: float = 1.0
     encoder_merge_share: dict[int, float] | None = None
     encode_sound_only: bool = False
     tau_alpha: float | dict[str, float] = TAUS["tau_alpha"]

@@ -241,14 +241,15 @@ class NvibForConditionalGeneration(
         decode_only: bool = False,
     ) -> tuple[NvibLatents, BaseModelOutput]:
         """Latents, and the encoder's own output. ``decode_only`` keeps the fields and vectors that decoding reads."""
-        source, share = read_source(self, inputs), merge_share_of(self.config)
-        alone = decode_only and not (source.stored and share < 1)  # stored vectors have to stay last
+        source = read_source(self, inputs)
+        share = merge_share_of(self.config, self.training, source.vectors, generator)
+        alone = decode_only and not (source.stored and share is not None)  # stored vectors have to stay last
         mass = {} if source.log_mass is None else {"log_mass": source.log_mass}
         made = self.nvib(source.vectors, source.padding, sample, generator, alone, **mass)
         latents = NvibLatents.of(made, self.scale)
         if source.share is not None and latents.prop_vectors is not None:
             latents.prop_vectors = latents.prop_vectors * source.share
-        if share < 1:
+        if share is not None:
             kappa = 1 if latents.logvar is not None else getattr(self.nvib, "kappa", 1)
             at_ends = {"first": kappa, "last": kappa * source.stored}
             latents = merged(latents, self.scale, self.config.evaluation, share=share, **at_ends)

@@ -120,7 +120,18 @@ def sharing(share: float | None) -> Iterator[None]:
         _SHARE.reset(token)
 
 
-def merge_share_of(config: NvibConfig) -> float:
-    """The share of their vectors that latents are merged to now."""
+def merge_share_of(
+    config: NvibConfig, training: bool, like: Tensor, generator: torch.Generator | None = None
+) -> float | Tensor | None:
+    """The share of their vectors that latents are merged to now, or one ``(B,)`` per example; ``None`` for all.
+
+    The share of a call comes first, then the draws of training, then the configuration's.
+    """
     share = None if torch.compiler.is_compiling() else _SHARE.get()
-    return config.merge_share if share is None else share
+    if share is None and training and config.training_merge_share < 1:
+        drawn = torch.rand(
+            len(like), generator=generator, device=like.device if generator is None else generator.device
+        )
+        return (1 - (1 - config.training_merge_share) * drawn).to(like.device)
+    share = config.merge_share if share is None else share
+    return share if share < 1 else None

@@ -45,6 +45,9 @@ RANGES: dict[str, Range] = {
     "merge_share": Range(
         "in (0, 1]", lambda x: 0 < x <= 1, "it is the share of the vectors that merging leaves, and 1 merges nothing."
     ),
+    "training_merge_share": Range(
+        "in (0, 1]", lambda x: 0 < x <= 1, "it is the least share that training merges to, and 1 draws no shares."
+    ),
     "tau_alpha": Range("finite", math.isfinite),
     "tau_sigma": NOT_NEGATIVE,
     "tau_mu": SHARE,

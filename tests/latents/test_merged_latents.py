@@ -226,6 +226,24 @@ def test_training_reaches_everything(family, settings):
         assert parameter.grad.abs().max() > 0, name
 
 
+def test_training_draws_a_share_for_each_example():
+    model = tiny_nvib(training_merge_share=0.25, merge_share=0.5).train()
+    row = row_of(tiny_inputs("bart"), 0)  # of 9 tokens
+    inputs = {name: value.expand(200, *value.shape[1:]) for name, value in row.items()}
+    chance = torch.Generator().manual_seed(0)
+    counts = model.encode(**inputs, generator=chance).num_vectors
+    shares = 1 - 0.75 * torch.rand(200, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(counts, (9 * shares).round())
+    assert set(counts.tolist()) == set(range(2, 10))
+    again = model.encode(**inputs, generator=torch.Generator().manual_seed(0)).num_vectors
+    assert torch.equal(again, counts)
+    loss = model(**tiny_inputs("bart"), labels=tiny_labels("bart")).loss
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.nvib.parameters())
+    assert set(model.encode(**inputs, merge_share=1.0).num_vectors.tolist()) == {9.0}  # the call's
+    assert set(model.eval().encode(**inputs).num_vectors.tolist()) == {4.0}  # the evaluation's
+
+
 @torch.no_grad()
 def test_rows_are_merged_by_themselves():
     model, inputs, tokens = tiny_nvib(merge_share=0.4), tiny_inputs("bart"), decoder_inputs()
