@@ -97,8 +97,8 @@ class NvibEncoderModel(NvibPreTrainedModel):
         if config.merge_share < 1 or config.training_merge_share < 1 or config.encode_sound_only:
             raise ValueError(
                 f"merge_share={config.merge_share}, training_merge_share={config.training_merge_share} and "
-                f"encode_sound_only={config.encode_sound_only} change what a decoder reads, but an encoder with a head "
-                "has no decoder. Leave them out."
+                f"encode_sound_only={config.encode_sound_only} change what a decoder reads, but an encoder with a "
+                "head has no decoder. Leave them out."
             )
         super().__init__(config)
         if base is None:
