@@ -5,14 +5,13 @@ import contextlib
 import io
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_models import REFUSED, TITLES, tiny_base, tiny_inputs, tiny_labels
 from tiny_nvib import tensors, tiny_nvib
 from tiny_text import tiny_examples, tiny_tokenizer
-from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase, Seq2SeqTrainingArguments
+from transformers import AutoModelForSeq2SeqLM, BatchEncoding, PreTrainedTokenizerBase, Seq2SeqTrainingArguments
 
 from nvib_hf import AttentionSpec, NvibForConditionalGeneration
 from nvib_hf.wrapping import specs
@@ -21,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "examples").glob("*.md"))]
 README = PAGES[0].read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
-FIRST_LINES, TRAIN, EVALUATE = (code for language, code in BLOCKS if language == "python")
+FIRST_LINES, MERGE, TRAIN, EVALUATE = (code for language, code in BLOCKS if language == "python")
 EXAMPLES = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
 WHISPER, TRANSCRIBE, NEIGHBOURS, INDEX = re.findall(r"```python\n(.*?)```", EXAMPLES, flags=re.DOTALL)
 SELF_ATTENTION_PAGE = (ROOT / "examples" / "SELF_ATTENTION.md").read_text(encoding="utf-8")
@@ -132,15 +131,31 @@ class Processor:
     def from_pretrained(cls, folder: str):
         return cls()
 
-    def __call__(self, sound, sampling_rate: int, return_tensors: str):
-        return SimpleNamespace(**tiny_inputs("whisper"))
+    def __call__(self, sound, sampling_rate: int, return_tensors: str, return_attention_mask: bool = False):
+        inputs = BatchEncoding(tiny_inputs("whisper"))
+        return inputs if return_attention_mask else BatchEncoding({"input_features": inputs["input_features"]})
 
     def batch_decode(self, tokens, skip_special_tokens: bool) -> list[str]:
         return [f"{len(row)} tokens" for row in tokens]
 
 
+def test_whisper_reads_a_twentieth(folder, monkeypatch):
+    tiny_base("whisper").save_pretrained("whisper")
+    encoded, encode = [], NvibForConditionalGeneration._encode
+    monkeypatch.setattr(
+        NvibForConditionalGeneration, "_encode", lambda *args: encoded.append(encode(*args)) or encoded[-1]
+    )
+    code = MERGE.replace("from transformers import AutoProcessor\n", "").replace("openai/whisper-tiny.en", "whisper")
+    names = {"sound": None, "AutoProcessor": Processor}
+    run(code, names)
+    assert len(names["tokens"]) == len(tiny_inputs("whisper")["input_features"])
+    ((latents, _),) = encoded
+    read, whole = ((x.log_pi > -torch.inf).sum(-1) - 1 for x in (latents, names["model"].encode(**names["inputs"])))
+    assert torch.equal(read, (0.05 * whole).round().clamp(min=1).long())
+
+
 def test_what_whisper_has_learnt_is_loaded_and_transcribes(folder):
-    tiny_nvib("whisper").save_pretrained("whisper_kept/model")
+    tiny_nvib("whisper").save_pretrained("dropping")
     imports = "from transformers import AutoProcessor\n"
     assert TRANSCRIBE.count(imports) == 1
     printed = run(TRANSCRIBE.replace(imports, ""), {"sound": None, "AutoProcessor": Processor})
