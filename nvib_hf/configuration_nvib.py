@@ -24,6 +24,7 @@ from .layers.settings import (
     attentions_by_kind,
     check_dropping,
     check_mass_is_read,
+    check_one_limit,
     check_prior,
     checked,
     checked_tau,
@@ -83,8 +84,8 @@ class NvibConfig(ConfigOfABase):
     r"""Configuration of :class:`~nvib_hf.NvibForConditionalGeneration`.
 
     The model reads ``lambda_*``, ``free_bits_*``, ``word_dropout*`` and ``label_smoothing`` at every step. It takes
-    the other settings when its layers are made: changing them later has no effect, but for ``merge_share``
-    and ``training_merge_share``.
+    the other settings when its layers are made: changing them later has no effect, but for ``merge_share``,
+    ``merge_cost`` and ``training_merge_share``.
 
     Args:
         base_config: configuration of the encoder-decoder model that you wrap (an object or a dict). The configuration
@@ -115,8 +116,11 @@ class NvibConfig(ConfigOfABase):
         merge_share: each latent is merged to this share of its vectors, in (0, 1], in training and evaluation.
             Merging replaces the neighbours that cost least by their mean, with the mass of all
             (:meth:`~nvib_hf.NvibForConditionalGeneration.merge_latents`). 1 merges nothing. Read at every step.
+        merge_cost: in place of a share, the highest cost of a pair that is merged. Inputs then keep as many vectors as
+            they need: a long sound more than a short one. The costs of a model have a scale of their own, so try some:
+            ``model.merge_latents(latents, cost=...)``. 0 merges nothing. Read at every step.
         training_merge_share: in training, each example draws its share, uniformly between this and 1, in place of
-            ``merge_share``: the model learns to need fewer vectors. 1 draws none. Read at every step.
+            ``merge_share`` or ``merge_cost``: the model learns to need fewer vectors. 1 draws none.
         encoder_merge_share: merging inside the encoder. It says after which layers, counted from 0, the vectors are
             merged, and to which share of those that are left: ``{1: 0.5, 3: 0.5}``. The layers above run on fewer
             vectors and read their mass as pseudo-counts, so they need NVIB in their self-attention
@@ -192,6 +196,7 @@ class NvibConfig(ConfigOfABase):
     alpha_threshold: float = 0.0
     dropping_share: float = 1.0
     merge_share: float = 1.0
+    merge_cost: float = 0.0
     training_merge_share: float = 1.0
     encoder_merge_share: dict[int, float] | None = None
     encode_sound_only: bool = False
@@ -303,6 +308,7 @@ class NvibConfig(ConfigOfABase):
     def _check_together(self) -> None:
         """Refuse settings that contradict each other."""
         check_dropping(self.dropping, self.alpha_threshold)
+        check_one_limit(self.merge_share, self.merge_cost)
         if self.attentions is not None:
             check_mass_is_read(self.encoder_merge_share, self.attentions)
         if self.exact_attention and self.evaluation != "mixture":

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from .latents.checks import check_latents, refuse_batch
 from .latents.latents import NvibLatents
-from .latents.merging import sharing
+from .latents.merging import merging
 from .wrapping.base import STATES, LatentOutput
 from .wrapping.sound import heard_frames, mark_end, mark_unheard
 
@@ -39,16 +39,18 @@ class NvibGenerationMixin(GenerationMixin):
         ``train()``. The same holds for ``encoder_last_hidden_state`` with its ``attention_mask``, which ``encode``
         takes too. Whisper uses its own ``generate()`` and its arguments (``language``, ``task``,
         ``return_timestamps``), unless you pass ``decoder_input_ids``. Pop2Piano uses its own on sound (``composer``).
-        ``merge_share``: latents of inputs are merged to this share of their vectors, by default
-        ``config.merge_share``.
+        ``merge_share`` or ``merge_cost``: how far the latents of inputs are merged; by default the configuration says
+        it.
         """
-        if (share := kwargs.pop("merge_share", None)) is not None:
+        limit = {name: kwargs.pop(name) for name in ("merge_share", "merge_cost") if name in kwargs}
+        if any(value is not None for value in limit.values()):
             if kwargs.get("encoder_outputs") is not None:
+                name, value = next((name, value) for name, value in limit.items() if value is not None)
                 raise ValueError(
-                    f"merge_share={share} merges what generate() encodes, but encoder_outputs are encoded already. "
-                    f"Pass encoder_outputs=model.merge_latents(latents, share={share})."
+                    f"{name}={value} merges what generate() encodes, but encoder_outputs are encoded already. "
+                    f"Pass encoder_outputs=model.merge_latents(latents, {name.removeprefix('merge_')}={value})."
                 )
-            with sharing(share):
+            with merging(**limit):
                 return self.generate(inputs, generation_config, **kwargs)
         self._check_inputs(kwargs)
         as_base = self._has_a_generate_for(inputs, kwargs)

@@ -23,7 +23,7 @@ from .configuration_nvib import NvibConfig
 from .generation_nvib import NvibGenerationMixin
 from .latents.checks import check_latents, refuse_batch
 from .latents.latents import NvibLatents
-from .latents.merging import merge_share_of, merged, sharing
+from .latents.merging import merge_limit, merged, merging
 from .latents.sampling import NvibLatentsMixin
 from .layers.cross_entropy import IGNORED
 from .layers.denoising_attention import pack
@@ -199,6 +199,7 @@ class NvibForConditionalGeneration(
         sample: bool | None = None,
         generator: torch.Generator | None = None,
         merge_share: float | None = None,
+        merge_cost: float | None = None,
         **inputs,
     ) -> NvibLatents:
         """Inputs to latents. They carry a graph in ``train()``, and in ``eval()`` if an input requires gradients.
@@ -212,14 +213,14 @@ class NvibForConditionalGeneration(
             sample: True draws from the posterior (``kappa`` vectors per component); False takes the posterior itself.
                 By default the model's mode decides, as it always does in the encoder's own attentions.
             generator: for the draws.
-            merge_share: latents are merged to this share of their vectors, by default ``config.merge_share``.
+            merge_share, merge_cost: how far latents are merged; by default the configuration says it.
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
         inputs = {name: value for name, value in inputs.items() if value is not None}
         check_known(inputs, type(self).__name__, self._argument_names)
         # Outside of training nobody needs gradients, and the latents of a corpus would keep all its graphs in memory.
         with_graph = self.training or any(isinstance(x, Tensor) and x.requires_grad for x in inputs.values())
-        with sharing(merge_share), nullcontext() if with_graph else torch.no_grad():
+        with merging(merge_share, merge_cost), nullcontext() if with_graph else torch.no_grad():
             return self._encode_alone(inputs, sample, generator, decode_only=is_exporting())[0]
 
     def _encode_alone(
@@ -242,17 +243,17 @@ class NvibForConditionalGeneration(
     ) -> tuple[NvibLatents, BaseModelOutput]:
         """Latents, and the encoder's own output. ``decode_only`` keeps the fields and vectors that decoding reads."""
         source = read_source(self, inputs)
-        share = merge_share_of(self.config, self.training, source.vectors, generator)
-        alone = decode_only and not (source.stored and share is not None)  # stored vectors have to stay last
+        limit = merge_limit(self.config, self.training, source.vectors, generator)
+        alone = decode_only and not (source.stored and limit)  # stored vectors have to stay last
         mass = {} if source.log_mass is None else {"log_mass": source.log_mass}
         made = self.nvib(source.vectors, source.padding, sample, generator, alone, **mass)
         latents = NvibLatents.of(made, self.scale)
         if source.share is not None and latents.prop_vectors is not None:
             latents.prop_vectors = latents.prop_vectors * source.share
-        if share is not None:
+        if limit:
             kappa = 1 if latents.logvar is not None else getattr(self.nvib, "kappa", 1)
             at_ends = {"first": kappa, "last": kappa * source.stored}
-            latents = merged(latents, self.scale, self.config.evaluation, share=share, **at_ends)
+            latents = merged(latents, self.scale, self.config.evaluation, **limit, **at_ends)
         if decode_only and latents.logvar is None:  # in a sample, the draws decide which vectors have weight
             latents = latents.compact()
         return latents, source.outputs

