@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from nvib_hf import NvibForConditionalGeneration, encode_texts
+from nvib_hf import NvibForConditionalGeneration
 
 
 def draw_pseudo_counts(
@@ -16,8 +16,10 @@ def draw_pseudo_counts(
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    shares = [encode_texts(model, tokenizer, [text]).log_alpha[0].softmax(-1).tolist() for text in texts]
-    ids = tokenizer(texts, truncation=True).input_ids
+    sources = [tokenizer([text], truncation=True, return_tensors="pt").to(model.device) for text in texts]
+    latents = [model.encode(**source, merge_share=1.0) for source in sources]  # merged, they are no tokens' any more
+    shares = [x.log_alpha[0].softmax(-1).tolist() for x in latents]
+    ids = [source.input_ids[0].tolist() for source in sources]
     rows = [["prior", *(tokenizer.decode([id]).strip() for id in row)] for row in ids]
     # One unit of the x axis is one character of a monospaced font.
     width = max(sum(len(token) + 2 for token in tokens) for tokens in rows)

@@ -2,7 +2,8 @@
 
     python examples/text_vae.py                        # clauses of the Bible in Basic English, minutes on a CPU
     python examples/text_vae.py --purpose samples      # more steps, less reconstruction, better samples
-    python examples/text_vae.py --purpose few-vectors  # more steps, only a part of the vectors
+    python examples/text_vae.py --purpose few-vectors  # more steps, only a part of the vectors: others are dropped
+    python examples/text_vae.py --purpose merged       # more steps, only a part of the vectors: they are merged
     python examples/text_vae.py --text my_lines.txt    # any text file, one text per line; few are recombined
     python examples/text_vae.py --model text_vae       # show a trained folder again
     python examples/minilm.py                          # the same with a pretrained encoder and a fresh decoder
@@ -159,6 +160,7 @@ class Purpose:
         cross_entropy: of training, in nats per token, which the KLs are raised to.
         rate: by how much the multiplier of the KLs may rise in a step, in log.
         keep: share of the vectors to keep; ``None`` keeps all.
+        merge: share that the vectors are merged to, and the least to which training merges them.
         prior_steps: in which a prior of the latents is learnt if all vectors are kept; 0 learns none.
     """
 
@@ -166,12 +168,13 @@ class Purpose:
     steps: int
     rate: float = 0.005
     keep: float | None = None
+    merge: tuple[float, float] = (1.0, 1.0)
     prior_steps: int = 0
 
     @property
     def settings(self) -> dict[str, float]:
         """Of the model."""
-        return CONSTRAINED if self.keep is None else DROPPING
+        return {**(CONSTRAINED if self.keep is None else DROPPING), "training_merge_share": self.merge[1]}
 
     def steering(self) -> ConstraintCallback:
         return ConstraintCallback(self.cross_entropy, target_prop_vectors=self.keep, rate=self.rate)
@@ -181,6 +184,7 @@ PURPOSES = {
     "reconstruction": Purpose(cross_entropy=0.8, steps=2600, rate=0.02, prior_steps=600),
     "samples": Purpose(cross_entropy=1.8, steps=5000, rate=0.02),
     "few-vectors": Purpose(cross_entropy=0.3, steps=5000, keep=0.5),
+    "merged": Purpose(cross_entropy=0.4, steps=5000, rate=0.02, merge=(0.6, 0.4), prior_steps=600),
 }
 
 
@@ -400,6 +404,7 @@ def train_on(corpus: list[str], build: Callable, learning_rate: float, args) -> 
         logging_steps=min(100, purpose.steps),
         seed=args.seed,
     )
+    model.config.merge_share = purpose.merge[0]
     if purpose.prior_steps and purpose.keep is None:
         learn_prior(model, tokenizer, texts[:200] if args.quick else texts, watched, purpose.prior_steps, args.seed)
     trainer.save_model()
