@@ -22,7 +22,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice, product
 from pathlib import Path
 
@@ -87,9 +87,20 @@ class Recogniser:
         return self.processor.batch_decode(self.generate(model, latents, seconds), skip_special_tokens=True)
 
 
+class Batch:
+    """Sounds to transcribe. What the plain model encodes is kept, for all rows that merge it."""
+
+    def __init__(self, recogniser: Recogniser, utterances: list[Utterance]) -> None:
+        self.models, self.inputs = recogniser.models, recogniser.inputs(utterances)
+
+    @cached_property
+    def plain(self) -> NvibLatents:
+        return self.models["whole"].encode(**self.inputs)
+
+
 # A model and what it has encoded.
 Read = tuple[NvibForConditionalGeneration, NvibLatents]
-Reading = Callable[[Recogniser, dict], Read]
+Reading = Callable[[Batch], Read]
 
 
 def halves_inside(layers: int) -> dict:
@@ -97,32 +108,39 @@ def halves_inside(layers: int) -> dict:
     return {"attentions": ["cross", "encoder"], "encoder_merge_share": {1: 0.5, layers - 1: 0.5}}
 
 
-def encoded(recogniser: Recogniser, inputs: dict, model: str, **options) -> Read:
-    return recogniser.models[model], recogniser.models[model].encode(**inputs, **options)
+def encoded(batch: Batch, model: str, **options) -> Read:
+    return batch.models[model], batch.models[model].encode(**batch.inputs, **options)
 
 
-def trimmed(recogniser: Recogniser, inputs: dict, margin: int) -> Read:
+def merged(batch: Batch, **limit) -> Read:
+    """What `encode(**inputs, merge_share=...)` returns, from what is encoded already."""
+    return batch.models["whole"], batch.models["whole"].merge_latents(batch.plain, **limit)
+
+
+def trimmed(batch: Batch, margin: int) -> Read:
     """The encoder over the sound and a margin, and no more: the mass of what is left out is lost."""
-    place = torch.arange(inputs["attention_mask"].shape[-1])
-    frames = (inputs["attention_mask"].sum(-1) + 2 * margin).clamp(max=len(place))
+    place = torch.arange(batch.inputs["attention_mask"].shape[-1])
+    frames = (batch.inputs["attention_mask"].sum(-1) + 2 * margin).clamp(max=len(place))
     mask = place < frames[:, None] - 2 * MARGIN  # the model adds its own margin
-    model, latents = encoded(recogniser, {**inputs, "attention_mask": mask.long()}, "sound")
+    model = batch.models["sound"]
+    latents = model.encode(**{**batch.inputs, "attention_mask": mask.long()})
     log_pi = latents.log_pi.clone()
     if (frames < len(place)).any():
         log_pi[:, -STORED:] = -torch.inf
     return model, dataclasses.replace(latents, log_pi=log_pi.log_softmax(-1)).compact()
 
 
-MERGED = {f"all 1500 merged to {percent} %": percent / 100 for percent in (15, 10, 7, 5, 3)}
 ROWS: dict[str, Reading] = {
-    "plain": partial(encoded, model="whole"),
+    "plain": lambda batch: (batch.models["whole"], batch.plain),
     "encoder cut to the sound and 64 frames": partial(trimmed, margin=64),
     "encoder cut to the sound and 128 frames": partial(trimmed, margin=128),
     "encoder over the sound, and stored silence": partial(encoded, model="sound"),
     "the same, the sound merged to a quarter": partial(encoded, model="sound", merge_share=0.25),
     "a quarter left inside the encoder": partial(encoded, model="inside"),
     "the same, merged to 5 % of 1500": partial(encoded, model="inside", merge_share=0.2),
-    **{row: partial(encoded, model="whole", merge_share=share) for row, share in MERGED.items()},
+    "the same, the sound merged where a pair costs at most 200": partial(encoded, model="sound", merge_cost=200),
+    **{f"all 1500 merged to {percent} %": partial(merged, share=percent / 100) for percent in (15, 10, 7, 5, 3)},
+    **{f"all 1500 merged where a pair costs at most {cost}": partial(merged, cost=cost) for cost in (100, 200, 300)},
 }
 
 
@@ -160,12 +178,12 @@ def run(recogniser: Recogniser, speech: dict, rows: dict[str, Reading], path: Pa
         batches = list(iter(lambda: list(islice(by_length, BATCH)), []))  # noqa: B023  (used up in this turn)
         for batch in tqdm(batches, kind):
             sounds = [utterances[i] for i in batch]
-            inputs = recogniser.inputs(sounds)
+            read = Batch(recogniser, sounds)
             for row in rows:
                 done = results.setdefault(kind, {}).setdefault(row, {})
                 if str(batch[-1]) in done:
                     continue
-                model, latents = rows[row](recogniser, inputs)
+                model, latents = rows[row](read)
                 texts = recogniser.transcribe(model, latents, max(len(x.sound) for x in sounds) / RATE)
                 numbers = (latents.log_pi > -torch.inf).sum(-1) - 1  # without the prior's component
                 done.update(zip(map(str, batch), map(judged, sounds, numbers.tolist(), texts), strict=True))
@@ -204,8 +222,9 @@ def table(results: dict, kind: str) -> str:
 TIMED = (
     "encoder over the sound, and stored silence",
     "the same, the sound merged to a quarter",
+    "the same, the sound merged where a pair costs at most 200",
     "the same, merged to 5 % of 1500",
-    "all 1500 merged to 5 %",
+    "all 1500 merged where a pair costs at most 200",
 )
 
 
@@ -220,13 +239,12 @@ def times(recogniser: Recogniser, speech: list[list[Utterance]], repeats: int = 
         middle = sorted(utterances, key=lambda x: len(x.sound))[len(utterances) // 2 :]
         for size, beams in product((1, 8), (1, 5)):
             sounds = middle[:size]
-            inputs, seconds = recogniser.inputs(sounds), max(len(x.sound) for x in sounds) / RATE
+            seconds = max(len(x.sound) for x in sounds) / RATE
             taken, cached = defaultdict(list), {}
             for _, row in product(range(repeats + 1), ("plain", *TIMED)):  # the first is warming up
+                batch = Batch(recogniser, sounds)
                 start = time.perf_counter()
-                made = recogniser.generate(
-                    *ROWS[row](recogniser, inputs), seconds, num_beams=beams, return_dict_in_generate=True
-                )
+                made = recogniser.generate(*ROWS[row](batch), seconds, num_beams=beams, return_dict_in_generate=True)
                 taken[row].append(time.perf_counter() - start)
                 layers = made[CACHE].cross_attention_cache.layers
                 cached[row] = sum(x.nbytes for layer in layers for x in (layer.keys, layer.values)) / 2**20
