@@ -57,6 +57,7 @@ MAX_LENGTH = 64  # tokens; longer texts are cut, unless told otherwise: the toke
 FEW_TEXTS = 5000  # fewer than these are recombined in training
 NUM_WATCHED = 256  # texts that the constraint looks at, at most: they are not trained on
 TEMPERATURE = 0.7  # of the samples from a learned prior
+MERGE_COST = 2.0  # between those of vectors that training has made superfluous, below 1, and of others, above 3
 
 
 # ---------------------------------------------------------------------------------------------- texts
@@ -160,7 +161,7 @@ class Purpose:
         cross_entropy: of training, in nats per token, which the KLs are raised to.
         rate: by how much the multiplier of the KLs may rise in a step, in log.
         keep: share of the vectors to keep; ``None`` keeps all.
-        merge: share that the vectors are merged to, and the least to which training merges them.
+        merge: the least share to which training merges the vectors of a text; 1 merges none.
         prior_steps: in which a prior of the latents is learnt if all vectors are kept; 0 learns none.
     """
 
@@ -168,13 +169,13 @@ class Purpose:
     steps: int
     rate: float = 0.005
     keep: float | None = None
-    merge: tuple[float, float] = (1.0, 1.0)
+    merge: float = 1.0
     prior_steps: int = 0
 
     @property
     def settings(self) -> dict[str, float]:
         """Of the model."""
-        return {**(CONSTRAINED if self.keep is None else DROPPING), "training_merge_share": self.merge[1]}
+        return {**(CONSTRAINED if self.keep is None else DROPPING), "training_merge_share": self.merge}
 
     def steering(self) -> ConstraintCallback:
         return ConstraintCallback(self.cross_entropy, target_prop_vectors=self.keep, rate=self.rate)
@@ -184,7 +185,7 @@ PURPOSES = {
     "reconstruction": Purpose(cross_entropy=0.8, steps=2600, rate=0.02, prior_steps=600),
     "samples": Purpose(cross_entropy=1.8, steps=5000, rate=0.02),
     "few-vectors": Purpose(cross_entropy=0.3, steps=5000, keep=0.5),
-    "merged": Purpose(cross_entropy=0.4, steps=5000, rate=0.02, merge=(0.6, 0.4), prior_steps=600),
+    "merged": Purpose(cross_entropy=0.4, steps=5000, rate=0.02, merge=0.4, prior_steps=600),
 }
 
 
@@ -404,7 +405,8 @@ def train_on(corpus: list[str], build: Callable, learning_rate: float, args) -> 
         logging_steps=min(100, purpose.steps),
         seed=args.seed,
     )
-    model.config.merge_share = purpose.merge[0]
+    if purpose.merge < 1:
+        model.config.merge_cost = MERGE_COST
     if purpose.prior_steps and purpose.keep is None:
         learn_prior(model, tokenizer, texts[:200] if args.quick else texts, watched, purpose.prior_steps, args.seed)
     trainer.save_model()
