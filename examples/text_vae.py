@@ -270,7 +270,8 @@ def learn_prior(model, tokenizer, texts: list[str], watched: list[str], steps: i
     """Give the model a prior of the texts' latents, with as many codes as they teach; see `fit_latent_prior`."""
     latents, held_out = (encode_texts(model, tokenizer, some) for some in (texts, watched))
     vectors = int((latents.log_pi > -torch.inf).sum()) - len(latents)  # without the prior's own
-    sizes = {"num_codes": min(2048, max(vectors // 8, 1)), "d_model": 128}
+    # Texts to come may be longer than all of these.
+    sizes = {"num_codes": min(2048, max(vectors // 8, 1)), "d_model": 128, "max_length": tokenizer.model_max_length}
     model.fit_latent_prior(latents, held_out, sizes=sizes, max_steps=steps, seed=seed, **more)
 
 

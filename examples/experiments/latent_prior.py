@@ -3,11 +3,11 @@
     python examples/experiments/latent_prior.py          # about two hours of a CPU core
     python examples/experiments/latent_prior.py --quick  # everything runs, nothing is learnt
 
-All share one VAE, that of `examples/text_vae.py --output DIR/vae`, which is trained if the folder is not there; DIR is
-`--output`. Texts are drawn by
+All but `merged` share one VAE, that of `examples/text_vae.py --output DIR/vae`, which is trained if the folder is not
+there; DIR is `--output`. Texts are drawn by
 
 * `learned`: a learned prior (`model.fit_latent_prior`), trained on the means of the training texts' latents;
-
+* `merged`: the same on latents of half the vectors, those of `--purpose merged --output DIR/vae_merged` (one seed);
 * `tokens`, the ceiling: a language model on the texts' tokens, with the same transformer, the same number of steps and
   the same batches;
 * `floors`: the prior that the VAE was trained with, independent Gaussians, and real latents of held-out texts whose
@@ -55,7 +55,9 @@ SAMPLINGS = [  # temperature, top_p
     (0.7, 0.9),
 ]
 SHOWN = "temperature 1.0, top-p 0.9"
-NAMES = {"learned": "learned", "tokens": "language model"}
+NAMES = {"learned": "learned", "merged": "learned, half of the vectors", "tokens": "language model"}
+FOLDERS = {"merged": "vae_merged"}  # of other methods "vae"
+ONCE = {"floors", "merged"}  # with one seed
 # Column, name in the results, factor, digits
 COLUMNS = [
     ("perplexity to real", "fluency_ratio", 1, 2),
@@ -76,11 +78,11 @@ milliseconds: of drawing the latents or the tokens, without the decoder.
 
 
 # ------------------------------------------------------------------------------------------- the shared VAE
-def train_vae(folder: Path, quick: bool) -> None:
+def train_vae(folder: Path, quick: bool, purpose: str = "reconstruction") -> None:
     """The main job, if it has not been done."""
     if not (folder / "held_out.txt").exists():
-        script = Path(__file__).parents[1] / "text_vae.py"
-        subprocess.run([sys.executable, script, "--output", folder, *["--quick"] * quick], check=True)
+        options = ["--output", folder, "--purpose", purpose, *["--quick"] * quick]
+        subprocess.run([sys.executable, Path(__file__).parents[1] / "text_vae.py", *options], check=True)
 
 
 class Vae:
@@ -108,10 +110,16 @@ def learned(vae: Vae, settings: dict, folder: Path) -> tuple[dict, dict]:
     """A learned prior: what it costs, and its texts."""
     seed, started = settings["seed"], time.process_time()
     how = vae.texts, vae.watched, settings["steps"], seed
-    example.learn_prior(vae.model, vae.tokenizer, *how, checkpoint=folder / f"learned-seed{seed}.pt")
+    example.learn_prior(vae.model, vae.tokenizer, *how, checkpoint=folder / f"{settings['method']}-seed{seed}.pt")
     seconds, held_out = time.process_time() - started, encode_texts(vae.model, vae.tokenizer, vae.held_out)
+    references = as_read(vae.tokenizer, vae.held_out)
     costs = {
         "seconds": seconds,
+        "exact_match": reconstruction_scores(reconstruct(vae.model, vae.tokenizer, vae.held_out), references)[
+            "exact_match"
+        ],
+        "prop_vectors": held_out.prop_vectors.mean().item(),
+        "independent_rate": average(partial(independent_rate, vae.model), held_out),
         "parameters": sum(p.numel() for p in vae.model.latent_prior.parameters()),
         "rate": average(vae.model.rate, held_out),
         "codes_nats": average(codes_nats(vae.model), held_out),
@@ -197,7 +205,7 @@ def independent_rate(model: NvibForConditionalGeneration, latents: NvibLatents):
     return nats.masked_fill(~mask, 0).sum(-1)
 
 
-METHODS = {"floors": floors, "learned": learned, "tokens": tokens}
+METHODS = {"floors": floors, "learned": learned, "merged": learned, "tokens": tokens}
 
 
 # ------------------------------------------------------------------------------------------------- measures
@@ -267,7 +275,7 @@ def mauve(made: dict[str, list[str]], real: list[str]) -> dict[str, float]:
 
 def one(settings: dict, folder: Path) -> dict:
     """A method with one seed."""
-    vae = Vae(folder / "vae", settings["judge"] == "tiny")
+    vae = Vae(folder / FOLDERS.get(settings["method"], "vae"), settings["judge"] == "tiny")
     costs, samples = METHODS[settings["method"]](vae, settings, folder)
     return {**costs, "samples": samples}
 
@@ -312,16 +320,29 @@ def report(groups: list[list[dict]]) -> str:
             f"{exact} % of the held-out texts are reconstructed exactly. Their vectors cost {rate} nats a text under "
             "independent Gaussians."
         )
-    if group := by_method.get("learned"):
-        rate, codes, size = (
-            over_runs(group, name, factor=factor, digits=digits)
-            for name, factor, digits in (("rate", 1, 1), ("codes_nats", 1, 1), ("parameters", 1e-6, 2))
-        )
-        steps = group[0]["settings"]["steps"]
-        parts.append(
-            f"Under the learned prior ({size}M parameters, {steps} steps, runs: {len(group)}) they cost {rate} nats, "
-            f"of which {codes} for the codes."
-        )
+    for method in ("learned", "merged"):
+        if group := by_method.get(method):
+            rate, codes, size, exact, vectors, independent = (
+                over_runs(group, name, factor=factor, digits=digits)
+                for name, factor, digits in (
+                    ("rate", 1, 1),
+                    ("codes_nats", 1, 1),
+                    ("parameters", 1e-6, 2),
+                    ("exact_match", 100, 1),
+                    ("prop_vectors", 100, 1),
+                    ("independent_rate", 1, 1),
+                )
+            )
+            of_vae = (
+                f"Trained with merging, {exact} % are reconstructed from {vectors} % of the vectors, which cost "
+                f"{independent} nats under independent Gaussians. Under their own learned prior they"
+                if method == "merged"
+                else "Under the learned prior they"
+            )
+            parts.append(
+                f"{of_vae} cost {rate} nats, of which {codes} for the codes ({size}M parameters, "
+                f"{group[0]['settings']['steps']} steps, runs: {len(group)})."
+            )
     if group := by_method.get("tokens"):
         nats, size = (
             over_runs(group, name, factor=factor, digits=digits)
@@ -347,7 +368,7 @@ def runs_of(args: argparse.Namespace) -> dict[str, dict]:
     return {
         f"{method}-seed{seed}": {"method": method, "seed": seed, **size}
         for method in args.only
-        for seed in (args.seeds[:1] if method == "floors" else args.seeds)
+        for seed in (args.seeds[:1] if method in ONCE else args.seeds)
     }
 
 
@@ -355,6 +376,8 @@ def main() -> None:
     args = parser(__doc__.splitlines()[0], "latent_prior", METHODS).parse_args()
     if args.jobs:
         train_vae(args.output / "vae", args.quick)
+        if "merged" in args.only:
+            train_vae(args.output / FOLDERS["merged"], args.quick, "merged")
         if not args.quick:
             load_smollm2(args.output / "smollm2")
     records = run_all(partial(one, folder=args.output), runs_of(args), args.output, args.jobs)
