@@ -229,7 +229,7 @@ TIMED = (
 
 
 @torch.no_grad()
-def times(recogniser: Recogniser, speech: list[list[Utterance]], repeats: int = 3) -> str:
+def times(recogniser: Recogniser, speech: list[list[Utterance]], repeats: int) -> str:
     """Seconds from features to tokens, and the cache of cross-attention, as shares of plain Whisper's.
 
     Seconds are medians of runs that take turns.
@@ -266,6 +266,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--long", type=int, default=30, help="and of 12 to 28 seconds (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("whisper_merged"), help="folder of results (%(default)s)")
     parser.add_argument("--times", action="store_true", help="measure seconds and memory instead of words")
+    parser.add_argument("--repeats", type=int, default=3, help="of each timing (%(default)s)")
     parser.add_argument("--seed", type=int, default=24)
     return parser.parse_args(arguments)
 
@@ -298,7 +299,7 @@ def main(arguments: list[str] | None = None) -> None:
     speech = {kind: utterances for kind, utterances in speech.items() if utterances}
     recogniser = Recogniser(*load(options.model), *options.trained)
     if options.times:
-        print(times(recogniser, list(speech.values())[:2]))
+        print(times(recogniser, list(speech.values())[:2], options.repeats))
         return
     options.output.mkdir(parents=True, exist_ok=True)
     rows = ROWS | {row: reading for folder in options.trained for row, reading in rows_of(folder).items()}
