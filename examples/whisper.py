@@ -16,9 +16,13 @@ run that is cut off goes on where it was. `MERGING.md` explains what is done.
 import argparse
 import copy
 import dataclasses
+import datetime
 import json
+import os
+import shlex
 import shutil
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -28,6 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from speech import RATE, Utterance, with_noise
 from torch import Tensor
 from tqdm import tqdm
@@ -205,8 +210,8 @@ def summary(rows: dict[str, dict], row: str) -> dict[str, float]:
 
 
 def complete(rows: dict[str, dict]) -> list[str]:
-    """The rows that hold every utterance of the plain model."""
-    return [row for row in rows if rows[row].keys() >= rows["plain"].keys()]
+    """The rows that hold every utterance of the plain model, in the order above, others last."""
+    return [row for row in dict.fromkeys([*ROWS, *rows]) if row in rows and rows[row].keys() >= rows["plain"].keys()]
 
 
 def table(results: dict, kind: str) -> str:
@@ -257,6 +262,16 @@ def times(recogniser: Recogniser, speech: list[list[Utterance]], repeats: int) -
     return markdown_table(("", "plain", *TIMED), *lines)
 
 
+def page(results: dict) -> str:
+    """The tables, under what made them."""
+    command = shlex.join(["python", "examples/whisper.py", *sys.argv[1:]])
+    threads = f"{os.cpu_count()} CPU cores, of which PyTorch used {torch.get_num_threads()}"
+    versions = f"PyTorch {torch.__version__.split('+')[0]}, Transformers {transformers.__version__}"
+    made_by = f"- command: `{command}`\n- machine: {threads}; {versions}\n- date: {datetime.date.today().isoformat()}"
+    tables = "\n\n".join(table(results, kind) for kind in results)
+    return f"# Whisper on merged vectors\n\n{made_by}\n\n{tables}\n\n![What is merged](whisper.png)\n"
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="tiny.en", help="tiny.en or base of packages; or of the Hub, or a folder")
@@ -304,7 +319,8 @@ def main(arguments: list[str] | None = None) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     rows = ROWS | {row: reading for folder in options.trained for row, reading in rows_of(folder).items()}
     results = run(recogniser, speech, rows, options.output / "results.json")
-    print("\n\n".join(table(results, kind) for kind in results))
+    (options.output / "whisper.md").write_text(page(results), encoding="utf-8")
+    print(page(results))
     first = next(iter(speech))
     errors = {row: summary(results[first], row) for row in complete(results[first])}
     draw(recogniser, speech[first][0], errors, options.output / "whisper.png")

@@ -20,7 +20,8 @@ matplotlib.use("Agg")
 SECONDS_PER_VECTOR = 0.02
 SHARE = 0.05
 LINES = {
-    "merged": "all 1500 merged to",
+    "merged to a share": "all 1500 merged to",
+    "merged by cost": "all 1500 merged where",
     "sound only, silence stored": "encoder over the sound|the same, the sound merged",
     "sound only": "encoder cut to the sound",
     "trained, merged": ".+, all 1500 merged to",
