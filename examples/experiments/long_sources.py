@@ -1,6 +1,6 @@
 """Long texts, character by character, in fewer vectors: merged, averaged, dropped, or cut off.
 
-    python examples/experiments/long_sources.py          # one run after another, 20 minutes of one CPU core
+    python examples/experiments/long_sources.py          # one run after another, about ten minutes of one core
     python examples/experiments/long_sources.py --quick  # everything runs, nothing is learnt
 
 A small T5 with fresh weights learns to look facts up in up to 512 characters of the Bible in Basic English. Between
@@ -44,7 +44,7 @@ LENGTH = 512  # of the sources at the end of the training
 # Characters of a source, sources in a batch, steps
 STAGES = [(16, 32, 250), (64, 16, 800), (128, 8, 300), (LENGTH, 4, 200)]
 LEARNT = 0.05  # a mean loss, nats per token, over 20 steps: on to the next stage
-TUNING = [(LENGTH, 4, 120)]
+TUNING = {"merging": [(LENGTH, 4, 120)], "means": [(LENGTH, 4, 360)]}  # means have more to learn
 FULL = {"sources": 60, "lengths": [LENGTH, 64, 128, 1024, 2048, 4096], "timed": [LENGTH, 2048]}
 FULL["timing"] = {"batch": 4, "tokens": 32, "repeats": 2}
 QUICK = {"sources": 4, "lengths": [LENGTH, 64], "timed": [LENGTH], "timing": {"batch": 2, "tokens": 2, "repeats": 1}}
@@ -314,9 +314,10 @@ def main() -> None:
     arguments = parser(__doc__.splitlines()[0], "long_sources", [PLAIN, REDUCED, *TUNED])
     arguments.set_defaults(seeds=[0], jobs=1)
     args = arguments.parse_args()
-    tests, stages, tuning = (QUICK, QUICK_STAGES, QUICK_STAGES) if args.quick else (FULL, STAGES, TUNING)
-    settings = {PLAIN: {"stages": stages}, REDUCED: tests}
-    settings |= {method: {"stages": tuning, "sources": tests["sources"]} for method in TUNED}
+    tests = QUICK if args.quick else FULL
+    stages = dict.fromkeys(args.methods, QUICK_STAGES) if args.quick else {PLAIN: STAGES, **TUNING}
+    settings = {PLAIN: {"stages": stages[PLAIN]}, REDUCED: tests}
+    settings |= {method: {"stages": stages[method], "sources": tests["sources"]} for method in TUNED}
     runs = {
         f"{method}-seed{seed}": {"method": method, "seed": seed, **settings[method]}
         for method in args.only

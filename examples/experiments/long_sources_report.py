@@ -128,10 +128,11 @@ def report(groups: dict[str, Group], tuned: dict[str, str]) -> str:
         by_length(reduced),
     ]
     if tuned.keys() <= groups.keys():
-        (tuned_length, steps, _), *_ = groups["merging"][0]["results"]["stages"]
+        trained = {row: groups[method][0]["results"]["stages"][0] for method, row in tuned.items()}
+        steps = [f"{count} steps for {row} (loss {loss:.2f})" for row, (_, count, loss) in trained.items()]
         parts += [
-            f"## Fine-tuned\n\n{steps} steps each with sources of {tuned_length} characters, the share drawn for each "
-            "step from 1, 1/2, ... 1/10. In brackets a 95 % interval of a bootstrap over sources:",
+            f"## Fine-tuned\n\n{' and '.join(steps)}, with the share drawn for each step from 1, 1/2, ... 1/10. In "
+            "brackets a 95 % interval of a bootstrap over sources:",
             fine_tuned(groups, tuned, length),
         ]
     timing = reduced[0]["settings"]["timing"]

@@ -84,6 +84,7 @@ def test_the_highest_scores_are_kept(latents):
         ([9, 4, 4, 1, 9, 7, 1], 1),  # two wrong tokens of one value
         ([9, 5, 6, 1, 9, 7, 7], 1),  # it does not end
         ([9, 5, 6, 2, 9, 7, 2], 0),
+        ([9, 4, 6, 2, 9, 7, 1], 1),  # neither right nor ended: one value all the same
     ],
 )
 def test_a_value_is_right_to_its_end(likeliest, right):
