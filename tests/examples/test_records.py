@@ -13,6 +13,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 REPORTS = [  # and their arguments, where they are not the default
     ("latent_prior", ["--seeds", "0"]),
     ("latent_walks", []),
+    ("long_sources", []),
     ("new_texts", ["--seeds", "0", "--only", "reconstruction", "samples"]),
     ("regularise_trained", []),
     ("regularise_whisper", []),

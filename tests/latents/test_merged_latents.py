@@ -229,6 +229,17 @@ def test_a_call_has_the_last_word():
     assert model.encode(**inputs).num_vectors.tolist() == [4, 2, 4]
 
 
+def masses(latents: NvibLatents, model: NvibForConditionalGeneration) -> torch.Tensor:
+    """The mass of a source's vectors together, in masses of the prior's component, by the formula of attention.
+
+    A mean counts as a point, less the half of its variance.
+    """
+    squares = latents.z.square().sum(-1) + latents["logvar"].exp().sum(-1)
+    bias = latents.log_pi - 0.5 * model.scale * squares
+    mass = (bias - bias[:, :1]).exp()
+    return mass[:, 1:].sum(-1)
+
+
 @over_families
 @torch.no_grad()
 def test_every_architecture_reads_fewer_vectors(family, tmp_path):
@@ -240,6 +251,9 @@ def test_every_architecture_reads_fewer_vectors(family, tmp_path):
     made = model.merge_latents(full, share=0.25)
     expected = (full.num_vectors * 0.25).round().clamp(min=1)
     assert torch.equal(made.num_vectors, expected) and made.z.shape[1] == expected.max() + 1
+    torch.testing.assert_close(made.log_pi.exp().sum(-1), torch.ones(3))
+    of_source, of_merged = (masses(latents, model) for latents in (full, made))
+    torch.testing.assert_close(of_merged, of_source, rtol=1e-4, atol=0)
     for settings in ({}, {"num_beams": 3, "num_return_sequences": 2}):
         written = generate(model, {"encoder_outputs": made}, **settings)
         assert torch.equal(generate(model, {**inputs, "merge_share": 0.25}, **settings), written)
