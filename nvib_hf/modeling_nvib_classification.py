@@ -94,11 +94,12 @@ class NvibEncoderModel(NvibPreTrainedModel):
             )
         if config.latent_prior is not None:
             raise ValueError("latent_prior needs a decoder, but an encoder with a head has none. Leave it out.")
-        if min(config.merge_share, config.training_merge_share) < 1 or config.merge_cost or config.encode_sound_only:
+        off = {"merge_share": 1, "training_merge_share": 1, "merge_cost": 0, "encode_sound_only": False}
+        given = {name: getattr(config, name) for name, value in off.items() if getattr(config, name) != value}
+        for name, value in given.items():
             raise ValueError(
-                f"merge_share={config.merge_share}, merge_cost={config.merge_cost}, "
-                f"training_merge_share={config.training_merge_share} and encode_sound_only={config.encode_sound_only} "
-                "change what a decoder reads, but an encoder with a head has no decoder. Leave them out."
+                f"{name}={value} changes what a decoder reads, but an encoder with a head has no decoder. Leave it "
+                "out."
             )
         super().__init__(config)
         if base is None:

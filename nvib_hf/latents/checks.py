@@ -55,6 +55,10 @@ def check_latents(latents: NvibLatents, layer: NvibLayer) -> None:
 
 def check_kinds(latents: NvibLatents) -> None:
     """Raise TypeError for a field that is not a tensor, or has a wrong dtype."""
+    if not hasattr(latents, "log_pi"):
+        raise TypeError(
+            f"latents must be NvibLatents, but got {type(latents).__name__}. Pass what model.encode() returns."
+        )
     for name in ("z", "log_pi", "attention_mask"):
         value = getattr(latents, name)
         if not isinstance(value, Tensor):

@@ -146,7 +146,8 @@ class NvibLatents:
             return object.__repr__(self)
         batch, length, width = self.z.shape
         kind = "samples" if self.logvar is None else "posteriors"
-        return f"NvibLatents({batch} {kind} of up to {length} vectors, {width} wide, {self.z.dtype}, {self.z.device})"
+        size = f"{length} vectors, the prior's included" if self.log_alpha is not None else f"{length} vectors"
+        return f"NvibLatents({batch} {kind} of up to {size}, {width} wide, {self.z.dtype}, {self.z.device})"
 
     def __len__(self) -> int:
         return self.batch_size

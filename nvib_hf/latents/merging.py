@@ -130,6 +130,10 @@ def merge_limit(
 
     The limit of a call comes first, then a share that training draws for each example, then the configuration's.
     """
+    if not torch.compiler.is_compiling():
+        for name in ("merge_share", "merge_cost", "training_merge_share"):  # they may have been set since
+            checked(name, getattr(config, name))
+        check_one_limit(config.merge_share, config.merge_cost)
     limit = None if torch.compiler.is_compiling() else _LIMIT.get()
     if limit is None and training and config.training_merge_share < 1:
         drawn = torch.rand(

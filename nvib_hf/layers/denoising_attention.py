@@ -347,7 +347,8 @@ def unpack(packed: Tensor, width: int) -> AttendedLatent:
         raise ValueError(
             f"The decoder of an NVIB model reads latents, but encoder_hidden_states is {size} wide where a latent "
             f"of this model is {width + BIAS_WIDTH} or {2 * width + BIAS_WIDTH}. Pass the model's inputs, or "
-            "encoder_outputs from encode(), sample_latents() or interpolate_latents() of this model."
+            "encoder_outputs from encode(), sample_latents() or interpolate_latents() of this model. If you call the "
+            "base: wrapping has changed it, so wrap copy.deepcopy(base) to keep it."
         )
     three = packed[..., -BIAS_WIDTH : -BIAS_WIDTH + 3]
     bias = (three if three.dtype == torch.float64 else three.float()).sum(-1)

@@ -178,7 +178,10 @@ def _limits(
             f"merge takes exactly one of num_vectors, share and cost, but got {' and '.join(given) or 'none'}."
         )
     [(name, value)] = given.items()
-    values = torch.as_tensor(value, device=count.device)
+    try:
+        values = torch.as_tensor(value, device=count.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a number or one for each example, but got {value!r}.") from error
     if values.dim() > 1 or values.numel() not in (1, len(count)):
         raise ValueError(
             f"{name} must be a number or one for each of {len(count)} examples, but has shape {tuple(values.shape)}."

@@ -229,5 +229,6 @@ def test_interpolation_of_sizes_that_do_not_fit(sizes, weights):
 def test_they_are_printed_in_a_line():
     latents = mixture(batch=3)
     batch, length, width = latents.z.shape
-    assert repr(latents) == f"NvibLatents(3 posteriors of up to {length} vectors, {width} wide, torch.float32, cpu)"
+    size = f"{length} vectors, the prior's included"
+    assert repr(latents) == f"NvibLatents(3 posteriors of up to {size}, {width} wide, torch.float32, cpu)"
     assert "samples" in repr(NvibLatents(latents.z, latents.log_pi, latents.attention_mask)) and batch == 3

@@ -1,5 +1,6 @@
 """Merged latents: what attention reads of them, what their fields say, and every architecture on fewer vectors."""
 
+import copy
 import math
 
 import pytest
@@ -178,6 +179,31 @@ def test_given_latents_are_not_merged_again():
     expected = model.generate(encoder_outputs=latents, max_new_tokens=5)
     model.config.merge_share = 0.1
     assert torch.equal(model.generate(encoder_outputs=latents, max_new_tokens=5), expected)
+
+
+def test_settings_are_checked_when_they_are_set_later():
+    model, inputs = tiny_nvib(), tiny_inputs("bart")
+    for settings, error, message in (
+        ({"merge_share": 2}, ValueError, "merge_share must be in .0, 1., but got 2"),
+        ({"merge_cost": None}, TypeError, "merge_cost must be a number, but got None"),
+        ({"training_merge_share": 0}, ValueError, "training_merge_share must be in"),
+        ({"merge_share": 0.5, "merge_cost": 1.0}, ValueError, "both say how far to merge"),
+    ):
+        fresh = copy.deepcopy(model)
+        for name, value in settings.items():
+            setattr(fresh.config, name, value)
+        with pytest.raises(error, match=message):
+            fresh.encode(**inputs)
+    with pytest.raises(TypeError, match=r"takes no argument 'merge_cost'. Set model.config.merge_cost"):
+        model(**inputs, labels=tiny_labels("bart"), merge_cost=1.0)
+
+
+def test_what_is_merged_must_be_latents_by_numbers():
+    model, inputs = tiny_nvib(), tiny_inputs("bart")
+    with pytest.raises(TypeError, match=r"latents must be NvibLatents, but got Tensor. Pass what model.encode\(\)"):
+        model.merge_latents(torch.zeros(1, 3, 32), share=0.5)
+    with pytest.raises(TypeError, match="share must be a number or one for each example, but got 'half'"):
+        model.merge_latents(model.encode(**inputs), share="half")
 
 
 def test_costs_are_checked():
