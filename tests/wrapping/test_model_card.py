@@ -120,10 +120,12 @@ def test_settings_are_those_of_the_configuration():
         "kl_weights": "pseudo_counts",
         "exact_attention": True,
         "merge_share": 0.5,
+        "training_merge_share": 0.625,
     }
     found = rows(read(model_card(wrap(**settings), "model"))[1])
     found.pop("setting", None)
     assert found.pop("encode_sound_only") == ["`False`"]  # of Whisper alone
+    assert float(found.pop("merge_cost")[0].strip("`")) == 0  # or a share
     assert set(found) == set(settings)
     for name, value in settings.items():
         said = found[name][0].strip("`")
