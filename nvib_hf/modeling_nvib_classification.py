@@ -95,12 +95,12 @@ class NvibEncoderModel(NvibPreTrainedModel):
         if config.latent_prior is not None:
             raise ValueError("latent_prior needs a decoder, but an encoder with a head has none. Leave it out.")
         off = {"merge_share": 1, "training_merge_share": 1, "merge_cost": 0, "encode_sound_only": False}
-        given = {name: getattr(config, name) for name, value in off.items() if getattr(config, name) != value}
-        for name, value in given.items():
-            raise ValueError(
-                f"{name}={value} changes what a decoder reads, but an encoder with a head has no decoder. Leave it "
-                "out."
-            )
+        for name, value in off.items():
+            if getattr(config, name) != value:
+                raise ValueError(
+                    f"{name}={getattr(config, name)} changes what a decoder reads, but an encoder with a head has no "
+                    "decoder. Leave it out."
+                )
         super().__init__(config)
         if base is None:
             architecture = classifier_class(config.base_config, self._autos, config.base_architecture)

@@ -34,6 +34,7 @@ POSITIVE = Range("a positive number", lambda x: x > 0)
 NOT_NEGATIVE = Range("0 or positive", lambda x: x >= 0)
 SHARE = Range("in [0, 1]", lambda x: 0 <= x <= 1)
 LESS_THAN_ALL = Range("in [0, 1)", lambda x: 0 <= x < 1)
+MORE_THAN_NOTHING = Range("in (0, 1]", lambda x: 0 < x <= 1)
 COUNT = Range("a whole number of at least 1", lambda x: x >= 1 and x % 1 == 0, whole=True)
 
 RANGES: dict[str, Range] = {
@@ -42,14 +43,14 @@ RANGES: dict[str, Range] = {
     "kappa": COUNT,
     "alpha_threshold": NOT_NEGATIVE._replace(words="0 (drop nothing) or positive"),
     "dropping_share": SHARE._replace(what="it is the share of the training examples in which vectors are dropped."),
-    "merge_share": Range(
-        "in (0, 1]", lambda x: 0 < x <= 1, "it is the share of the vectors that merging leaves, and 1 merges nothing."
+    "merge_share": MORE_THAN_NOTHING._replace(
+        what="it is the share of the vectors that merging leaves, and 1 merges nothing."
     ),
     "merge_cost": NOT_NEGATIVE._replace(
         what="pairs of vectors that cost at most this are merged, and 0 merges nothing."
     ),
-    "training_merge_share": Range(
-        "in (0, 1]", lambda x: 0 < x <= 1, "it is the least share that training merges to, and 1 draws no shares."
+    "training_merge_share": MORE_THAN_NOTHING._replace(
+        what="it is the least share that training merges to, and 1 draws no shares."
     ),
     "tau_alpha": Range("finite", math.isfinite),
     "tau_sigma": NOT_NEGATIVE,
