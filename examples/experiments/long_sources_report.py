@@ -1,7 +1,13 @@
 """The report of long_sources.py."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 from runner import table_of_rows
+
+sys.path.append(str(Path(__file__).parents[1]))  # the examples
+import word_errors
 
 ALL = "all"
 Group = list[dict]  # the records of all seeds
@@ -28,10 +34,8 @@ def percent(group: Group, length: int, row: str, share: float) -> str:
 
 def difference(first: np.ndarray, second: np.ndarray) -> str:
     """In points, with an interval of 95 % of a bootstrap over sources."""
-    gap, asked = first[:, 0] - second[:, 0], first[:, 1]
-    draws = np.random.default_rng(0).integers(0, len(gap), (10_000, len(gap)))
-    low, high = np.percentile(100 * gap[draws].sum(1) / asked[draws].sum(1), [2.5, 97.5])
-    return f"{100 * gap.sum() / asked.sum():+.1f} [{low:+.1f}, {high:+.1f}]"
+    found = word_errors.difference(second[:, 0], first[:, 0], first[:, 1])
+    return f"{found['difference']:+.1f} [{found['low']:+.1f}, {found['high']:+.1f}]"
 
 
 def by_row(group: Group, length: int) -> str:
