@@ -60,21 +60,23 @@ def speak(text: str, program: str, voice: str) -> np.ndarray:
         return read(path)
 
 
-def recorded(folder: Path, seed: int) -> tuple[list[Utterance], list[Utterance]]:
-    """The recordings of a folder, up to 30 seconds of each: half to train and half to test on.
+def recorded(folder: Path) -> list[Utterance]:
+    """The recordings of a folder, up to 30 seconds of each.
 
     What is said is taken from a text file of the same name, if there is one.
+
+    Raises:
+        SystemExit: there are none.
     """
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".wav", ".flac", ".ogg", ".mp3"))
-    if len(paths) < 2:
-        raise SystemExit(f"{folder} has {len(paths)} recordings (.wav, .flac, .ogg, .mp3): at least two are needed.")
-    random.Random(seed).shuffle(paths)
+    if not paths:
+        raise SystemExit(f"{folder} has 0 recordings (.wav, .flac, .ogg, .mp3): at least one is needed.")
     made = []
     for path in paths:
         said = path.with_suffix(".txt")
         text = said.read_text(encoding="utf-8").strip() if said.exists() else None
         made.append(Utterance(read(path)[: 30 * RATE], text))
-    return made[::2], made[1::2]
+    return made
 
 
 def read(path: Path) -> np.ndarray:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from bbe import clauses
-from speech import RATE, Utterance, read, speak
+from speech import RATE, Utterance, read, recorded, speak
 
 # None of them has been listened to while merging was found, which was with awb and kal16.
 VOICES = (("flite", "slt"), ("flite", "rms"), ("espeak-ng", "en-us"), ("espeak-ng", "en-gb-x-rp"))
@@ -63,10 +63,7 @@ def spoken(text: str, turn: int, voices: tuple[tuple[str, str], ...]) -> Utteran
 def recordings(folder: Path | None) -> list[Utterance]:
     """Those of a folder with transcripts; or what the packages pocketsphinx-testdata and alsa-utils ship."""
     if folder is not None:
-        paths = sorted(
-            path for path in folder.iterdir() if path.with_suffix(".txt").exists() and path.suffix != ".txt"
-        )
-        return [Utterance(read(path)[: 30 * RATE], path.with_suffix(".txt").read_text().strip()) for path in paths]
+        return [utterance for utterance in recorded(folder) if utterance.text is not None]
     made = []
     sphinx = Path("/usr/share/pocketsphinx/test/data")
     for transcripts in (sphinx / "librivox/transcription", sphinx / "cards/cards.transcription"):

@@ -22,7 +22,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # the examples
 
 import torch
 from peft import LoraConfig, get_peft_model
-from speech import RATE, Utterance, read, with_noise
+from speech import RATE, Utterance, recorded, with_noise
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -164,10 +164,7 @@ METHODS = {
 
 def utterances_of(options: argparse.Namespace) -> list[Utterance]:
     if options.audio is not None:
-        paths = sorted(x for x in options.audio.iterdir() if x.suffix.lower() in (".wav", ".flac", ".ogg", ".mp3"))
-        if not paths:
-            raise SystemExit(f"--audio {options.audio} has no recordings (.wav, .flac, .ogg, .mp3).")
-        return [Utterance(read(path)[: 30 * RATE]) for path in paths]
+        return recorded(options.audio)
     made = to_train_on(options.utterances, options.seed)
     return made[::2] + with_noise(made[1::2], NOISE, options.seed)
 

@@ -96,17 +96,16 @@ def test_noise_is_as_loud_as_asked(decibels):
     assert ratio == pytest.approx(decibels, abs=0.1) and noisy.text == "text"
 
 
-def test_recordings_are_resampled_and_split(tmp_path):
+def test_recordings_are_resampled(tmp_path):
     for i in range(5):
         soundfile.write(tmp_path / f"{i}.wav", np.stack([tones(1.0)] * 2, axis=1), 22050)
     (tmp_path / "3.txt").write_text("three\n")
-    parts = speech.recorded(tmp_path, seed=0)
-    assert [len(part) for part in parts] == [3, 2]
-    everything = parts[0] + parts[1]
+    everything = speech.recorded(tmp_path)
+    assert len(everything) == 5
     assert sorted(utterance.text or "" for utterance in everything) == ["", "", "", "", "three"]
     assert all(len(utterance.sound) == round(RATE * RATE / 22050) for utterance in everything)
     with pytest.raises(SystemExit, match="has 0 recordings"):
-        speech.recorded(tmp_path.parent, seed=0)
+        speech.recorded(tmp_path.parent)
 
 
 def test_says_what_is_missing(monkeypatch):
