@@ -63,7 +63,10 @@ def spoken(text: str, turn: int, voices: tuple[tuple[str, str], ...]) -> Utteran
 def recordings(folder: Path | None) -> list[Utterance]:
     """Those of a folder with transcripts; or what the packages pocketsphinx-testdata and alsa-utils ship."""
     if folder is not None:
-        return [utterance for utterance in recorded(folder) if utterance.text is not None]
+        made = [utterance for utterance in recorded(folder) if utterance.text is not None]
+        if not made:
+            raise SystemExit(f"No recording of {folder} has a transcript: put a .txt of the same name beside it.")
+        return made
     made = []
     sphinx = Path("/usr/share/pocketsphinx/test/data")
     for transcripts in (sphinx / "librivox/transcription", sphinx / "cards/cards.transcription"):

@@ -99,7 +99,10 @@ def test_noise_is_as_loud_as_asked(decibels):
 def test_recordings_are_resampled(tmp_path):
     for i in range(5):
         soundfile.write(tmp_path / f"{i}.wav", np.stack([tones(1.0)] * 2, axis=1), 22050)
+    with pytest.raises(SystemExit, match=r"No recording of .* has a transcript: put a .txt"):
+        whisper_speech.recordings(tmp_path)
     (tmp_path / "3.txt").write_text("three\n")
+    assert [utterance.text for utterance in whisper_speech.recordings(tmp_path)] == ["three"]
     everything = speech.recorded(tmp_path)
     assert len(everything) == 5
     assert sorted(utterance.text or "" for utterance in everything) == ["", "", "", "", "three"]
