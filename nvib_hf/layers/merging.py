@@ -18,6 +18,7 @@ Source: this project, by the reduction of mixtures. If all masses are equal at t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -31,6 +32,9 @@ from .settings import check_choice
 
 Limit = float | Sequence[float] | Tensor
 ORDERS = ("neighbours", "any")
+# Neighbours are at most so many places apart. Some encoders write silence in two kinds of vectors that take turns, which
+# a reach of 1 cannot merge: Whisper base then spends most of its vectors there, and lacks them where somebody speaks.
+REACH = 4
 # In a round, costs within one step of their logarithm count as equal, and a pseudo-random number of each pair decides
 # between equal costs. Otherwise, on a slope or among equal vectors, each pair would wait a round for its neighbour.
 STEP = 0.03
@@ -64,7 +68,6 @@ def merge(
     logvar: Tensor | None = None,
     fixed: Tensor | None = None,
     order: str = "neighbours",
-    power: float = 0.5,
 ) -> Merged:
     r"""Fewer vectors with the mass of all, merged where that costs least.
 
@@ -74,11 +77,13 @@ def merge(
 
     Groups :math:`C` grow by merging pairs. The next pair is the one with the lowest cost
 
-    .. math:: c_{ij} = \Bigl(\frac{w_i w_j}{w_i + w_j}\Bigr)^p \lVert z_i - z_j \rVert^2
+    .. math:: c_{ij} = \min\Bigl(1, \frac{2 w_i w_j}{w_i + w_j}\Bigr) \lVert z_i - z_j \rVert^2
 
-    Masses are in units of the example's mean mass, so that its length and the weights' normaliser do not matter. A
-    round merges all pairs of mutually nearest vectors, cheapest first, until enough are merged. The choice of groups
-    has no gradient; masses, means and variances have.
+    Masses are in units of the example's mean mass, so that its length and the weights' normaliser do not matter. What
+    weighs next to nothing costs next to nothing. Between vectors of more than the mean mass only the distance counts:
+    a query that looks for one of them reads that one, whatever the mass of the other. A round merges all pairs of
+    mutually nearest vectors, cheapest first, until enough are merged. The choice of groups has no gradient; masses,
+    means and variances have.
 
     Args:
         z: vectors before any projection, ``(B, Nl, P)``.
@@ -89,23 +94,22 @@ def merge(
             as one number or one per example.
         logvar: log-variances ``(B, Nl, P)``, ``-inf`` for 0. The spread of merged vectors is added.
         fixed: ``(B, Nl)``, True where a vector is neither merged nor counted (the prior's component).
-        order: ``"neighbours"`` merges neighbours; fixed and absent vectors between them do not count. ``"any"`` merges
-            any two vectors. It compares all pairs in every round, and needs many rounds if few pairs are mutually
-            nearest (a minute for 1500 random vectors of many dimensions).
-        power: :math:`p`. 1 is Ward's criterion, the increase of the spread; less lets heavy vectors merge sooner.
+        order: ``"neighbours"`` merges vectors that are at most ``REACH`` places apart; those that are merged already,
+            fixed or absent do not count. ``"any"`` merges any two vectors. It compares all pairs in every round, and
+            needs many rounds if few pairs are mutually nearest (a minute for 1500 random vectors of many dimensions).
 
     Raises:
         ValueError: shapes do not fit; none or several of num_vectors, share and cost; a value is out of range.
 
-    Source: this project; p = 1, Ward (1963). With ``order="any"`` the rounds are those of agglomerative clustering by
-    reciprocal nearest neighbours (Murtagh, 1983).
+    Source: this project. Without the 1 the cost is twice Ward's criterion (1963), the increase of the spread. With
+    ``order="any"`` the rounds are those of agglomerative clustering by reciprocal nearest neighbours (Murtagh, 1983).
     """
-    _check(z, log_mass, logvar, fixed, order, power)
+    _check(z, log_mass, logvar, fixed, order)
     present = log_mass > float("-inf")
     mergeable = present if fixed is None else present & ~fixed
     fewest, highest_cost = _limits(num_vectors, share, cost, mergeable.sum(-1))
     with torch.no_grad():
-        assignment = _assign(z, log_mass, present, mergeable, fewest, highest_cost, order, power)
+        assignment = _assign(z, log_mass, present, mergeable, fewest, highest_cost, order)
     return _reduced(z, log_mass, logvar, assignment)
 
 
@@ -145,7 +149,7 @@ def merge_in_place(z: Tensor, log_mass: Tensor, share: float) -> MergedInPlace:
     )
 
 
-def _check(z: Tensor, log_mass: Tensor, logvar: Tensor | None, fixed: Tensor | None, order: str, power: float) -> None:
+def _check(z: Tensor, log_mass: Tensor, logvar: Tensor | None, fixed: Tensor | None, order: str) -> None:
     """Raise ValueError if shapes do not fit together, or a setting is outside its range."""
     if z.dim() != 3:
         raise ValueError(f"z must be (B, Nl, P), but has shape {tuple(z.shape)}.")
@@ -159,8 +163,6 @@ def _check(z: Tensor, log_mass: Tensor, logvar: Tensor | None, fixed: Tensor | N
     if fixed is not None and fixed.dtype != torch.bool:
         raise ValueError(f"fixed must be boolean, True = never merged, but is {fixed.dtype}. Pass fixed.bool().")
     check_choice("order", order, ORDERS)
-    if not 0 <= power < float("inf"):
-        raise ValueError(f"power must be a number of at least 0, but got {power}. 1 is Ward's criterion.")
 
 
 def _limits(
@@ -212,7 +214,6 @@ def _assign(
     fewest: Tensor,
     highest_cost: Tensor,
     order: str,
-    power: float,
 ) -> Tensor:
     """``Merged.assignment``: groups of mergeable vectors; a fixed vector is a group of its own."""
     count = mergeable.sum(-1)
@@ -222,7 +223,7 @@ def _assign(
     mass = log_mass.to(vectors.dtype).gather(1, first).masked_fill(~there, float("-inf"))
     mean_mass = mass.logsumexp(-1, keepdim=True) - count[:, None].log()
     mass = torch.where(there, mass - mean_mass, 0.0)
-    labels = _groups(vectors, mass, count, fewest, highest_cost, order, power)
+    labels = _groups(vectors, mass, count, fewest, highest_cost, order)
 
     # A group has the position of its first vector: labels rise from one such vector to the next.
     labels = labels.masked_fill(~there, -1)
@@ -237,7 +238,7 @@ def _assign(
 
 
 def _groups(
-    z: Tensor, log_mass: Tensor, count: Tensor, fewest: Tensor, highest_cost: Tensor, order: str, power: float
+    z: Tensor, log_mass: Tensor, count: Tensor, fewest: Tensor, highest_cost: Tensor, order: str
 ) -> Tensor:
     """The groups ``(B, M)`` of each example's first ``count`` vectors, numbered by the groups' first vectors."""
     nearest = _nearest_neighbours if order == "neighbours" else _nearest_of_any
@@ -245,7 +246,7 @@ def _groups(
     while z.shape[1] > 1:
         position = torch.arange(z.shape[1], device=z.device)
         present = position < count[:, None]
-        key, partner, log_cost = nearest(z, log_mass, present, highest_cost[:, None], power)
+        key, partner, log_cost = nearest(z, log_mass, present, highest_cost[:, None])
         rank = key.argsort(dim=-1, stable=True).argsort(dim=-1)
         # The pair with the lowest key is always mutually nearest. So each round merges a pair, if any pair may merge.
         mutual = (partner.gather(1, partner) == position) & key.isfinite()
@@ -278,9 +279,10 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, (index + start).flatten()).view(*index.shape, x.shape[-1])
 
 
-def _log_cost(squared_distance: Tensor, first: Tensor, second: Tensor, power: float) -> Tensor:
+def _log_cost(squared_distance: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """The logarithm of the cost of pairs, by the log masses of both; ``-inf`` for equal vectors."""
-    return squared_distance.log() + power * (first + second - torch.logaddexp(first, second))
+    harmonic_mean = math.log(2) + first + second - torch.logaddexp(first, second)
+    return squared_distance.log() + harmonic_mean.clamp(max=0)
 
 
 def _key(log_cost: Tensor, first: Tensor, second: Tensor) -> Tensor:
@@ -290,26 +292,28 @@ def _key(log_cost: Tensor, first: Tensor, second: Tensor) -> Tensor:
 
 
 def _nearest_neighbours(
-    z: Tensor, log_mass: Tensor, present: Tensor, highest_cost: Tensor, power: float
+    z: Tensor, log_mass: Tensor, present: Tensor, highest_cost: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The nearer neighbour of each vector, in the form of ``_nearest_of_any``."""
-    position = torch.arange(z.shape[1], device=z.device)
-    distance = torch.linalg.vector_norm(z[:, 1:] - z[:, :-1], dim=-1).square()
-    log_cost = _log_cost(distance, log_mass[:, :-1], log_mass[:, 1:], power)
-    barred = ~present[:, 1:] | (log_cost > highest_cost)
-    key = _key(log_cost, position[:-1], position[1:]).masked_fill(barred, float("inf"))
-    before, after = F.pad(key, (1, 0), value=float("inf")), F.pad(key, (0, 1), value=float("inf"))
-    backward = before <= after
-    partner = torch.where(backward, position - 1, position + 1).clamp(min=0)
-    return (
-        torch.minimum(before, after),
-        partner,
-        torch.where(backward, F.pad(log_cost, (1, 0)), F.pad(log_cost, (0, 1))),
-    )
+    """The nearest of the vectors at most ``REACH`` places away, in the form of ``_nearest_of_any``."""
+    length = z.shape[1]
+    position = torch.arange(length, device=z.device)
+    keys, costs, partners = [], [], []
+    for apart in range(1, min(REACH, length - 1) + 1):
+        distance = torch.linalg.vector_norm(z[:, apart:] - z[:, :-apart], dim=-1).square()
+        log_cost = _log_cost(distance, log_mass[:, :-apart], log_mass[:, apart:])
+        barred = ~present[:, apart:] | (log_cost > highest_cost)
+        key = _key(log_cost, position[:-apart], position[apart:]).masked_fill(barred, float("inf"))
+        for before, after in ((apart, 0), (0, apart)):  # of the later vector of each pair, and of the earlier one
+            keys.append(F.pad(key, (before, after), value=float("inf")))
+            costs.append(F.pad(log_cost, (before, after)))
+            partners.append((position - before + after).clamp(0, length - 1))
+    key, which = torch.stack(keys).min(0)
+    log_cost = torch.stack(costs).gather(0, which[None])[0]
+    return key, torch.stack(partners)[which, position], log_cost
 
 
 def _nearest_of_any(
-    z: Tensor, log_mass: Tensor, present: Tensor, highest_cost: Tensor, power: float
+    z: Tensor, log_mass: Tensor, present: Tensor, highest_cost: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The nearest other of each vector: its key (``inf`` if there is none), its position, and the log of its cost.
 
@@ -322,7 +326,7 @@ def _nearest_of_any(
     norms = products.diagonal(dim1=1, dim2=2)
     both = norms[:, :, None] + norms[:, None]
     distance = (both - products - products.transpose(1, 2)).clamp(min=0)
-    log_cost = _log_cost(distance, log_mass[:, :, None], log_mass[:, None], power)
+    log_cost = _log_cost(distance, log_mass[:, :, None], log_mass[:, None])
     keys = _key(
         log_cost,
         torch.minimum(position[:, None], position),
@@ -334,7 +338,7 @@ def _nearest_of_any(
     other &= ~(resolved & (log_cost > highest_cost[:, :, None]))
     key, partner = keys.masked_fill(~other, float("inf")).min(-1)
     exact = torch.linalg.vector_norm(z - _rows(z, partner), dim=-1).square()
-    return key, partner, _log_cost(exact, log_mass, log_mass.gather(1, partner), power)
+    return key, partner, _log_cost(exact, log_mass, log_mass.gather(1, partner))
 
 
 # What groups are replaced by
@@ -374,7 +378,7 @@ def _reduced(z: Tensor, log_mass: Tensor, logvar: Tensor | None, assignment: Ten
 
 
 def naive_merge(
-    z: Tensor, log_mass: Tensor, num_vectors: int, order: str = "neighbours", power: float = 0.5
+    z: Tensor, log_mass: Tensor, num_vectors: int, order: str = "neighbours"
 ) -> Merged:
     """The definition of :func:`merge`, for one example ``(Nl, P)``, ``(Nl,)``: always the cheapest pair. For tests."""
     z, mass = z.double(), log_mass.double().exp()
@@ -387,8 +391,9 @@ def naive_merge(
 
     while len(groups) > num_vectors:
         total, mean = moments()
-        costs = (1 / (1 / total[:, None] + 1 / total)) ** power * (mean[:, None] - mean).square().sum(-1)
-        pairs = torch.ones_like(costs).triu(1).tril(1 if order == "neighbours" else len(groups))
+        harmonic_mean = 2 / (1 / total[:, None] + 1 / total)
+        costs = harmonic_mean.clamp(max=1) * (mean[:, None] - mean).square().sum(-1)
+        pairs = torch.ones_like(costs).triu(1).tril(REACH if order == "neighbours" else len(groups))
         i, j = divmod(int(costs.masked_fill(pairs == 0, float("inf")).argmin()), len(groups))
         groups[i] = groups[i] + groups.pop(j)
     assignment = torch.full((len(z),), -1)
