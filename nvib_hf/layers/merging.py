@@ -32,7 +32,7 @@ from .settings import check_choice
 
 Limit = float | Sequence[float] | Tensor
 ORDERS = ("neighbours", "any")
-# Neighbours are at most so many places apart. Some encoders write silence in two kinds of vectors that take turns, which
+# Neighbours are at most so many places apart. Some encoders write silence in kinds of vectors that take turns, which
 # a reach of 1 cannot merge: Whisper base then spends most of its vectors there, and lacks them where somebody speaks.
 REACH = 4
 # In a round, costs within one step of their logarithm count as equal, and a pseudo-random number of each pair decides
@@ -237,9 +237,7 @@ def _assign(
     return torch.where(mergeable, merged_into, place).masked_fill(~present, -1)
 
 
-def _groups(
-    z: Tensor, log_mass: Tensor, count: Tensor, fewest: Tensor, highest_cost: Tensor, order: str
-) -> Tensor:
+def _groups(z: Tensor, log_mass: Tensor, count: Tensor, fewest: Tensor, highest_cost: Tensor, order: str) -> Tensor:
     """The groups ``(B, M)`` of each example's first ``count`` vectors, numbered by the groups' first vectors."""
     nearest = _nearest_neighbours if order == "neighbours" else _nearest_of_any
     labels = torch.arange(z.shape[1], device=z.device).expand(log_mass.shape)
@@ -377,9 +375,7 @@ def _reduced(z: Tensor, log_mass: Tensor, logvar: Tensor | None, assignment: Ten
     return Merged(mean.to(z.dtype), log_of_positive(sums) + highest, variance, total(present.long()), assignment)
 
 
-def naive_merge(
-    z: Tensor, log_mass: Tensor, num_vectors: int, order: str = "neighbours"
-) -> Merged:
+def naive_merge(z: Tensor, log_mass: Tensor, num_vectors: int, order: str = "neighbours") -> Merged:
     """The definition of :func:`merge`, for one example ``(Nl, P)``, ``(Nl,)``: always the cheapest pair. For tests."""
     z, mass = z.double(), log_mass.double().exp()
     mass = mass / mass[mass > 0].mean()
