@@ -265,7 +265,7 @@ class NvibLatentsMixin(LearnedPriorMixin):
             cost: merge as long as a pair costs at most this; 0 merges equal vectors alone. Exactly one of the three is
                 given, as a number or one per row. Padding, dropped vectors and the prior's component do not count, and
                 stay out; in latents that come from no text all may be merged.
-            order: ``"neighbours"`` merges what is next to each other, ``"any"`` any two, which takes longer.
+            order: ``"neighbours"`` merges what is at most four places apart, ``"any"`` any two, which takes longer.
 
         Returns:
             Latents of which ``num_vectors`` counts merged vectors and ``prop_vectors`` their share of the source

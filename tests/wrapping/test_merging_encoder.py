@@ -36,7 +36,7 @@ def decoder_inputs(family):
 
 # -------------------------------------------------------------------------------------------------- what is computed
 @pytest.mark.parametrize("layer", [0, 1])
-@pytest.mark.parametrize(("family", "share"), [("bart", 0.85), ("whisper", 0.95)])
+@pytest.mark.parametrize(("family", "share"), [("bart", 0.85), ("whisper", 0.98)])
 @torch.no_grad()
 def test_it_is_the_base_whose_layers_above_see_fewer_vectors_and_a_bias(family, share, layer):
     """The base's own layers, called one after the other, with the logarithm of the masses added to their scores."""
@@ -51,7 +51,7 @@ def test_it_is_the_base_whose_layers_above_see_fewer_vectors_and_a_bias(family, 
         if layer == 1 and family == "whisper":  # the last of its states has gone through the norm
             hidden = encoder(**read, output_hidden_states=True).hidden_states[1]
             x = _output(encoder.layers[1](hidden, None))[row]
-        # So few pairs are merged that rounds and one pair after the other merge the same.
+        # So few pairs are merged, in Whisper one, that rounds and one pair after the other merge the same.
         made = naive_merge(x, torch.zeros(len(x)), round(share * len(x)))
         states, bias = made.z.float()[None], made.log_mass.float()[None, None, None]
         for above in encoder.layers[layer + 1 :]:
