@@ -38,8 +38,9 @@ def decoder_inputs(family):
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize(("family", "share"), [("bart", 0.85), ("whisper", 0.98)])
 @torch.no_grad()
-def test_it_is_the_base_whose_layers_above_see_fewer_vectors_and_a_bias(family, share, layer):
+def test_it_is_the_base_whose_layers_above_see_fewer_vectors_and_a_bias(family, share, layer, monkeypatch):
     """The base's own layers, called one after the other, with the logarithm of the masses added to their scores."""
+    monkeypatch.setattr("nvib_hf.layers.merging.STEP", 1e-4)  # else pairs that cost about the same count as equal
     base, inputs = tiny_base(family).eval(), tiny_inputs(family)
     model = merging(family, {layer: share})
     encoder = base.get_encoder()
