@@ -6,7 +6,8 @@ more. A few stored vectors stand for the rest of the window, and share the mass 
 
 .. math:: w_k = \frac{N - n}{K}, \qquad k = 1 \ldots K
 
-for a window of ``N`` vectors, ``n`` of them encoded.
+for a window of ``N`` vectors, ``n`` of them encoded. If the encoder's layers merge vectors, each one left of the ``n``
+has the mass of all that it replaces, so that the whole window always has the mass ``N``.
 
 Source: this project.
 """
@@ -20,7 +21,6 @@ from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
@@ -29,6 +29,8 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from ..configuration_nvib import NvibConfig
 from ..layers.exporting import check_not_exporting
 from .base import run_encoder
+from .self_attention import ForwardPass
+from .stacked_encoder import left_by_layers
 
 MARGIN = 25  # vectors encoded after the sound, half a second
 STRIDE = 2  # frames of features for each vector
@@ -43,9 +45,9 @@ BESIDE_SPEECH = -0.75
 class Heard(NamedTuple):
     """Vectors of sound ``(B, Ns, H)``, then of silence, and the encoder's own output.
 
-    ``padding`` ``(B, Ns)``, True = padding; ``log_mass`` ``(B, Ns)``, relative to one vector of the encoder;
-    ``stored``: how many of the last vectors are stored, 0 if the whole window was encoded; ``window``: how many
-    vectors the encoder makes from a whole window.
+    ``padding`` ``(B, Ns)``, True = padding; ``log_mass`` ``(B, Ns)``, relative to one vector of the encoder that is
+    not merged; ``stored``: how many of the last vectors are stored, 0 if the whole window was encoded; ``window``: how
+    many vectors the encoder makes from a whole window, before any are merged.
     """
 
     outputs: BaseModelOutput
@@ -71,7 +73,7 @@ class SoundMixin(nn.Module):
             ValueError: the base is not Whisper; its encoder's layers drop vectors.
         """
         encoder = self.base.get_encoder()
-        check_encoder(encoder, self._has_stacked_encoder)
+        check_encoder(encoder, self.config.drops and "encoder" in self.config.attentions)
         weight = encoder.conv1.weight
         self.register_buffer("silence", weight.new_zeros(STORED, encoder.config.d_model))
 
@@ -87,17 +89,18 @@ class SoundMixin(nn.Module):
         return self
 
 
-def check_encoder(encoder: nn.Module, stacked: bool) -> None:
-    """Raise ValueError unless the encoder's window can be cut."""
+def check_encoder(encoder: nn.Module, drops: bool) -> None:
+    """Raise ValueError unless the encoder's window can be cut, and its layers drop no vectors."""
     if not isinstance(encoder, WhisperEncoder):
         raise ValueError(
             f"encode_sound_only is for Whisper, whose encoder always runs over a window of the same length, but the "
             f"encoder is a {type(encoder).__name__}. Leave it off: other encoders mask their padding."
         )
-    if stacked:
+    if drops:
         raise ValueError(
-            "encode_sound_only does not work with an encoder whose layers drop vectors or accumulate pseudo-counts. "
-            "Leave the encoder out of attentions, or encode_sound_only off."
+            "encode_sound_only does not work with an encoder whose layers drop vectors, because what they drop of "
+            "silence would be missing from the stored vectors. Leave the encoder out of attentions, or "
+            "encode_sound_only off."
         )
 
 
@@ -137,13 +140,14 @@ def heard_frames(features: Tensor, attention_mask: Tensor | None) -> Tensor:
     return torch.minimum((attention_mask.bool() * place).amax(-1) + STRIDE * MARGIN, frames)
 
 
-def hear(base: PreTrainedModel, inputs: dict, silence: Tensor) -> Heard:
+def hear(base: PreTrainedModel, inputs: dict, silence: Tensor, stacked: bool = False) -> Heard:
     """Run the encoder over the sound of ``input_features``, and add ``silence`` ``(K, H)`` with the mass of the rest.
 
     Examples do not depend on each other: no attention sees what comes after a shorter sound and its margin.
 
     Args:
         inputs: the encoder's inputs, by name. Frames whose mask is 0 after all others are not encoded.
+        stacked: whether the encoder's layers pass on what they merge.
     """
     check_not_exporting("encode_sound_only", "Export with model.config.encode_sound_only = False.")
     encoder = base.get_encoder()
@@ -161,15 +165,19 @@ def hear(base: PreTrainedModel, inputs: dict, silence: Tensor) -> Heard:
     cut = cut_encoder(encoder, longest, padding if (numbers < longest).any() else None)
     outputs, _ = run_encoder(base, {"input_features": features, **others}, cut)
     vectors = outputs.last_hidden_state
+    left = left_by_layers(vectors) if stacked else None
+    padding, log_mass = (padding, None) if left is None else (~left.keep, left.log_mass)
     if (numbers == window).all():
-        return Heard(outputs, vectors, None, None, 0, window)
+        return Heard(outputs, vectors, None if left is None else padding, log_mass, 0, window)
+    if log_mass is None:
+        log_mass = vectors.new_zeros(vectors.shape[:2])
     stored = silence.shape[0]
-    left = (window - numbers)[:, None].expand(-1, stored)
+    rest = (window - numbers)[:, None].expand(-1, stored)
     return Heard(
         outputs,
         torch.cat([vectors, silence.to(vectors.dtype).expand(vectors.shape[0], -1, -1)], dim=1),
-        torch.cat([padding, left == 0], dim=1),
-        F.pad((left.clamp(min=1) / stored).log(), (longest, 0)),
+        torch.cat([padding, rest == 0], dim=1),
+        torch.cat([log_mass, (rest.clamp(min=1) / stored).log()], dim=1),
         stored,
         window,
     )
@@ -205,12 +213,19 @@ def run_layer(layer: nn.Module, mask: Tensor, hidden_states: Tensor, attention_m
 
 @torch.no_grad()
 def stored_silence(base: PreTrainedModel, number: int) -> Tensor:
-    """``(number, H)``: encodes a window of silence, cuts it into equal pieces, and takes each piece's mean."""
+    """``(number, H)``: encodes a window of silence, cuts it into equal pieces, and takes each piece's mean.
+
+    A merged vector counts in each place of those that it replaces.
+    """
     encoder = base.get_encoder()
     frames = STRIDE * encoder.config.max_source_positions
     features = encoder.conv1.weight.new_full((1, encoder.config.num_mel_bins, frames), BESIDE_SPEECH)
     training = encoder.training
     encoder.eval()
-    states = encoder(features).last_hidden_state[0]
+    with ForwardPass() as this_pass:
+        states = encoder(features).last_hidden_state[0]
     encoder.train(training)
+    if (left := this_pass.left) is not None and left.log_mass is not None:  # neighbours were merged: the order is kept
+        counts = left.log_mass[0].exp().round().long() * left.keep[0]
+        states = states.repeat_interleave(counts, dim=0)
     return torch.stack([piece.mean(0) for piece in states.tensor_split(number)])

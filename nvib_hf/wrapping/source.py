@@ -8,9 +8,8 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from .base import STATES, check_mask_of_states, check_mask_of_tokens, run_encoder, shortened_mask
-from .self_attention import current_pass
 from .sound import hear
-from .stacked_encoder import check_length_is_left, check_states_are_whole
+from .stacked_encoder import check_states_are_whole, left_by_layers
 
 
 class Source(NamedTuple):
@@ -35,7 +34,7 @@ def read_source(model, inputs: dict) -> Source:
     given = {name: value for name, value in read.items() if name in model._encoder_argument_names}
     stacked, states = model._has_stacked_encoder, inputs.get(STATES)
     if states is None and model.config.encode_sound_only:
-        heard = hear(model.base, given, model.silence)
+        heard = hear(model.base, given, model.silence, stacked)
         share = None if heard.padding is None else (~heard.padding).sum(-1) / heard.window
         return Source(heard.outputs, heard.vectors, heard.padding, heard.log_mass, heard.stored, share)
     if states is None:
@@ -46,10 +45,9 @@ def read_source(model, inputs: dict) -> Source:
         outputs, mask = BaseModelOutput(last_hidden_state=states), inputs.get("attention_mask")
         if mask is not None:
             check_mask_of_states(model.base, mask, states)
-    vectors, this_pass = outputs.last_hidden_state, current_pass() if stacked else None
-    left = None if this_pass is None else this_pass.left
+    vectors = outputs.last_hidden_state
+    left = left_by_layers(vectors) if stacked else None
     if left is not None:
-        check_length_is_left(left.keep, vectors)
         share = left.keep.sum(-1) / left.sources.clamp(min=1)  # of the source, not of what its layers left of it
         return Source(outputs, vectors, ~left.keep, left.log_mass, share=share)
     if mask is not None and mask.shape[1] != vectors.shape[1]:

@@ -210,10 +210,17 @@ def check_states_are_whole(has_stacked_encoder: bool) -> None:
         )
 
 
-def check_length_is_left(keep: Tensor, states: Tensor) -> None:
-    """Raise ValueError if an encoder changes the length after the layers that drop vectors."""
-    if keep.shape[1] != states.shape[1]:
+def left_by_layers(states: Tensor) -> HandedOn | None:
+    """What the layers of the encoder that just ran left of its output ``(B, N', H)``; ``None`` outside of a pass.
+
+    Raises:
+        ValueError: the encoder changes the length after the layers that drop vectors.
+    """
+    this_pass = current_pass()
+    left = None if this_pass is None else this_pass.left
+    if left is not None and left.keep.shape[1] != states.shape[1]:
         raise ValueError(
-            f"The encoder's layers leave {keep.shape[1]} vectors, but it turns them into {states.shape[1]}, so NVIB "
-            "cannot tell which are dropped. Leave 'encoder' out of attentions."
+            f"The encoder's layers leave {left.keep.shape[1]} vectors, but it turns them into {states.shape[1]}, so "
+            "NVIB cannot tell which are dropped. Leave 'encoder' out of attentions."
         )
+    return left
