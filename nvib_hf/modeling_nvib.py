@@ -63,9 +63,7 @@ from .wrapping.wrap import (
     check_attentions,
     check_base,
     cross_attention_of,
-    is_stacked,
     make_layer,
-    put_into_self_attention,
     split_settings,
     wrap,
 )
@@ -147,13 +145,11 @@ class NvibForConditionalGeneration(
         with init.no_init_weights():  # initialize_weights sets all of them
             self.nvib = make_layer(config, width, self.scale)
             halves = {"encoder": base.get_encoder(), "decoder": base.get_decoder()}
-            names = put_into_self_attention(base, halves, config)
+            self._put_into_self_attention(halves)
         self.latent_prior = None
         if config.latent_prior is not None:
             self.latent_prior = LatentPrior(width, **config.latent_prior).float()
             self._keep_in_fp32_modules_strict = [*self._keep_in_fp32_modules_strict, r"latent_prior\.(?!is_fitted)\w+"]
-        self._self_attention_names = {layer: f"base.{name}" for layer, name in names.items()}
-        self._has_stacked_encoder = is_stacked(config)
         self.register_buffer("kl_beta", torch.ones(3))  # of lambda_gaussian, lambda_dirichlet, lambda_vectors
         if config.encode_sound_only:
             self.make_silence()

@@ -27,7 +27,8 @@ from .wrapping.architecture import architecture_class, architecture_name
 from .wrapping.base import load_base
 from .wrapping.pretrained import NvibPreTrainedModel
 from .wrapping.self_attention import ForwardPass
-from .wrapping.wrap import check_unwrapped, put_into_self_attention
+from .wrapping.stacked_encoder import check_merges_as_made
+from .wrapping.wrap import check_unwrapped
 
 
 def classifier_class(
@@ -94,13 +95,7 @@ class NvibEncoderModel(NvibPreTrainedModel):
             )
         if config.latent_prior is not None:
             raise ValueError("latent_prior needs a decoder, but an encoder with a head has none. Leave it out.")
-        off = {"merge_share": 1, "training_merge_share": 1, "merge_cost": 0, "encode_sound_only": False}
-        for name, value in off.items():
-            if getattr(config, name) != value:
-                raise ValueError(
-                    f"{name}={getattr(config, name)} changes what a decoder reads, but an encoder with a head has no "
-                    "decoder. Leave it out."
-                )
+        check_settings_of_a_decoder(config)
         super().__init__(config)
         if base is None:
             architecture = classifier_class(config.base_config, self._autos, config.base_architecture)
@@ -115,8 +110,7 @@ class NvibEncoderModel(NvibPreTrainedModel):
         self.main_input_name = base.main_input_name
         self._auto_name = auto_class(base, self._autos)
         self.base = base
-        names = put_into_self_attention(base, {"encoder": base}, config)
-        self._self_attention_names = {layer: f"base.{name}" for layer, name in names.items()}
+        self._put_into_self_attention({"encoder": base})
         self.register_buffer("kl_beta", torch.ones(3))  # of lambda_gaussian, lambda_dirichlet, lambda_vectors
         self.post_init()
 
@@ -147,6 +141,9 @@ class NvibEncoderModel(NvibPreTrainedModel):
         """
         if generator is not None:
             self._check_generator(generator)
+        if not torch.compiler.is_compiling():  # they may have been set since
+            check_settings_of_a_decoder(self.config)
+            check_merges_as_made(self.config.encoder_merge_share, self._made_to_merge)
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -214,6 +211,18 @@ class NvibForTokenClassification(NvibEncoderModel):
 
 
 logger = logging.get_logger(__name__)
+
+OF_A_DECODER = {"merge_share": 1, "training_merge_share": 1, "merge_cost": 0, "encode_sound_only": False}
+
+
+def check_settings_of_a_decoder(config: NvibConfig) -> None:
+    """Raise ValueError for settings that an encoder with a head would ignore."""
+    for name, off in OF_A_DECODER.items():
+        if getattr(config, name) != off:
+            raise ValueError(
+                f"{name}={getattr(config, name)} changes what a decoder reads, but an encoder with a head has no "
+                "decoder. Leave it out."
+            )
 
 
 def warn_of_a_loss_without_terms(config: NvibConfig) -> None:

@@ -328,7 +328,13 @@ def test_a_wrapped_model_is_refused():
 
 @pytest.mark.parametrize("settings", [{"merge_share": 0.5}, {"encode_sound_only": True}], ids=str)
 def test_what_is_about_a_decoder_is_refused(settings):
-    with pytest.raises(ValueError, match="changes what a decoder reads, but an encoder with a head has no decoder"):
+    says = "changes what a decoder reads, but an encoder with a head has no decoder"
+    with pytest.raises(ValueError, match=says):
         NvibForSequenceClassification.from_base_pretrained(
             BertForSequenceClassification(BertConfig(**BERT)), **settings
         )
+    model = wrap("bert").eval()
+    for name, value in settings.items():
+        setattr(model.config, name, value)
+    with pytest.raises(ValueError, match=says):
+        model(**inputs_of("bert"))

@@ -31,16 +31,17 @@ from .halves import OfTheBaseMixin
 from .hub import auto_map_entry, put_in_place, save_code, written_last
 from .model_card import model_card
 from .self_attention import DenoisingSelfAttention, restore_self_attention
+from .sound import check_silence_is_stored
 from .stacked_encoder import unstack
-from .wrap import hand_back, split_settings, wrap
+from .wrap import hand_back, is_stacked, put_into_self_attention, split_settings, wrap
 
 
 class NvibPreTrainedModel(SinglePrecisionMixin, OfTheBaseMixin, PreTrainedModel):
     """A model of Transformers around a ``base``, with NVIB layers in it.
 
-    A subclass sets ``base``, ``config`` and ``_self_attention_names`` (the modules' names in the model by the names of
-    their layers). Its ``_load_base`` loads a base by name, its ``_read`` runs the modules that read a batch's inputs,
-    and its ``_auto_name`` is the Auto class that loads it. With ``_has_card`` it saves a model card too.
+    A subclass sets ``base`` and ``config``, and calls ``_put_into_self_attention``. Its ``_load_base`` loads a base by
+    name, its ``_read`` runs the modules that read a batch's inputs, and its ``_auto_name`` is the Auto class that
+    loads it. With ``_has_card`` it saves a model card too.
     """
 
     config_class = NvibConfig
@@ -56,7 +57,9 @@ class NvibPreTrainedModel(SinglePrecisionMixin, OfTheBaseMixin, PreTrainedModel)
     base: PreTrainedModel
     config: NvibConfig
     kl_beta: Tensor
-    _self_attention_names: dict[str, str]
+    _self_attention_names: dict[str, str]  # of the modules in the model, by the names of their layers
+    _has_stacked_encoder: bool
+    _made_to_merge: dict[int, float]  # the encoder_merge_share that the encoder's layers were made with
     _load_base: Callable[..., PreTrainedModel]
     _auto_name: str
     _has_card = False
@@ -185,6 +188,8 @@ class NvibPreTrainedModel(SinglePrecisionMixin, OfTheBaseMixin, PreTrainedModel)
         Afterwards ``model.name_or_path`` is the place it was saved or pushed to. Adapters use it as the base's name.
         """
         self.config.check()  # before anything is written
+        if self.config.is_encoder_decoder:
+            check_silence_is_stored(self)
         known = getattr(self.config, "auto_map", None) or {}
         autos = [self._auto_name]
         if self.config.is_encoder_decoder:
@@ -233,6 +238,13 @@ class NvibPreTrainedModel(SinglePrecisionMixin, OfTheBaseMixin, PreTrainedModel)
         self.base.set_input_embeddings(value)
 
     # ------------------------------------------------------------------------------------------- NVIB layers
+    def _put_into_self_attention(self, halves: dict[str, nn.Module]) -> None:
+        """Turn the self-attentions of the base that ``config.attentions`` names into denoising attention."""
+        names = put_into_self_attention(self.base, halves, self.config)
+        self._self_attention_names = {layer: f"base.{name}" for layer, name in names.items()}
+        self._has_stacked_encoder = is_stacked(self.config)
+        self._made_to_merge = dict(self.config.encoder_merge_share or {})
+
     def nvib_layers(self) -> dict[str, NvibLayer]:
         """The NVIB layers: ``"cross"`` between encoder and decoder, ``"encoder.0"``, ..., ``"decoder.0"``, ..."""
         cross = {"cross": self.nvib} if hasattr(self, "nvib") else {}

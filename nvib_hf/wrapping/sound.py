@@ -64,7 +64,6 @@ class SoundMixin(nn.Module):
     base: PreTrainedModel
     config: NvibConfig
     silence: Tensor
-    _has_stacked_encoder: bool
 
     def make_silence(self) -> None:
         """Register a buffer ``silence``, which :meth:`store_silence` or a checkpoint fills.
@@ -87,6 +86,15 @@ class SoundMixin(nn.Module):
         self.silence.copy_(stored_silence(self.base, STORED))
         self.config.encode_sound_only = True
         return self
+
+
+def check_silence_is_stored(model: PreTrainedModel) -> None:
+    """Raise ValueError if ``encode_sound_only`` was set since a model was made, which so has no stored silence."""
+    if model.config.encode_sound_only and not hasattr(model, "silence"):
+        raise ValueError(
+            "encode_sound_only was set in the configuration, but this model has no stored silence. Call "
+            "model.store_silence(), which sets it too, or set it to False."
+        )
 
 
 def check_encoder(encoder: nn.Module, drops: bool) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from .base import STATES, check_mask_of_states, check_mask_of_tokens, run_encoder, shortened_mask
-from .sound import hear
-from .stacked_encoder import check_states_are_whole, left_by_layers
+from .sound import check_silence_is_stored, hear
+from .stacked_encoder import check_merges_as_made, check_states_are_whole, left_by_layers
 
 
 class Source(NamedTuple):
@@ -33,7 +34,10 @@ def read_source(model, inputs: dict) -> Source:
     read = {model._renamed.get(name, name): value for name, value in inputs.items() if value is not None}
     given = {name: value for name, value in read.items() if name in model._encoder_argument_names}
     stacked, states = model._has_stacked_encoder, inputs.get(STATES)
+    if not torch.compiler.is_compiling():  # it may have been set since
+        check_merges_as_made(model.config.encoder_merge_share, model._made_to_merge)
     if states is None and model.config.encode_sound_only:
+        check_silence_is_stored(model)
         heard = hear(model.base, given, model.silence, stacked)
         share = None if heard.padding is None else (~heard.padding).sum(-1) / heard.window
         return Source(heard.outputs, heard.vectors, heard.padding, heard.log_mass, heard.stored, share)

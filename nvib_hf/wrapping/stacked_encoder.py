@@ -201,6 +201,15 @@ def encoder_layer(encoder: nn.Module, name: str) -> str:
     raise ValueError(f"{type(encoder).__name__} keeps {name} in no list of layers, so nothing can be dropped in it.")
 
 
+def check_merges_as_made(now: dict[int, float] | None, made_with: dict[int, float]) -> None:
+    """Raise ValueError if ``encoder_merge_share`` was set since a model was made, which its layers do not see."""
+    if (now or {}) != made_with:
+        raise ValueError(
+            f"encoder_merge_share was set to {now}, but the encoder's layers were made with {made_with or None}, and "
+            "do not see it. Save the model and load it again, or set it when you wrap a base."
+        )
+
+
 def check_states_are_whole(has_stacked_encoder: bool) -> None:
     """Raise ValueError for an encoder's output in place of its inputs, if its layers pass on what they dropped."""
     if has_stacked_encoder:

@@ -234,5 +234,39 @@ def test_what_is_refused_is_named(settings, error, says):
     assert not any("Denoising" in type(module).__name__ for module in base.modules())
 
 
+@pytest.mark.parametrize("made_with, then", [(None, {0: 0.5}), ({0: 0.5}, {0: 0.25}), ({0: 0.5}, None)], ids=str)
+@torch.no_grad()
+def test_a_share_that_was_set_later_is_not_ignored(made_with, then, tmp_path):
+    model, inputs = merging("bart", made_with or {}), tiny_inputs("bart")
+    model.config.encoder_merge_share = then
+    says = "encoder_merge_share was set to .* Save the model and load it again"
+    for call in (
+        lambda: model.encode(**inputs),
+        lambda: model(**inputs, labels=tiny_labels("bart")),
+        lambda: model.generate(**inputs, max_new_tokens=2),
+    ):
+        with pytest.raises(ValueError, match=says):
+            call()
+    model.save_pretrained(tmp_path)
+    expected = merging("bart", then or {}).encode(**inputs)
+    assert_close(NvibForConditionalGeneration.from_pretrained(tmp_path).encode(**inputs).z, expected.z)
+    model.config.encoder_merge_share = made_with
+    assert_close(model.encode(**inputs).z, merging("bart", made_with or {}).encode(**inputs).z)
+    if made_with:  # a change of the configuration's own dict, too
+        model.config.encoder_merge_share[0] = 0.9
+        with pytest.raises(ValueError, match=says):
+            model.encode(**inputs)
+
+
+@torch.no_grad()
+def test_a_share_that_an_encoder_alone_got_later_is_not_ignored():
+    model = NvibForSequenceClassification.from_base_pretrained(BertForSequenceClassification(BertConfig(**SIZES)))
+    ids = torch.tensor([[5, 6, 7]])
+    model(input_ids=ids)
+    model.config.encoder_merge_share = {0: 0.5}
+    with pytest.raises(ValueError, match=r"encoder_merge_share was set to \{0: 0.5\}, .* made with None"):
+        model(input_ids=ids)
+
+
 def test_nothing_merged_is_no_setting():
     assert NvibConfig(attentions=BOTH, encoder_merge_share={}).encoder_merge_share is None

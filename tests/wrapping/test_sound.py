@@ -273,6 +273,26 @@ def test_stored_later(base, model):
     assert torch.equal(later.silence, model.silence) and later.config.encode_sound_only
 
 
+@torch.no_grad()
+def test_the_setting_alone_is_refused(base, tmp_path):
+    """Set in the configuration of a model that stored no silence."""
+    later = wrapped(base, encode_sound_only=False)
+    later.config.encode_sound_only = True
+    x, mask = features(), mask_of(LENGTHS)
+    for call in (
+        lambda: later.encode(input_features=x, attention_mask=mask),
+        lambda: later(input_features=x, attention_mask=mask, labels=decoder_inputs()),
+        lambda: later.generate(x, attention_mask=mask, language="en"),
+        lambda: later.save_pretrained(tmp_path),
+    ):
+        with pytest.raises(ValueError, match=r"encode_sound_only was set .* Call model.store_silence\(\)"):
+            call()
+    assert not list(tmp_path.iterdir())
+    assert later.store_silence().encode(input_features=x, attention_mask=mask).num_vectors.min() < WINDOW
+    later.config.encode_sound_only = False
+    assert later.encode(input_features=x, attention_mask=mask).num_vectors.tolist() == [WINDOW] * 3
+
+
 def test_training_reaches_the_encoder(base):
     """With and without computing the layers again, which see the mask both times."""
     tokens, gradients = decoder_inputs(), []
