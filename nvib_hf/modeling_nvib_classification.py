@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from functools import partial
 
@@ -24,7 +25,7 @@ from .loss import layer_terms, regulariser
 from .outputs import NvibClassifierOutput
 from .versions import warn_if_untested
 from .wrapping.architecture import architecture_class, architecture_name
-from .wrapping.base import load_base
+from .wrapping.base import argument_names, check_known, load_base
 from .wrapping.pretrained import NvibPreTrainedModel
 from .wrapping.self_attention import ForwardPass
 from .wrapping.stacked_encoder import check_merges_as_made
@@ -62,6 +63,21 @@ def auto_class(base: PreTrainedModel, autos: tuple[type, ...]) -> str:
     """The name of the Auto class in ``autos`` that loads such a base. If none does, the name of the first."""
     fitting = (auto for auto in autos if auto._model_mapping.get(type(base.config), None) is type(base))
     return next(fitting, autos[0]).__name__
+
+
+RECORDED = {"output_attentions", "output_hidden_states", "return_dict"}  # Transformers takes them in kwargs
+
+
+def argument_names_of(base: PreTrainedModel) -> frozenset[str] | None:
+    """The names of what a classifier reads: its own arguments, and those that it may hand on to its encoder.
+
+    The kwargs of Transformers' models may hold others, for packed sequences, but attention with NVIB does not read
+    them. ``None`` if a ``forward`` of one's own has kwargs, which may hold anything.
+    """
+    kinds = {parameter.kind for parameter in inspect.signature(base.forward).parameters.values()}
+    if inspect.Parameter.VAR_KEYWORD in kinds and not type(base).forward.__module__.startswith("transformers."):
+        return None
+    return argument_names(base.forward) | argument_names(base.base_model.forward) | RECORDED
 
 
 class NvibEncoderModel(NvibPreTrainedModel):
@@ -111,6 +127,7 @@ class NvibEncoderModel(NvibPreTrainedModel):
         self._auto_name = auto_class(base, self._autos)
         self.base = base
         self._put_into_self_attention({"encoder": base})
+        self._argument_names = argument_names_of(base)  # once: a pass that reads signatures cannot be compiled
         self.register_buffer("kl_beta", torch.ones(3))  # of lambda_gaussian, lambda_dirichlet, lambda_vectors
         self.post_init()
 
@@ -138,7 +155,13 @@ class NvibEncoderModel(NvibPreTrainedModel):
                 takes them.
             labels: as the base takes them.
             generator: for the draws of training.
+
+        Raises:
+            TypeError: an argument that the base does not read.
         """
+        known = self._argument_names
+        if known is not None and not kwargs.keys() <= known:
+            check_known([name for name, value in kwargs.items() if value is not None], type(self).__name__, known)
         if generator is not None:
             self._check_generator(generator)
         if not torch.compiler.is_compiling():  # they may have been set since

@@ -326,6 +326,54 @@ def test_a_wrapped_model_is_refused():
         wrap("bert", model.base)
 
 
+@torch.no_grad()
+@over_models
+def test_an_unknown_argument_is_named(kind):
+    model, inputs = wrap(kind).eval(), inputs_of(kind)
+    name = next(iter(inputs))
+    for given, says in (
+        ({f"{name[:-1]}z": inputs[name]}, f"takes no argument '{name[:-1]}z'. Did you mean '{name}'"),
+        ({**inputs, "atention_mask": None, "attention_maks": 1}, "Did you mean 'attention_mask'"),
+        ({**inputs, "merge_share": 0.5}, "takes no argument 'merge_share'. Leave it out"),
+        ({**inputs, "cu_seq_lens_q": torch.tensor([0, 3])}, "takes no argument 'cu_seq_lens_q'"),
+    ):
+        with pytest.raises(TypeError, match=says):
+            model(**given)
+    output = model(**inputs, output_hidden_states=True, output_attentions=False, return_dict=True, no_such=None)
+    assert len(output.hidden_states) == 3 and output.attentions is None
+
+
+class OwnBert(BertForSequenceClassification):
+    """A base of one's own reads what it likes."""
+
+    def forward(self, input_ids=None, **kwargs):
+        output = super().forward(input_ids=input_ids)
+        output.logits = output.logits * kwargs.get("temperature", 1)
+        return output
+
+
+@torch.no_grad()
+def test_a_base_of_ones_own_may_read_any_argument():
+    model = NvibForSequenceClassification.from_base_pretrained(OwnBert(BertConfig(**BERT))).eval()
+    ids = inputs_of("bert")["input_ids"]
+    torch.testing.assert_close(model(input_ids=ids, temperature=2).logits, 2 * model(input_ids=ids).logits)
+
+
+@torch.no_grad()
+def test_arguments_that_the_encoder_reads_are_handed_on():
+    base = base_of("vit")
+    images = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    expected = base(pixel_values=images, interpolate_pos_encoding=True).logits
+    found = wrap("vit", base).eval()(pixel_values=images, interpolate_pos_encoding=True).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    base, inputs = base_of("bert"), inputs_of("bert")
+    places = torch.arange(7).flip(0).expand(3, -1)
+    expected = base(**inputs, position_ids=places).logits
+    torch.testing.assert_close(
+        wrap("bert", base).eval()(**inputs, position_ids=places).logits, expected, atol=1e-4, rtol=1e-4
+    )
+
+
 @pytest.mark.parametrize("settings", [{"merge_share": 0.5}, {"encode_sound_only": True}], ids=str)
 def test_what_is_about_a_decoder_is_refused(settings):
     says = "changes what a decoder reads, but an encoder with a head has no decoder"

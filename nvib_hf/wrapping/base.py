@@ -372,6 +372,6 @@ def check_known(arguments: Iterable[str], taker: str, known: Iterable[str] = ())
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"Did you mean {close[0]!r}?" if close else "Leave it out."
-            if name in ("merge_share", "merge_cost", "training_merge_share"):
+            if name in ("merge_share", "merge_cost", "training_merge_share") and STATES in known:  # it has latents
                 hint = f"Set model.config.{name}."
             raise TypeError(f"{taker} takes no argument {name!r}. {hint}")
