@@ -22,7 +22,7 @@ from .latents.checks import check_latents, refuse_batch
 from .latents.latents import NvibLatents
 from .latents.merging import merging
 from .wrapping.base import STATES, LatentOutput
-from .wrapping.sound import heard_frames, mark_end, mark_unheard
+from .wrapping.sound import STRIDE, heard_frames, mark_end, mark_unheard, mask_of_marks, warn_without_mask
 
 TOKEN_IDS = ("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
 # Kinds of input. A base reads some of them; the others are refused.
@@ -200,6 +200,9 @@ class LatentView:
     def __call__(self, *args, encoder_outputs=None, input_features=None, **kwargs):
         if encoder_outputs is None and self.packed is not None:  # detect_language(), outside of plain generation
             encoder_outputs, input_features = self._of_rows(input_features), None
+        is_marked = self.model_of_latents.config.encode_sound_only and input_features is not None
+        if is_marked and kwargs.get("attention_mask") is None:  # detect_language() has no mask
+            kwargs["attention_mask"] = mask_of_marks(input_features)
         source = {"encoder_outputs": encoder_outputs, "input_features": input_features}
         return self.model_of_latents(*args, **source, **kwargs)
 
@@ -225,10 +228,12 @@ class LatentView:
                 "return_token_timestamps=True (return_timestamps='word' in a pipeline) reads times off attention to "
                 "every frame, which a latent lacks. Pass return_timestamps=True for the times of segments."
             )
-        mask = kwargs.get("attention_mask")
-        if self.model_of_latents.config.encode_sound_only and self.packed is None and mask is not None:
+        if self.model_of_latents.config.encode_sound_only and self.packed is None:
             inputs = kwargs.pop("input_features", None) if inputs is None else inputs
-            inputs = mark_unheard(inputs, heard_frames(inputs, mask))
+            if inputs is not None and (mask := kwargs.get("attention_mask")) is not None:
+                inputs = mark_unheard(inputs, heard_frames(inputs, mask))
+            elif inputs is not None and inputs.shape[-1] == STRIDE * self.config.max_source_positions:
+                warn_without_mask(inputs)  # longer sound need not end in silence
         given = () if inputs is None else (inputs,)
         return super().generate(*given, generation_config=generation_config, **kwargs)
 
@@ -243,7 +248,8 @@ class LatentView:
         if not self.model_of_latents.config.encode_sound_only:
             return prepare(inputs_tensor, model_kwargs, *args, **kwargs)
         # The mask covers all examples and their whole sound. The windows themselves mark where their sound ends.
-        prepared = prepare(inputs_tensor, {**model_kwargs, "attention_mask": None}, *args, **kwargs)
+        mask = mask_of_marks(inputs_tensor)
+        prepared = prepare(inputs_tensor, {**model_kwargs, "attention_mask": mask}, *args, **kwargs)
         return {**prepared, "attention_mask": model_kwargs.get("attention_mask")}
 
     def _get_input_segment(self, **window):

@@ -25,12 +25,15 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.utils import logging
 
 from ..configuration_nvib import NvibConfig
 from ..layers.exporting import check_not_exporting
 from .base import run_encoder
 from .self_attention import ForwardPass
 from .stacked_encoder import left_by_layers
+
+logger = logging.get_logger(__name__)
 
 MARGIN = 25  # vectors encoded after the sound, half a second
 STRIDE = 2  # frames of features for each vector
@@ -140,12 +143,36 @@ def with_silence(features: Tensor) -> Tensor:
 
 
 def heard_frames(features: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """How many frames of features ``(B, mels, T)`` to encode, ``(B,)``: no NaN, and within the mask and a margin."""
+    """How many frames of features ``(B, mels, T)`` to encode, ``(B,)``: no NaN, and within the mask and a margin.
+
+    Raises:
+        ValueError: a mask ``(B, T)`` of another shape.
+    """
     frames = (~features[:, 0].isnan()).sum(-1)
-    if attention_mask is None or attention_mask.shape != features[:, 0].shape:
+    if attention_mask is None:
         return frames
+    if attention_mask.shape != features[:, 0].shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, but the features {tuple(features.shape)} need "
+            f"{tuple(features[:, 0].shape)}. Pass the mask that the processor returned with them, one value a frame."
+        )
     place = torch.arange(1, features.shape[-1] + 1, device=features.device)
     return torch.minimum((attention_mask.bool() * place).amax(-1) + STRIDE * MARGIN, frames)
+
+
+def mask_of_marks(features: Tensor) -> Tensor:
+    """A mask ``(B, T)`` that says the same as the marks (:func:`mark_unheard`) of features ``(B, mels, T)``."""
+    return (~features[:, 0].isnan()).long()
+
+
+def warn_without_mask(features: Tensor) -> None:
+    """Warn once that nothing tells the length of the sound, unless the features are marked with it."""
+    if not torch.compiler.is_compiling() and not features.isnan().any():
+        logger.warning_once(
+            "encode_sound_only has no attention_mask, so the encoder runs over the whole window, its silence too. Ask "
+            "the processor for the mask: processor(..., return_attention_mask=True), and pass it on. For windows "
+            "without silence pass a mask of ones."
+        )
 
 
 def hear(base: PreTrainedModel, inputs: dict, silence: Tensor, stacked: bool = False) -> Heard:
@@ -162,6 +189,8 @@ def hear(base: PreTrainedModel, inputs: dict, silence: Tensor, stacked: bool = F
     features, window = inputs["input_features"], encoder.config.max_source_positions
     if features.shape[-1] != STRIDE * window:
         run_encoder(base, inputs)  # its error says what it needs
+    if inputs.get("attention_mask") is None:
+        warn_without_mask(features)
     frames = heard_frames(features, inputs.get("attention_mask"))
     numbers = (-(-frames // STRIDE)).clamp(min=min(MARGIN, window))  # (B,)
     longest = int(numbers.max())

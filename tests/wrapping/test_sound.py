@@ -1,12 +1,10 @@
 """Whisper over the sound alone: what is cut is what silence makes of it, and nothing else changes."""
 
-import copy
-
 import pytest
 import torch
 from tiny_models import VOCAB_SIZE, checkpoint_layers, decoder_inputs, tiny_base
 from tiny_nvib import generate
-from transformers import GenerationConfig
+from tiny_sound import FRAMES, LENGTHS, TIMESTAMPS, WINDOW, features, mask_of, whisper_base, wrapped
 
 from nvib_hf import NvibForConditionalGeneration
 from nvib_hf.wrapping import sound, source
@@ -21,47 +19,15 @@ from nvib_hf.wrapping.sound import (
     stored_silence,
 )
 
-WINDOW, FRAMES = 64, 128  # vectors, and the frames they are made of
-TIMESTAMPS = WINDOW + 1
-PROMPTS = {
-    "is_multilingual": True,
-    "lang_to_id": {"<|en|>": 30, "<|fr|>": 31, "<|de|>": 32},
-    "task_to_id": {"transcribe": 33, "translate": 34},
-    "prev_sot_token_id": 35,
-    "no_timestamps_token_id": VOCAB_SIZE - 1,
-    "max_initial_timestamp_index": 10,
-    "max_length": 14,
-    "return_timestamps": False,
-}
-
 
 @pytest.fixture(scope="module")
 def base():
-    base = tiny_base("whisper", max_source_positions=WINDOW, vocab_size=VOCAB_SIZE + TIMESTAMPS)
-    settings = {**base.generation_config.to_dict(), **PROMPTS, "_from_model_config": False}
-    base.generation_config = GenerationConfig(**settings)
-    return base.eval()
+    return whisper_base()
 
 
 @pytest.fixture(scope="module")
 def model(base):
     return wrapped(base)
-
-
-def wrapped(base, **settings) -> NvibForConditionalGeneration:
-    settings = {"encode_sound_only": True, **settings}
-    return NvibForConditionalGeneration.from_base_pretrained(copy.deepcopy(base), **settings).eval()
-
-
-def features(frames: int = FRAMES, batch: int = 3) -> torch.Tensor:
-    return torch.randn(batch, 8, frames, generator=torch.Generator().manual_seed(3))
-
-
-def mask_of(lengths: list[int], frames: int = FRAMES) -> torch.Tensor:
-    return (torch.arange(frames) < torch.tensor(lengths)[:, None]).long()
-
-
-LENGTHS = [40, 20, 61]
 
 
 # ------------------------------------------------------------------------------------ the encoder, cut
@@ -242,6 +208,50 @@ def test_long_sound_is_cut_into_windows(model, monkeypatch):
     assert torch.equal(found["sequences"][0, : alone["sequences"].shape[1]], alone["sequences"][0])
 
 
+# ------------------------------------------------------------------------------------ without a mask, or a wrong one
+@pytest.fixture
+def warnings_said(monkeypatch):
+    said = []
+    monkeypatch.setattr("nvib_hf.wrapping.sound.logger.warning_once", said.append)
+    return said
+
+
+@torch.no_grad()
+def test_sound_of_unknown_length_is_warned_of(model, warnings_said):
+    x, tokens = features(), decoder_inputs()
+    for call in (
+        lambda: model.encode(input_features=x),
+        lambda: model(input_features=x, decoder_input_ids=tokens),
+        lambda: model.generate(x),
+        lambda: model.generate(input_features=x, decoder_input_ids=tokens, max_new_tokens=2),
+    ):
+        call()
+        assert len(warnings_said) == 1 and "return_attention_mask=True" in warnings_said.pop()
+
+
+@torch.no_grad()
+def test_sound_of_known_length_is_not_warned_of(base, model, warnings_said):
+    x, long, tokens = features(), features(300, batch=2), decoder_inputs()
+    for mask in (mask_of([FRAMES] * 3), mask_of(LENGTHS)):
+        model.encode(input_features=x, attention_mask=mask)
+        model(input_features=x, attention_mask=mask, decoder_input_ids=tokens)
+        model.generate(x, attention_mask=mask)  # and detects the languages
+        model.as_whisper()(input_features=x, attention_mask=mask, decoder_input_ids=tokens)
+    model.generate(long, attention_mask=mask_of([300, 170], 300), return_timestamps=True)
+    model.generate(long[:1], return_timestamps=True)  # it ends where it ends
+    model.encode(input_features=mark_unheard(x, torch.tensor(LENGTHS)))
+    model.generate(encoder_outputs=model.encode(input_features=x, attention_mask=mask))
+    wrapped(base, encode_sound_only=False).encode(input_features=x)
+    assert not warnings_said
+
+
+@torch.no_grad()
+def test_a_mask_of_another_length_is_refused(model):
+    for call in (model.encode, model.generate):
+        with pytest.raises(ValueError, match=r"attention_mask has shape \(3, 64\), .* \(3, 8, 128\) need \(3, 128\)"):
+            call(input_features=features(), attention_mask=mask_of([40, 20, 61], 64))
+
+
 # ------------------------------------------------------------------------------------ merged, saved, trained, refused
 @torch.no_grad()
 def test_stored_silence_is_not_merged(model):
@@ -315,113 +325,6 @@ def test_others_are_refused(base):
         wrapped(base, attentions=["cross", "encoder"], alpha_threshold=0.1)
     with pytest.raises(ValueError, match="128"):
         hear(base, {"input_features": features(100)}, torch.zeros(STORED, 32))
-
-
-# ------------------------------------------------------------------------------------ merged inside the encoder
-BOTH = {"attentions": ["cross", "encoder"]}
-
-
-def masses(model, latents, row: int) -> torch.Tensor:
-    """Of the vectors that a row's decoder reads. The stored ones, which are last, have the mass of the rest."""
-    bias = latents.attended(model.scale, "means").bias[row, 1:]
-    bias = bias[latents.log_pi[row, 1:] > -float("inf")].double()
-    number = -(-LENGTHS[row] // 2) + MARGIN
-    return (bias - bias[-1]).exp() * (WINDOW - number) / STORED
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("more", [{}, {"accumulate_alpha": True}], ids=str)
-def test_a_share_of_1_in_the_encoder_changes_nothing(base, more):
-    plain, merging = wrapped(base, **BOTH, **more), wrapped(base, **BOTH, **more, encoder_merge_share={0: 1.0, 1: 1.0})
-    x, mask, tokens = features(), mask_of(LENGTHS), decoder_inputs()
-    torch.testing.assert_close(merging.silence, plain.silence, atol=1e-5, rtol=1e-5)
-    for given in (mask, mask_of([FRAMES] * 3), mask_of([FRAMES, 40, 40])):
-        outputs = [m(input_features=x, attention_mask=given, decoder_input_ids=tokens) for m in (plain, merging)]
-        torch.testing.assert_close(outputs[0].logits, outputs[1].logits, atol=1e-4, rtol=1e-4)
-        for name in ("num_vectors", "prop_vectors"):
-            torch.testing.assert_close(outputs[0][name], outputs[1][name])
-
-
-@torch.no_grad()
-def test_merged_in_the_encoder_the_window_keeps_its_mass(base):
-    model = wrapped(base, **BOTH, encoder_merge_share={0: 0.5, 1: 0.5})
-    x, mask = features(), mask_of(LENGTHS)
-    latents = model.encode(input_features=x, attention_mask=mask)
-    for row, length in enumerate(LENGTHS):
-        number = -(-length // 2) + MARGIN
-        left = round(round(number / 2) / 2)
-        assert latents.num_vectors[row] == left + STORED
-        torch.testing.assert_close(latents.prop_vectors[row], latents.num_vectors[row] / WINDOW)
-        of_row = masses(model, latents, row)
-        assert of_row.sum().item() == pytest.approx(WINDOW, rel=1e-3)
-        counts = of_row[:-STORED]
-        torch.testing.assert_close(counts, counts.round(), atol=0.05, rtol=0)
-        assert counts.round().sum() == number and counts.max() > 1.5
-        seen = latents.z[row, 1:][latents.log_pi[row, 1:] > -float("inf")]
-        torch.testing.assert_close(seen[-STORED:], model.silence)
-    again = model.encode(input_features=x, attention_mask=mask, merge_share=0.5)
-    assert torch.equal(again.num_vectors, ((latents.num_vectors - STORED) * 0.5).round() + STORED)
-    for row in range(3):
-        assert masses(model, again, row).sum().item() == pytest.approx(WINDOW, rel=1e-3)
-
-
-@torch.no_grad()
-def test_the_cut_encoder_merges_as_one_with_a_shorter_window(base):
-    """Another model of the same weights, with a window as long as the sound and its margin, and without a mask."""
-    settings = {**BOTH, "encoder_merge_share": {0: 0.5}}
-    length, number = 40, 20 + MARGIN
-    state, name = base.state_dict(), "model.encoder.embed_positions.weight"
-    shorter = tiny_base("whisper", max_source_positions=number, vocab_size=VOCAB_SIZE + TIMESTAMPS)
-    shorter.load_state_dict({**state, name: state[name][:number]})
-    shorter = wrapped(shorter, **settings, encode_sound_only=False)
-    tokens = decoder_inputs(batch=1)
-    expected = shorter(input_features=features()[:1, :, : 2 * number], decoder_input_ids=tokens)
-    model = wrapped(base, **settings)
-    mask = mask_of([length])
-    found = model(input_features=features()[:1], attention_mask=mask, decoder_input_ids=tokens)
-    assert expected.encoder_last_hidden_state.shape[1] == round(number / 2)
-    torch.testing.assert_close(found.encoder_last_hidden_state, expected.encoder_last_hidden_state)
-    torch.testing.assert_close(found.layer_prop_vectors["encoder.1"], expected.layer_prop_vectors["encoder.1"])
-
-
-@torch.no_grad()
-def test_rows_merged_in_the_encoder_are_merged_by_themselves(base):
-    model = wrapped(base, **BOTH, encoder_merge_share={0: 0.5})
-    x, tokens = features(), decoder_inputs()
-    for lengths in (LENGTHS, [FRAMES, *LENGTHS[1:]]):
-        mask = mask_of(lengths)
-        together = model(input_features=x, attention_mask=mask, decoder_input_ids=tokens)
-        written = model.generate(x, attention_mask=mask, language="en")
-        for row in range(3):
-            of_row = {"input_features": x[[row]], "attention_mask": mask[[row]]}
-            alone = model(**of_row, decoder_input_ids=tokens[[row]])
-            torch.testing.assert_close(together.logits[row], alone.logits[0], atol=1e-4, rtol=0)
-            assert together.num_vectors[row] == alone.num_vectors[0]
-            tokens_alone = model.generate(**of_row, language="en")
-            assert torch.equal(written[row, : tokens_alone.shape[1]], tokens_alone[0])
-
-
-@torch.no_grad()
-def test_merged_silence_is_what_each_place_of_the_window_became(base):
-    """Pieces are of equal time, although some merged vectors are of many places."""
-    model = wrapped(base, **BOTH, encoder_merge_share={0: 0.5})
-    silence = model.base.get_encoder()(torch.full((1, 8, FRAMES), sound.BESIDE_SPEECH)).last_hidden_state[0]
-    assert len(silence) == WINDOW // 2
-    states = stored_silence(model.base, WINDOW)  # pieces of one place
-    assert len(states) == WINDOW
-    runs = torch.unique_consecutive(states, dim=0)
-    torch.testing.assert_close(runs, torch.unique_consecutive(silence, dim=0))
-    torch.testing.assert_close(model.silence, torch.stack([piece.mean(0) for piece in states.tensor_split(STORED)]))
-
-
-def test_training_reaches_an_encoder_that_merges(base):
-    tokens = decoder_inputs()
-    model = wrapped(base, **BOTH, encoder_merge_share={0: 0.5}).train()
-    output = model(input_features=features(), attention_mask=mask_of(LENGTHS), labels=tokens)
-    output.loss.backward()
-    assert output.num_vectors.tolist() == [round((-(-x // 2) + MARGIN) / 2) + STORED for x in LENGTHS]
-    for layer in model.base.get_encoder().layers:
-        assert layer.fc1.weight.grad.isfinite().all() and layer.fc1.weight.grad.abs().max() > 0
 
 
 @torch.no_grad()
