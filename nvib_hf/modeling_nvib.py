@@ -23,7 +23,7 @@ from .configuration_nvib import NvibConfig
 from .generation_nvib import NvibGenerationMixin
 from .latents.checks import check_latents, refuse_batch
 from .latents.latents import NvibLatents
-from .latents.merging import merge_limit, merged, merging
+from .latents.merging import merge_limit, merged_so_far, merging
 from .latents.sampling import NvibLatentsMixin
 from .layers.cross_entropy import IGNORED
 from .layers.denoising_attention import pack
@@ -248,8 +248,8 @@ class NvibForConditionalGeneration(
             latents.prop_vectors = latents.prop_vectors * source.share
         if limit:
             kappa = 1 if latents.logvar is not None else getattr(self.nvib, "kappa", 1)
-            at_ends = {"first": kappa, "last": kappa * source.stored}
-            latents = merged(latents, self.scale, self.config.evaluation, **limit, **at_ends)
+            ends = (kappa, kappa * source.stored)
+            latents = merged_so_far(latents, self.scale, self.config.evaluation, limit, *ends)
         if decode_only and latents.logvar is None:  # in a sample, the draws decide which vectors have weight
             latents = latents.compact()
         return latents, source.outputs

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from ..layers.exporting import check_not_exporting
 from ..layers.merging import Limit, merge
@@ -23,6 +24,8 @@ from .latents import NvibLatents
 
 if TYPE_CHECKING:
     from ..configuration_nvib import NvibConfig
+
+logger = logging.get_logger(__name__)
 
 UNTRACEABLE = (
     "the number of merges depends on the vectors, so one graph cannot hold them. Compile with fullgraph=False, or set "
@@ -95,6 +98,33 @@ def merged(
         weights = result.log_pi.detach().softmax(-1)
         result.effective_vectors = torch.special.entr(weights).sum(-1).exp()
     return result
+
+
+@torch.compiler.disable(reason=UNTRACEABLE)  # type: ignore[untyped-decorator]
+def merged_so_far(
+    latents: NvibLatents,
+    scale: float,
+    evaluation: str,
+    limit: dict[str, float | Tensor],
+    first: int,
+    last: int,
+) -> NvibLatents:
+    """:func:`merged` by a limit of :func:`merge_limit`.
+
+    Warns once if a cost merges all vectors of an input into one. ``first``, ``last``: vectors that are not merged.
+    """
+    fewer: NvibLatents = merged(latents, scale, evaluation, **limit, first=first, last=last)
+    if (cost := limit.get("cost")) is not None:
+        before, after = (x.log_pi > float("-inf") for x in (latents, fewer))
+        several = before[:, first : before.shape[1] - last].sum(-1)  # the others are fixed
+        lost = before.sum(-1) - after.sum(-1)
+        if ((several > first) & (several - lost == 1)).any():  # of a sample, first is how many each vector has drawn
+            logger.warning_once(
+                f"merge_cost={cost} merges all vectors of an input into one. Costs have the scale of the model's "
+                "vectors. To find one, see how many vectors some leave: for cost in (0.001, 0.01, 0.1, 1, 10, 100): "
+                "print(cost, model.merge_latents(latents, cost=cost).num_vectors)."
+            )
+    return fewer
 
 
 def _bias_without_weight(latents: NvibLatents, scale: float, evaluation: str) -> Tensor:

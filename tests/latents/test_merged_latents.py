@@ -243,6 +243,26 @@ def test_a_cost_as_setting_is_that_of_merged_latents(tmp_path):
     assert model.encode(**inputs, merge_share=0.25).num_vectors.tolist() == [2, 1, 2]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [{}, {"kappa": 2}], ids=str)
+def test_a_cost_that_leaves_one_vector_is_warned_of(settings, monkeypatch):
+    said = []
+    monkeypatch.setattr("nvib_hf.latents.merging.logger.warning_once", said.append)
+    model, inputs = tiny_nvib(**settings), tiny_inputs("bart")
+    one = {name: x[:1, :1] for name, x in inputs.items()}
+    for mode in (model.eval, model.train):
+        mode()
+        for quiet in ({"merge_share": 0.01}, {"merge_cost": 1e-6}, {}):
+            model.encode(**inputs, **quiet)
+        model.encode(**one, merge_cost=1e9)  # a single vector before, too
+        assert model.merge_latents(model.encode(**inputs), cost=1e9).num_vectors.max() <= 1  # that is to try costs
+        assert not said
+        assert model.encode(**inputs, merge_cost=1e9).num_vectors.max() <= 1
+        assert len(said) == 1 and said.pop().startswith("merge_cost=1000000000.0 merges all vectors of an input")
+    set_cost(model.eval(), 5e8).generate(**inputs, max_new_tokens=2)
+    assert len(said) == 1 and "merge_cost=500000000.0" in said[0] and "merge_latents(latents, cost=cost)" in said[0]
+
+
 def set_cost(model: NvibForConditionalGeneration, cost: float) -> NvibForConditionalGeneration:
     model.config.merge_cost = cost
     return model
