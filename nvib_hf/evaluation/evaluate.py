@@ -83,7 +83,7 @@ def evaluate(
     """
     texts = check_texts(texts)
     right = texts if targets is None else check_targets(targets, texts)
-    max_length = max_length or length_limit(model, tokenizer)
+    max_length = length_limit(model, tokenizer, max_length)
     if num_pairs and "transport" in methods and hasattr(model, "encode"):
         pot()  # a missing package is reported before the long work
     sizes = {"batch_size": batch_size, "max_length": max_length}

@@ -66,14 +66,15 @@ def length_batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int
 
 def token_lengths(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int = MAX_LENGTH) -> list[int]:
     """How many tokens each text has after it is cut."""
-    return [len(ids) for ids in tokenizer(texts, truncation=True, max_length=max_length).input_ids]
+    return [len(ids) for ids in tokenizer(texts, truncation=True, max_length=min(max_length, UNLIMITED)).input_ids]
 
 
 def encoder_inputs(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int = MAX_LENGTH
 ) -> BatchEncoding:
     """The texts as the encoder takes them: token ids and mask, padded, on the model's device."""
-    inputs = tokenizer(texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+    sizes = {"truncation": True, "max_length": min(max_length, UNLIMITED), "padding": True}
+    inputs = tokenizer(texts, **sizes, return_tensors="pt")
     return inputs.to(model.device)
 
 
@@ -84,7 +85,7 @@ def target_ids(
 
     If the decoder starts with the leading token anyway, such as BERT's [CLS], that token is not a target.
     """
-    targets = tokenizer(text_target=texts, truncation=True, max_length=max_length).input_ids
+    targets = tokenizer(text_target=texts, truncation=True, max_length=min(max_length, UNLIMITED)).input_ids
     labels = [[token] for token in range(3) if token != model.config.pad_token_id]
     inputs = model.prepare_decoder_input_ids_from_labels(torch.tensor(labels, device=model.device))
     starts = {*inputs[:, 0].tolist()}
@@ -100,12 +101,14 @@ def labels_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts:
 
 
 # ------------------------------------------------------------------------------------ texts to latents and back
-def length_limit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many tokens of a text the tokenizer and the model take.
+def length_limit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> int:
+    """``max_length``, or how many tokens of a text the tokenizer and the model take.
 
     This is the least of ``tokenizer.model_max_length`` and the positions of encoder and decoder. If none of them is
-    known, as with T5, it is 512.
+    known, as with T5, it is 512. A ``max_length`` of 10**30, as tokenizers without a limit have it, counts as none.
     """
+    if max_length and max_length < UNLIMITED:
+        return max_length
     config = model.config
     halves = (config.get_text_config(encoder=True), config.get_text_config(decoder=True))
     limits = [getattr(half, name, None) for half in halves for name in POSITIONS]
@@ -149,7 +152,7 @@ def encode_texts(
         >>> len(decode_latents(model, tokenizer, between, max_length=8))
         1
     """
-    texts, max_length = check_texts(texts), max_length or length_limit(model, tokenizer)
+    texts, max_length = check_texts(texts), length_limit(model, tokenizer, max_length)
     with evaluating(model):
         batches = [
             model.encode(**encoder_inputs(model, tokenizer, texts[i : i + batch_size], max_length), **encode_kwargs)
@@ -189,7 +192,7 @@ def decode_latents(
         >>> len(decode_latents(model, tokenizer, latents, max_length=8))
         3
     """
-    max_length = max_length or length_limit(model, tokenizer)
+    max_length = length_limit(model, tokenizer, max_length)
     written: list[str] = []
     with evaluating(model):
         for i in range(0, len(latents), batch_size):
@@ -230,7 +233,7 @@ def reconstruct(
         >>> len(reconstruct(model, tokenizer, texts, max_length=8))
         2
     """
-    texts, max_length = check_texts(texts), max_length or length_limit(model, tokenizer)
+    texts, max_length = check_texts(texts), length_limit(model, tokenizer, max_length)
     written = [""] * len(texts)
     with evaluating(model):
         for batch in length_batches(token_lengths(tokenizer, texts, max_length), batch_size):
@@ -262,7 +265,7 @@ def as_read(
 
     By default the tokenizer's own limit cuts them. Set ``is_target`` for texts that the decoder writes.
     """
-    max_length = max_length or min(tokenizer.model_max_length, UNLIMITED)
+    max_length = min(max_length or tokenizer.model_max_length, UNLIMITED)
     given = {"text_target" if is_target else "text": check_texts(texts)}
     return decoded(tokenizer, tokenizer(**given, truncation=True, max_length=max_length).input_ids)
 
@@ -316,7 +319,7 @@ def kept_tokens(
     to 1), ``token``, ``special`` (an end-of-text mark or the like), ``frequency`` (how often the token occurs in the
     given texts), ``log_alpha`` and ``kept``. The list is empty if latents do not have one pseudo-count per token.
     """
-    texts = check_texts(texts)
+    texts, max_length = check_texts(texts), length_limit(model, tokenizer, max_length)
     encodings = [tokenizer(text, truncation=True, max_length=max_length).input_ids for text in texts]
     frequency = Counter(id for ids in encodings for id in ids)
     special = set(tokenizer.all_special_ids)

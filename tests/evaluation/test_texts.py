@@ -9,8 +9,9 @@ from tiny_nvib import tiny_nvib
 from tiny_text import tiny_tokenizer
 
 import nvib_hf
-from nvib_hf import decode_latents, encode_texts, reconstruct
+from nvib_hf import decode_latents, encode_texts, evaluate, reconstruct
 from nvib_hf.evaluation import texts as module
+from nvib_hf.evaluation.rate_distortion import rate_distortion
 from nvib_hf.evaluation.texts import as_read, length_limit
 
 TEXTS = ["w5 w6 w7", "w8", "w9 w10 w11 w12 w13 w14", "w5 w5 w90", "w20 w21", "w5 w40 w41 w42"]
@@ -90,6 +91,28 @@ def test_the_limit_is_the_least_of_the_tokenizers_and_the_models():
     assert length_limit(wrapped, short) == 6
     assert length_limit(tiny_base("t5"), tiny_tokenizer()) == 512
     assert length_limit(tiny_base("t5"), short) == 6
+
+
+@pytest.mark.parametrize("unlimited", [10**30, int(1e30), 10**18])
+def test_a_length_without_limit_is_the_models(unlimited):
+    """A tokenizer that was saved without a limit has such a number, which no tokenizer takes as a length to cut to."""
+    tokenizer, model, texts = tiny_tokenizer(), tiny_nvib(), TEXTS
+    tokenizer.model_max_length = unlimited
+    with torch.no_grad():
+        model.base.final_logits_bias[0, EOS] = -1e4  # no text ends by itself: the decoder's positions end it
+    given, own = {"max_length": tokenizer.model_max_length}, {"max_length": length_limit(model, TOKENIZER)}
+    assert length_limit(model, tokenizer) == length_limit(model, tokenizer, unlimited) == own["max_length"] == 64
+    assert length_limit(model, tokenizer, 5) == 5
+    latents = encode_texts(model, tokenizer, texts, **given)
+    assert torch.equal(latents.num_vectors, encode_texts(model, TOKENIZER, texts).num_vectors)
+    assert reconstruct(model, tokenizer, texts, **given) == reconstruct(model, TOKENIZER, texts, **own)
+    assert decode_latents(model, tokenizer, latents, **given) == decode_latents(model, TOKENIZER, latents, **own)
+    assert as_read(tokenizer, texts) == as_read(tokenizer, texts, unlimited) == as_read(TOKENIZER, texts)
+    for measure in (module.kept_tokens, rate_distortion):
+        assert measure(model, tokenizer, texts, **given) == measure(model, TOKENIZER, texts, **own)
+    fewer = {"num_samples": 0, "num_pairs": 0, "importance_samples": 0}
+    results = [evaluate(model, tokenizer, texts, **some, **fewer) for some in (given, own)]
+    assert results[0] == results[1] and results[0]["settings"]["max_length"] == 64
 
 
 def test_texts_as_long_as_the_limit_are_read_and_written():
