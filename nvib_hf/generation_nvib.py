@@ -40,7 +40,8 @@ class NvibGenerationMixin(GenerationMixin):
         takes too. Whisper uses its own ``generate()`` and its arguments (``language``, ``task``,
         ``return_timestamps``), unless you pass ``decoder_input_ids``. Pop2Piano uses its own on sound (``composer``).
         ``merge_share`` or ``merge_cost``: how far the latents of inputs are merged; by default the configuration says
-        it.
+        it. The output does not tell how many vectors are left: to see it, encode first, look at
+        ``latents.num_vectors``, and pass ``encoder_outputs=latents``.
         """
         limit = {name: kwargs.pop(name) for name in ("merge_share", "merge_cost") if name in kwargs}
         if any(value is not None for value in limit.values()):

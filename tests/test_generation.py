@@ -38,6 +38,21 @@ def assert_same(first, second):
     torch.testing.assert_close(first[1], second[1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, "whisper"])
+@pytest.mark.parametrize("strategy", ["greedy", "beam"])
+def test_encoding_first_tells_how_many_vectors_are_read(family, strategy):
+    """As documented. Attention has a weight for each vector that is read, and one for the prior's."""
+    model, inputs = tiny_nvib(family), tiny_inputs(family)
+    latents = model.encode(**inputs, merge_share=0.4)
+    assert_same(
+        generate(model, strategy, encoder_outputs=latents), generate(model, strategy, **inputs, merge_share=0.4)
+    )
+    settings = {"return_dict_in_generate": True, "output_attentions": True, "max_new_tokens": 2}
+    model.set_attn_implementation("eager")
+    read = model.generate(**inputs, **settings, merge_share=0.4).cross_attentions[0][0] > 0
+    assert torch.equal(read.any(1).any(1).sum(-1) - 1, latents.num_vectors.long())
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_latents_generate_what_their_inputs_do_and_are_left_as_they_are(family, strategy):
