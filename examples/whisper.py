@@ -53,12 +53,13 @@ from nvib_hf.wrapping.sound import MARGIN, STORED
 BATCH = 8
 TOKENS_PER_SECOND = 8  # more than anybody speaks
 SPEAKERS = ("flite", "espeak-ng")
+COSTS = (100, 150, 200, 300)  # the highest of a pair
 
 
 # ------------------------------------------------------------------------------------ what the decoder reads
 class Recogniser:
-    """One Whisper, wrapped three times: ``whole``, over the ``sound`` only, with NVIB ``inside`` its encoder; and
-    models that were trained, by the name of their folder."""
+    """One Whisper, wrapped four times: ``whole``, over the ``sound`` only, with NVIB ``inside`` its encoder, with
+    ``both``; and models that were trained, by the name of their folder."""
 
     def __init__(self, base: WhisperForConditionalGeneration, processor: WhisperProcessor, *trained: Path) -> None:
         if getattr(base.generation_config, "is_multilingual", False):
@@ -68,6 +69,7 @@ class Recogniser:
             "whole": {},
             "sound": {"encode_sound_only": True},
             "inside": halves_inside(base.config.encoder_layers),
+            "both": {"encode_sound_only": True, **halves_inside(base.config.encoder_layers)},
         }
         self.models = {
             name: NvibForConditionalGeneration.from_base_pretrained(copy.deepcopy(base), **settings).eval()
@@ -148,11 +150,15 @@ ROWS: dict[str, Reading] = {
     "encoder cut to the sound and 128 frames": partial(trimmed, margin=128),
     "encoder over the sound, and stored silence": partial(encoded, model="sound"),
     "the same, the sound merged to a quarter": partial(encoded, model="sound", merge_share=0.25),
+    "the same, the sound merged where a pair costs at most 200": partial(encoded, model="sound", merge_cost=200),
+    "the same, a quarter of the sound left inside the encoder": partial(encoded, model="both"),
     "a quarter left inside the encoder": partial(encoded, model="inside"),
     "the same, merged to 5 % of 1500": partial(encoded, model="inside", merge_share=0.2),
-    "the same, the sound merged where a pair costs at most 200": partial(encoded, model="sound", merge_cost=200),
     **{f"all 1500 merged to {percent} %": partial(merged, share=percent / 100) for percent in (15, 10, 7, 5, 3)},
-    **{f"all 1500 merged where a pair costs at most {cost}": partial(merged, cost=cost) for cost in (100, 200, 300)},
+    **{
+        f"all 1500 merged where a pair costs at most {cost}": partial(merged, cost=cost)
+        for cost in (100, 150, 200, 300)
+    },
 }
 
 
@@ -235,6 +241,7 @@ TIMED = (
     "encoder over the sound, and stored silence",
     "the same, the sound merged to a quarter",
     "the same, the sound merged where a pair costs at most 200",
+    "the same, a quarter of the sound left inside the encoder",
 )
 
 
