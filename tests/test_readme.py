@@ -13,7 +13,7 @@ from tiny_nvib import tensors, tiny_nvib
 from tiny_text import tiny_examples, tiny_tokenizer
 from transformers import AutoModelForSeq2SeqLM, BatchEncoding, PreTrainedTokenizerBase, Seq2SeqTrainingArguments
 
-from nvib_hf import AttentionSpec, NvibForConditionalGeneration
+from nvib_hf import AttentionSpec, NvibForConditionalGeneration, encode_texts
 from nvib_hf.wrapping import specs
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +22,7 @@ README = PAGES[0].read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 FIRST_LINES, MERGE, TRAIN, EVALUATE = (code for language, code in BLOCKS if language == "python")
 EXAMPLES = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
-WHISPER, TRANSCRIBE, NEIGHBOURS, INDEX = re.findall(r"```python\n(.*?)```", EXAMPLES, flags=re.DOTALL)
+WHISPER, TRANSCRIBE, NEIGHBOURS, INDEX, UNUSUAL = re.findall(r"```python\n(.*?)```", EXAMPLES, flags=re.DOTALL)
 SELF_ATTENTION_PAGE = (ROOT / "examples" / "SELF_ATTENTION.md").read_text(encoding="utf-8")
 SELF_ATTENTION = re.findall(r"```python\n(.*?)```", SELF_ATTENTION_PAGE, flags=re.DOTALL)
 TEXTS = ["w5 w6 w7", "w8 w9", "w10 w11 w12 w13", "w14 w15 w16"]
@@ -170,6 +170,19 @@ def test_a_text_is_its_own_nearest_neighbour():
     pytest.importorskip("sklearn")
     run(INDEX, names)
     assert names["closest"][0] == 0 and len(names["closest"]) == 2 and len(names["clusters"]) == len(TEXTS)
+
+
+def test_a_text_unlike_those_held_out_is_found():
+    model, tokenizer = tiny_nvib(), tiny_tokenizer()
+    texts = [f"w{5 + i} w{6 + i} w{7 + i}" for i in range(20)]
+    latents = encode_texts(model, tokenizer, texts)
+    model.fit_latent_prior(latents, latents[:5], sizes={"num_codes": 8, "d_model": 16, "num_layers": 1}, max_steps=2)
+    names = {"model": model, "tokenizer": tokenizer, "held_out_texts": texts, "texts": [texts[0], " ".join(texts)]}
+    run(UNUSUAL, names)
+    scores = names["unusual"](texts)
+    assert ((scores > names["threshold"]).sum() == 1) and len(names["found"]) <= 2
+    expected = [model.rate(encode_texts(model, tokenizer, [text])).item() / 4 for text in texts]
+    torch.testing.assert_close(scores, torch.tensor(expected))
 
 
 def test_results_go_into_the_model_card(folder):

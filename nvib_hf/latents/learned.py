@@ -170,13 +170,14 @@ class LearnedPriorMixin:
     def log_prob(self: HasLatentPrior, latents: NvibLatents) -> Tensor:
         """Log-density of each latent's vectors under the learned prior, their number included, in nats: ``(B,)``.
 
-        Of the means of posteriors: the lower, the less usual the text. A density: of vectors of many channels it is
-        far from 0, and only differences say something. Not of the weights, nor of the prior's component, which is the
-        first vector. The vectors must stand in the order of their text, as in the latents of ``encode``,
-        ``vary_latents`` and ``sample_latents``; transport mixes it.
+        Of the means of posteriors. A density: of vectors of many channels it is far from 0, and only differences of
+        latents with as many vectors say something. So it does not find unusual texts; :meth:`rate` does. Not of the
+        weights, nor of the prior's component, which is the first vector. The vectors must stand in the order of their
+        text, as in the latents of ``encode``, ``vary_latents`` and ``sample_latents``; transport mixes it.
 
         Raises:
             ValueError: no learned prior; latents of another model, longer than the prior knows, or of ``kappa > 1``.
+                Texts are cut to what it knows by ``encode_texts(..., max_length=model.latent_prior.max_length)``.
         """
         prior = fitted_prior(self, "log_prob")
         check_latents(latents, self.nvib)
@@ -189,6 +190,10 @@ class LearnedPriorMixin:
 
         See :meth:`LatentPrior.rate <nvib_hf.layers.latent_prior.LatentPrior.rate>`: the code of each vector, and the
         divergence of its draws from those of the code. Not of the weights.
+
+        ``model.rate(latents) / latents.num_vectors`` finds unusual texts, those whose score few held-out texts reach:
+        it was above that of held-out texts in 97 to 99 % of pairs for texts of another domain and for words in random
+        order, minus :meth:`log_prob` in 59 to 84 % (``examples/experiments/results/unusual_texts.md``).
 
         Raises:
             ValueError: as for :meth:`log_prob`; latents that are samples.

