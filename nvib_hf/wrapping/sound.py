@@ -262,7 +262,7 @@ def stored_silence(base: PreTrainedModel, number: int) -> Tensor:
     with ForwardPass() as this_pass:
         states = encoder(features).last_hidden_state[0]
     encoder.train(training)
-    if (left := this_pass.left) is not None and left.log_mass is not None:  # in the order of the first that each replaces
+    if (left := this_pass.left) is not None and left.log_mass is not None:  # in the order of the first in each
         counts = left.log_mass[0].exp().round().long() * left.keep[0]
         states = states.repeat_interleave(counts, dim=0)
     return torch.stack([piece.mean(0) for piece in states.tensor_split(number)])
