@@ -1,15 +1,14 @@
 """Unusual texts found: what latents and their learned prior say of texts that are not like those of the training.
 
-    python examples/experiments/unusual_texts.py          # twenty minutes of a CPU core a seed, after the main job
+    python examples/experiments/unusual_texts.py          # ten minutes of a CPU core a seed, after the main job
     python examples/experiments/unusual_texts.py --quick  # everything runs, nothing is learnt
 
 The model is that of `examples/text_vae.py --output DIR/vae`, which is trained if the folder is not there; DIR is
 `--output`. Usual texts are 500 of its held-out texts. Unusual ones are texts of WordNet, and what becomes of the other
 held-out texts when their words or letters change places. All have as many words as held-out texts have. Scores are of
 
-* `main`: the latents, with the learned prior that is in the folder;
-* `longer`: the same with a learned prior of as many steps as the language model;
-* `tokens`, the ceiling: the language model of tokens of `latent_prior.py`, of the same size as the prior.
+* `latents`, with a learned prior;
+* `tokens`, the ceiling: the language model of tokens of `latent_prior.py`, of the same size and steps as the prior.
 
 It needs WordNet: `apt install wordnet-base`. Without it `--quick` leaves its texts out.
 """
@@ -39,10 +38,7 @@ from nvib_hf.evaluation.texts import evaluating, labels_of, negative_log_likelih
 FULL = {"steps": 2000, "texts": 500, "resamples": 1000}
 QUICK = {"steps": 2, "texts": 20, "resamples": 10}
 ALARMS = 0.05  # of usual texts: the threshold
-ALONE = {  # scores
-    "longer": ["rate, per vector", "codes, per vector"],
-    "tokens": ["language model", "language model, per token"],
-}
+OF_TOKENS = ["language model", "language model, per token"]
 DEFINITIONS, SENTENCES = "WordNet's definitions", "WordNet's example sentences"
 LEGEND = """
 AUROC: how often the score of an unusual text is above that of a usual one; 0.5 is chance. In brackets a 95 % interval
@@ -180,13 +176,12 @@ def one(settings: dict, folder: Path) -> dict:
     if settings["method"] == "tokens":
         score = partial(of_tokens, token_model(vae, settings), vae)
     else:
-        if settings["method"] == "longer":
-            example.learn_prior(vae.model, vae.tokenizer, vae.texts, vae.watched, settings["steps"], settings["seed"])
+        example.learn_prior(vae.model, vae.tokenizer, vae.texts, vae.watched, settings["steps"], settings["seed"])
         score = partial(of_latents, vae)
     chosen_on, of_usual = with_means(score(vae.watched)), with_means(score(usual))
     of_unusual = [with_means(score(some)) for some in texts.values()]
     results: dict = {"usual": len(usual), "kinds": {kind: len(some) for kind, some in texts.items()}}
-    for name in ALONE.get(settings["method"], of_usual):
+    for name in OF_TOKENS if settings["method"] == "tokens" else of_usual:
         threshold, low = np.quantile(chosen_on[name], 1 - ALARMS), of_usual[name]
         rows = [[(low > threshold).mean()]]
         for high in (scores[name] for scores in of_unusual):
@@ -203,10 +198,9 @@ def report(groups: list[list[dict]]) -> str:
     parts.append(f"Usual texts: {groups[0][0]['results']['usual']}. Unusual ones: {counts}.")
     areas, shares = [], []
     for group in groups:
-        method, steps = group[0]["settings"]["method"], group[0]["settings"]["steps"]
         for name in (name for name in group[0]["results"] if name not in ("usual", "kinds")):
             tables = [record["results"][name] for record in group]
-            row = {"score": name + f", {steps} steps" * (method == "longer")}
+            row = {"score": name}
             of_kind = {kind: [table[i] for table in tables] for i, kind in enumerate(kinds, 1)}
             areas.append(row | {kind: area(found) for kind, found in of_kind.items()})
             above = {"usual": [table[0][0] for table in tables]}
@@ -223,7 +217,7 @@ def area(found: list[list[int]]) -> str:
 
 
 def main() -> None:
-    args = parser(__doc__.splitlines()[0], "unusual_texts", ["main", "longer", "tokens"]).parse_args()
+    args = parser(__doc__.splitlines()[0], "unusual_texts", ["latents", "tokens"]).parse_args()
     with_wordnet = not args.quick or wordnet.is_installed()
     if args.jobs:
         if with_wordnet:
