@@ -5,6 +5,7 @@
     python examples/whisper.py --model openai/whisper-tiny # another, from the Hub or a folder
     python examples/whisper.py --audio RECORDINGS          # speech of your own, with transcripts as .txt
     python examples/whisper.py --trained FOLDER            # also what experiments/whisper_training.py has trained
+    python examples/whisper.py --rows "cost"               # only rows of the table with this in their names
     python examples/whisper.py --times                     # seconds and memory, as a share of plain Whisper's
 
 Whisper's decoder reads 1500 vectors for every 30 seconds, most of them of silence. Here they are merged with their
@@ -19,6 +20,7 @@ import dataclasses
 import datetime
 import json
 import os
+import re
 import shlex
 import shutil
 import statistics
@@ -293,6 +295,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="tiny.en", help="tiny.en or base of packages; or of the Hub, or a folder")
     parser.add_argument("--audio", type=Path, help="a folder of recordings with transcripts as .txt beside them")
     parser.add_argument("--trained", type=Path, nargs="*", default=[], help="folders of trained models, for more rows")
+    parser.add_argument("--rows", default="", help="a regular expression: only rows that it finds, and the plain one")
     parser.add_argument("--short", type=int, default=120, help="synthetic utterances of 3 seconds (%(default)s)")
     parser.add_argument("--long", type=int, default=30, help="and of 12 to 28 seconds (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("whisper_merged"), help="folder of results (%(default)s)")
@@ -334,6 +337,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     options.output.mkdir(parents=True, exist_ok=True)
     rows = ROWS | {row: reading for folder in options.trained for row, reading in rows_of(folder).items()}
+    rows = {row: reading for row, reading in rows.items() if row == "plain" or re.search(options.rows, row)}
     results = run(recogniser, speech, rows, options.output / "results.json")
     (options.output / "whisper.md").write_text(page(results), encoding="utf-8")
     print(page(results))
