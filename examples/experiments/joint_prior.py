@@ -1,22 +1,23 @@
 """A prior of the latents trained with the VAE, beside one that is fitted to a VAE that stays as it is.
 
-    python examples/experiments/joint_prior.py --seeds 0  # about an hour of a CPU core, after the main job
+    python examples/experiments/joint_prior.py --seeds 0  # about 20 minutes of a CPU core, after the main job
     python examples/experiments/joint_prior.py --quick    # everything runs, nothing is learnt
 
 All start from one VAE, that of `examples/text_vae.py --output DIR/vae`, which is trained if the folder is not there;
-DIR is `--output`. All then have the same number of steps:
+DIR is `--output`.
 
-* `frozen`: the prior of `model.fit_latent_prior`, of codes, on the means of the VAE as it is;
-* `codes`: that prior, as the main job fitted it, and the VAE trained on, together. The loss charges what
-  `model.rate` says. Centres and variances of the codes are moving means. The code is that of the nearest centre: no
-  gradient makes it a more probable one;
-* `gaussian`: the VAE and a causal prior of Gaussians, whose means and variances a transformer says after the vectors
-  drawn before. It starts as the independent Gaussians that the VAE was trained with.
+* `frozen`: the VAE and its prior of codes as the main job leaves them. What more steps of that prior bring is in the
+  record of `latent_prior.py`, which has another run of the main job;
+* `codes`: that VAE and that prior trained on, together. The loss charges what `model.rate` says. Centres and variances
+  of the codes are moving means. The code is that of the nearest centre: no gradient makes it a more probable one;
+* `gaussian`: that VAE trained on with a causal prior of Gaussians, whose means and variances a transformer says after
+  the vectors drawn before. It starts as the independent Gaussians that the VAE was trained with.
 
 The loss of the last two is the model's own, with this rate in the place of the KL of the vectors. Its multiplier holds
 the cross-entropy that the main job accepts, by the laws of `ConstraintCallback`.
 """
 
+import json
 import math
 import statistics
 import sys
@@ -27,26 +28,27 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))  # the examples
 
 import latent_prior as fitted
-import text_vae as example
 import torch
 from joint_training import CausalGaussian, MovingCodes, look, nats_of_texts, train
 from language_model import load_or_tiny, load_smollm2
-from runner import cell, over_seeds, parser, run_all, table_of_rows, write_report
+from runner import RESULTS, cell, over_seeds, parser, run_all, table_of_rows, write_report
 
 from nvib_hf import encode_texts
 from nvib_hf.evaluation.samples import sample_scores
 from nvib_hf.evaluation.texts import as_read
 from nvib_hf.latents.learned import vectors_of, with_prior_component
 
-FULL = {"steps": 2000, "look_every": 250, "samples": 400, "judge": "smollm2"}
+STEPS = {"frozen": 0, "codes": 1000, "gaussian": 2000}  # at most
+FULL = {"steps": max(STEPS.values()), "look_every": 250, "samples": 400, "judge": "smollm2"}
 QUICK = {"steps": 2, "look_every": 1, "samples": 8, "judge": "tiny"}
+LONGER = "`frozen`, {} steps of the prior, another run of the main job"
 LOOKS = 8  # in a record
 JUDGE = ("language_model", "lm_tokenizer")
-NOISES = {f"noise {noise}": noise for noise in (1.0, 0.7, 0.5)}
+NOISES = {f"noise {noise}": {"noise": noise} for noise in (1.0, 0.7, 0.5)}
 CODES = {
     f"temperature {t}, top-p {p}": {"temperature": t, "top_p": p} for t, p in ((1.0, 1.0), (1.0, 0.9), (0.7, 1.0))
 }
-SHOWN = {"frozen": fitted.SHOWN, "codes": fitted.SHOWN, "gaussian": "noise 0.7"}
+SHOWN = {"codes": fitted.SHOWN, "gaussian": "noise 0.7"}
 BOUND = ("rate", "text_nats", "weights_nats")  # what it is the sum of
 # Name in the results, column, factor, digits
 COSTS = [
@@ -76,8 +78,6 @@ multiplied.
 
 # ---------------------------------------------------------------------------------------------- the methods
 def frozen(vae: fitted.Vae, settings: dict, checkpoint: Path) -> list[dict]:
-    how = vae.texts, vae.watched, settings["steps"], settings["seed"]
-    example.learn_prior(vae.model, vae.tokenizer, *how, checkpoint=checkpoint)
     return []
 
 
@@ -95,6 +95,15 @@ def gaussian(vae: fitted.Vae, settings: dict, checkpoint: Path) -> list[dict]:
 METHODS = {"frozen": frozen, "codes": codes, "gaussian": gaussian}
 
 
+def written(vae: fitted.Vae, settings: dict, how: dict) -> list[str]:
+    """Texts from draws of the prior."""
+    model, chance = vae.model, torch.Generator().manual_seed(settings["seed"])
+    if settings["method"] == "codes":
+        return vae.write(model.sample_latents(settings["samples"], **how, generator=chance))
+    z, mask = model.nvib.charge.sample(settings["samples"], **how, generator=chance)
+    return vae.write(with_prior_component(model, z, mask, model.latent_prior.log_weight))
+
+
 def one(settings: dict, folder: Path) -> dict:
     """A method with one seed: its costs, samples and looks."""
     vae, method, seed = fitted.Vae(folder / "vae", settings["judge"] == "tiny"), settings["method"], settings["seed"]
@@ -109,20 +118,14 @@ def one(settings: dict, folder: Path) -> dict:
     results["weights_nats"] = (latents.attention_mask.sum(-1) * latents.kl_dirichlet).mean().item()
     if method != "gaussian":
         results["codes_nats"] = fitted.average(fitted.codes_nats(vae.model), latents)
-    made = {}
-    for kind, how in (NOISES if method == "gaussian" else CODES).items():
-        chance = torch.Generator().manual_seed(seed)
-        if method == "gaussian":
-            drawn = prior.sample(settings["samples"], how, chance)
-            drawn = with_prior_component(vae.model, *drawn, vae.model.latent_prior.log_weight)
-        else:
-            drawn = vae.model.sample_latents(settings["samples"], **how, generator=chance)
-        made[kind] = vae.write(drawn)
-    texts = as_read(vae.tokenizer, vae.held_out), as_read(vae.tokenizer, vae.texts)
-    judge = dict(zip(JUDGE, load_or_tiny(settings["judge"], vae.texts, folder / "smollm2"), strict=True))
-    scores = sample_scores(made, *texts, **judge)
-    results["samples"] = {kind: {name: scores[kind][name] for name, *_ in SCORES} for kind in made}
-    results["examples"] = made[SHOWN[method]][:16]
+    kinds = {"frozen": {}, "codes": CODES, "gaussian": NOISES}[method]
+    made = {kind: written(vae, settings, how) for kind, how in kinds.items()}
+    if made:
+        texts = as_read(vae.tokenizer, vae.held_out), as_read(vae.tokenizer, vae.texts)
+        judge = dict(zip(JUDGE, load_or_tiny(settings["judge"], vae.texts, folder / "smollm2"), strict=True))
+        scores = sample_scores(made, *texts, **judge)
+        results["samples"] = {kind: {name: scores[kind][name] for name, *_ in SCORES} for kind in made}
+        results["examples"] = made[SHOWN[method]][:16]
     results["looks"] = looks[:: -max(len(looks) // LOOKS, 1)][::-1]
     return results
 
@@ -131,49 +134,68 @@ def one(settings: dict, folder: Path) -> dict:
 def numbers(group: list[dict], name: str) -> list[float | None]:
     """A number of the results of each run."""
     found = [record["results"] for record in group]
-    return [sum(map(x.get, BOUND)) if name == "bound" else x.get(name) for x in found]
+    return [sum(map(x.get, BOUND)) if name == "bound" and "text_nats" in x else x.get(name) for x in found]
 
 
-def scaled(values: list[float | None], factor: float, digits: int) -> str:
-    return cell([None if value is None else factor * value for value in values], digits)
+def row_of(found: dict[str, list[float | None]], columns: list[tuple[str, str, float, int]]) -> dict[str, str]:
+    """The columns of a table, each with the mean of its numbers."""
+    return {
+        title: cell([None if value is None else factor * value for value in found[name]], digits)
+        for name, title, factor, digits in columns
+    }
 
 
-def differences(method: str, group: list[dict], others: list[dict]) -> str:
-    """What a method has more than the frozen VAE's."""
-    exact, rate, bound = (
-        statistics.fmean(numbers(group, name)) - statistics.fmean(numbers(others, name))
-        for name in ("exact_match", "rate", "bound")
-    )
-    return (
-        f"`{method}` beside `frozen`: {100 * exact:+.1f} points of exact reconstructions, {rate:+.1f} nats of the "
-        f"rate, {bound:+.1f} nats of the bound."
-    )
+def of_latent_prior() -> list[dict]:
+    """The record of another run of the main job, whose prior has more steps; nothing if it is not there."""
+    found = {}
+    for method in ("floors", "learned"):
+        path = RESULTS / "runs" / "latent_prior" / f"{method}-seed0.json"
+        if not path.exists():
+            return []
+        found[method] = json.loads(path.read_text(encoding="utf-8"))
+    learned = found["learned"]["results"]
+    results = {**learned, "exact_match": found["floors"]["results"]["exact_match"]}
+    return [{"settings": found["learned"]["settings"], "results": results | {"looks": []}}]
 
 
 def report(groups: list[list[dict]]) -> str:
+    by_name = {f"`{group[0]['settings']['method']}`": group for group in groups}
+    if longer := of_latent_prior():
+        by_name[LONGER.format(longer[0]["settings"]["steps"])] = [longer[0]]
     costs, samples, looks, examples = [], [], {}, []
-    by_method = {group[0]["settings"]["method"]: group for group in groups}
-    for method, group in by_method.items():
-        row = {title: scaled(numbers(group, name), factor, digits) for name, title, factor, digits in COSTS}
-        costs.append({"prior": f"`{method}`", **row})
-        for kind in group[0]["results"]["samples"]:
+    for name, group in by_name.items():
+        results = group[0]["results"]
+        costs.append({"prior": name, **row_of({key: numbers(group, key) for key, *_ in COSTS}, COSTS)})
+        for kind in [kind for kind in results.get("samples", {}) if kind in {**CODES, **NOISES}]:
             of_kind = [record["results"]["samples"][kind] for record in group]
-            row = {title: scaled([x[name] for x in of_kind], factor, digits) for name, title, factor, digits in SCORES}
-            samples.append({"texts": f"`{method}`, {kind}", **row})
-        for entry in group[0]["results"]["looks"]:
-            row = looks.setdefault(entry["step"], {"step": entry["step"]})
-            row[f"`{method}`"] = f"{entry['rate']:.1f} nats, {100 * entry['exact_match']:.1f} % exact"
-        examples.append(f"The first sixteen of the first seed, `{method}`, {SHOWN[method]}:")
-        examples.append("\n".join(f"- {text}" for text in group[0]["results"]["examples"]))
-    parts = [LEGEND.strip()]
-    if others := by_method.get("frozen"):
-        joint = (differences(method, group, others) for method, group in by_method.items() if method != "frozen")
-        parts.append("\n".join(joint))
-    parts.append(table_of_rows(costs))
+            found = {key: [scores[key] for scores in of_kind] for key, *_ in SCORES}
+            samples.append({"texts": f"{name}, {kind}", **row_of(found, SCORES)})
+        for entry in results["looks"]:
+            looks.setdefault(entry["step"], {})[name] = f"{entry['rate']:.1f} ({100 * entry['exact_match']:.1f} %)"
+        if "examples" in results:
+            shown = SHOWN[group[0]["settings"]["method"]]
+            examples.append(f"The first sixteen of the first seed, {name}, {shown}:")
+            examples.append("\n".join(f"- {text}" for text in results["examples"]))
+    parts = [LEGEND.strip(), facts(by_name), table_of_rows(costs)]
     if looks:
-        looked = [row for row in looks.values() if len(row) == max(map(len, looks.values()))]
-        parts += ["Rate of texts that no method trains on, in training, first seed:", table_of_rows(looked)]
-    return "\n\n".join([*filter(None, parts), table_of_rows(samples), *examples])
+        looked = sorted({name for row in looks.values() for name in row})
+        rows = [{"step": step, **{name: looks[step].get(name, "–") for name in looked}} for step in sorted(looks)]
+        parts += ["Rate (exact) of the texts that steer the multiplier, in training, first seed:", table_of_rows(rows)]
+    return "\n\n".join([*parts, *([table_of_rows(samples)] if samples else []), *examples])
+
+
+def facts(by_name: dict[str, list[dict]]) -> str:
+    """What came out, in sentences."""
+
+    def mean(name: str, key: str) -> float:
+        return statistics.fmean(numbers(by_name[name], key))
+
+    sentences = [
+        f"{name} reconstructs {100 * mean(name, 'exact_match'):.1f} % exactly at {mean(name, 'rate'):.1f} nats"
+        + (f", with a bound of {mean(name, 'bound'):.1f}." if None not in numbers(by_name[name], "bound") else ".")
+        for name in by_name
+    ]
+    return " ".join(sentences)
 
 
 def main() -> None:
@@ -183,7 +205,12 @@ def main() -> None:
         if not args.quick:
             load_smollm2(args.output / "smollm2")
     size = QUICK if args.quick else FULL
-    runs = {f"{m}-seed{seed}": {"method": m, "seed": seed, **size} for m in args.only for seed in args.seeds}
+    runs = {
+        f"{method}-seed{seed}": {"method": method, "seed": seed, **size, "steps": min(size["steps"], most)}
+        for method, most in STEPS.items()
+        if method in args.only
+        for seed in args.seeds
+    }
     records = run_all(partial(one, folder=args.output), runs, args.output, args.jobs)
     write_report(args, "A prior trained with the VAE", report(over_seeds(records)))
 
