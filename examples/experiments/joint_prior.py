@@ -4,7 +4,7 @@
     python examples/experiments/joint_prior.py --quick    # everything runs, nothing is learnt
 
 All start from one VAE, that of `examples/text_vae.py --output DIR/vae`, which is trained if the folder is not there;
-DIR is `--output`.
+DIR is `--output`. A record may have a `note` of how its run was made, which the report then shows.
 
 * `frozen`: the VAE and its prior of codes as the main job leaves them. What more steps of that prior bring is in the
   record of `latent_prior.py`, which has another run of the main job;
@@ -38,10 +38,10 @@ from nvib_hf.evaluation.samples import sample_scores
 from nvib_hf.evaluation.texts import as_read
 from nvib_hf.latents.learned import vectors_of, with_prior_component
 
-STEPS = {"frozen": 0, "codes": 1000, "gaussian": 2000}  # at most
+STEPS = {"frozen": 0, "codes": 500, "gaussian": 2000}  # at most
 FULL = {"steps": max(STEPS.values()), "look_every": 250, "samples": 400, "judge": "smollm2"}
 QUICK = {"steps": 2, "look_every": 1, "samples": 8, "judge": "tiny"}
-LONGER = "`frozen`, {} steps of the prior, another run of the main job"
+LONGER = "`frozen`, another run, with more steps of its prior"
 LOOKS = 8  # in a record
 JUDGE = ("language_model", "lm_tokenizer")
 NOISES = {f"noise {noise}": {"noise": noise} for noise in (1.0, 0.7, 0.5)}
@@ -161,22 +161,24 @@ def of_latent_prior() -> list[dict]:
 def report(groups: list[list[dict]]) -> str:
     by_name = {f"`{group[0]['settings']['method']}`": group for group in groups}
     if longer := of_latent_prior():
-        by_name[LONGER.format(longer[0]["settings"]["steps"])] = [longer[0]]
-    costs, samples, looks, examples = [], [], {}, []
+        by_name[LONGER] = longer
+    costs, samples, looks, examples, notes = [], [], {}, [], []
     for name, group in by_name.items():
         results = group[0]["results"]
-        costs.append({"prior": name, **row_of({key: numbers(group, key) for key, *_ in COSTS}, COSTS)})
+        steps = {"prior": name, "further steps": group[0]["settings"]["steps"]}
+        costs.append({**steps, **row_of({key: numbers(group, key) for key, *_ in COSTS}, COSTS)})
         for kind in [kind for kind in results.get("samples", {}) if kind in {**CODES, **NOISES}]:
             of_kind = [record["results"]["samples"][kind] for record in group]
             found = {key: [scores[key] for scores in of_kind] for key, *_ in SCORES}
             samples.append({"texts": f"{name}, {kind}", **row_of(found, SCORES)})
         for entry in results["looks"]:
             looks.setdefault(entry["step"], {})[name] = f"{entry['rate']:.1f} ({100 * entry['exact_match']:.1f} %)"
+        notes += [f"{name}: {results['note']}"] if "note" in results else []
         if "examples" in results:
             shown = SHOWN[group[0]["settings"]["method"]]
             examples.append(f"The first sixteen of the first seed, {name}, {shown}:")
             examples.append("\n".join(f"- {text}" for text in results["examples"]))
-    parts = [LEGEND.strip(), facts(by_name), table_of_rows(costs)]
+    parts = [LEGEND.strip(), facts(by_name), *notes, table_of_rows(costs)]
     if looks:
         looked = sorted({name for row in looks.values() for name in row})
         rows = [{"step": step, **{name: looks[step].get(name, "–") for name in looked}} for step in sorted(looks)]
