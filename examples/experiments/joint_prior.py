@@ -4,7 +4,7 @@
     python examples/experiments/joint_prior.py --quick    # everything runs, nothing is learnt
 
 All start from one VAE, that of `examples/text_vae.py --output DIR/vae`, which is trained if the folder is not there;
-DIR is `--output`. A record may have a `note` of how its run was made, which the report then shows.
+DIR is `--output`.
 
 * `frozen`: the VAE and its prior of codes as the main job leaves them. What more steps of that prior bring is in the
   record of `latent_prior.py`, which has another run of the main job;
@@ -38,7 +38,7 @@ from nvib_hf.evaluation.samples import sample_scores
 from nvib_hf.evaluation.texts import as_read
 from nvib_hf.latents.learned import vectors_of, with_prior_component
 
-STEPS = {"frozen": 0, "codes": 500, "gaussian": 2000}  # at most
+STEPS = {"frozen": 0, "codes": 2000, "gaussian": 2000}  # at most
 FULL = {"steps": max(STEPS.values()), "look_every": 250, "samples": 400, "judge": "smollm2"}
 QUICK = {"steps": 2, "look_every": 1, "samples": 8, "judge": "tiny"}
 LONGER = "`frozen`, another run, with more steps of its prior"
@@ -162,7 +162,7 @@ def report(groups: list[list[dict]]) -> str:
     by_name = {f"`{group[0]['settings']['method']}`": group for group in groups}
     if longer := of_latent_prior():
         by_name[LONGER] = longer
-    costs, samples, looks, examples, notes = [], [], {}, [], []
+    costs, samples, looks, examples = [], [], {}, []
     for name, group in by_name.items():
         results = group[0]["results"]
         steps = {"prior": name, "further steps": group[0]["settings"]["steps"]}
@@ -173,12 +173,11 @@ def report(groups: list[list[dict]]) -> str:
             samples.append({"texts": f"{name}, {kind}", **row_of(found, SCORES)})
         for entry in results["looks"]:
             looks.setdefault(entry["step"], {})[name] = f"{entry['rate']:.1f} ({100 * entry['exact_match']:.1f} %)"
-        notes += [f"{name}: {results['note']}"] if "note" in results else []
         if "examples" in results:
             shown = SHOWN[group[0]["settings"]["method"]]
             examples.append(f"The first sixteen of the first seed, {name}, {shown}:")
             examples.append("\n".join(f"- {text}" for text in results["examples"]))
-    parts = [LEGEND.strip(), facts(by_name), *notes, table_of_rows(costs)]
+    parts = [LEGEND.strip(), facts(by_name), table_of_rows(costs)]
     if looks:
         looked = sorted({name for row in looks.values() for name in row})
         rows = [{"step": step, **{name: looks[step].get(name, "–") for name in looked}} for step in sorted(looks)]
