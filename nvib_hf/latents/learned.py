@@ -192,8 +192,8 @@ class LearnedPriorMixin:
         divergence of its draws from those of the code. Not of the weights.
 
         ``model.rate(latents) / latents.num_vectors`` finds unusual texts, those whose score few held-out texts reach:
-        it was above that of held-out texts in 97 to 99 % of pairs for texts of another domain and for words in random
-        order, minus :meth:`log_prob` in 59 to 84 % (``examples/experiments/results/unusual_texts.md``).
+        it was above that of held-out texts in 99 % of pairs for texts of another domain and for words in random order,
+        minus :meth:`log_prob` in 60 to 84 % (``examples/experiments/results/unusual_texts.md``).
 
         Raises:
             ValueError: as for :meth:`log_prob`; latents that are samples.
