@@ -42,7 +42,7 @@ FACTS = 8  # of a source, each of five characters
 SHARES = (0.5, 0.25, 0.1)
 LENGTH = 512  # of the sources at the end of the training
 # Characters of a source, sources in a batch, steps
-STAGES = [(16, 32, 250), (64, 16, 3000), (128, 8, 300), (LENGTH, 4, 200)]
+STAGES = [(16, 32, 250), (64, 16, 800), (128, 8, 300), (LENGTH, 4, 200)]
 LEARNT = 0.05  # a mean loss, nats per token, over 20 steps: on to the next stage
 TUNING = {"merging": [(LENGTH, 4, 120)], "means": [(LENGTH, 4, 360)]}  # means have more to learn
 FULL = {"sources": 60, "lengths": [LENGTH, 64, 128, 1024, 2048, 4096], "timed": [LENGTH, 2048]}
