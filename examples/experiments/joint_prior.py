@@ -7,7 +7,7 @@ All start from one VAE, that of `examples/text_vae.py --output DIR/vae`, which i
 DIR is `--output`.
 
 * `frozen`: the VAE and its prior of codes as the main job leaves them. What more steps of that prior bring is in the
-  record of `latent_prior.py`, which has another run of the main job;
+  record of `latent_prior.py`;
 * `codes`: that VAE and that prior trained on, together. The loss charges what `model.rate` says. Centres and variances
   of the codes are moving means. The code is that of the nearest centre: no gradient makes it a more probable one;
 * `gaussian`: that VAE trained on with a causal prior of Gaussians, whose means and variances a transformer says after
@@ -41,7 +41,7 @@ from nvib_hf.latents.learned import vectors_of, with_prior_component
 STEPS = {"frozen": 0, "codes": 2000, "gaussian": 2000}  # at most
 FULL = {"steps": max(STEPS.values()), "look_every": 250, "samples": 400, "judge": "smollm2"}
 QUICK = {"steps": 2, "look_every": 1, "samples": 8, "judge": "tiny"}
-LONGER = "`frozen`, another run, with more steps of its prior"
+LONGER = "`frozen`, with more steps of its prior"
 LOOKS = 8  # in a record
 JUDGE = ("language_model", "lm_tokenizer")
 NOISES = {f"noise {noise}": {"noise": noise} for noise in (1.0, 0.7, 0.5)}
@@ -146,7 +146,7 @@ def row_of(found: dict[str, list[float | None]], columns: list[tuple[str, str, f
 
 
 def of_latent_prior() -> list[dict]:
-    """The record of another run of the main job, whose prior has more steps; nothing if it is not there."""
+    """The record of a prior with more steps; nothing if it is not there."""
     found = {}
     for method in ("floors", "learned"):
         path = RESULTS / "runs" / "latent_prior" / f"{method}-seed0.json"

@@ -12,7 +12,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 REPORTS = [  # and their arguments, where they are not the default
     ("joint_prior", ["--seeds", "0"]),
-    ("latent_prior", ["--seeds", "0"]),
+    ("latent_prior", ["--seeds", "0", "1", "2"]),
     ("latent_walks", []),
     ("long_sources", []),
     ("new_texts", ["--seeds", "0", "--only", "reconstruction", "samples"]),
