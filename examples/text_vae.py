@@ -182,10 +182,10 @@ class Purpose:
 
 
 PURPOSES = {
-    "reconstruction": Purpose(cross_entropy=0.8, steps=2600, rate=0.02, prior_steps=2000),
+    "reconstruction": Purpose(cross_entropy=0.8, steps=2600, rate=0.02, prior_steps=1000),
     "samples": Purpose(cross_entropy=1.8, steps=5000, rate=0.02),
     "few-vectors": Purpose(cross_entropy=0.3, steps=5000, keep=0.5),
-    "merged": Purpose(cross_entropy=0.4, steps=5000, rate=0.02, merge=0.4, prior_steps=2000),
+    "merged": Purpose(cross_entropy=0.4, steps=5000, rate=0.02, merge=0.4, prior_steps=1000),
 }
 
 
