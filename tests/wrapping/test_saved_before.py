@@ -23,7 +23,7 @@ INPUTS = ("input_ids", "attention_mask")
 
 
 def same(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    assert_close(actual, expected, atol=1e-6, rtol=1e-6)
+    assert_close(actual, expected, atol=5e-6, rtol=5e-6)  # processors round in ways of their own
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["as it was", "saved again"])
