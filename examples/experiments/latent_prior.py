@@ -144,14 +144,18 @@ def codes_nats(model: NvibForConditionalGeneration):
     return of
 
 
+def token_model(vae: Vae, settings: dict) -> TokenModel:
+    """The language model, trained."""
+    torch.manual_seed(settings["seed"])
+    model = TokenModel(len(vae.tokenizer), D_MODEL, vae.tokenizer.bos_token_id, vae.tokenizer.eos_token_id)
+    train_token_model(model, vae.ids(vae.texts), vae.ids(vae.watched), {**settings, "batch_size": BATCH_SIZE})
+    return model
+
+
 def tokens(vae: Vae, settings: dict, folder: Path) -> tuple[dict, dict]:
     """The language model: what a text costs, and its texts."""
-    seed = settings["seed"]
-    torch.manual_seed(seed)
-    ends = vae.tokenizer.bos_token_id, vae.tokenizer.eos_token_id
-    model = TokenModel(len(vae.tokenizer), D_MODEL, *ends)
-    started = time.process_time()
-    train_token_model(model, vae.ids(vae.texts), vae.ids(vae.watched), {**settings, "batch_size": BATCH_SIZE})
+    seed, started = settings["seed"], time.process_time()
+    model = token_model(vae, settings)
     costs = {
         "seconds": time.process_time() - started,
         "parameters": sum(p.numel() for p in model.parameters()),

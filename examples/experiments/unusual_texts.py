@@ -27,10 +27,10 @@ import numpy as np
 import text_vae as example
 import torch
 import wordnet
-from latent_prior import BATCH_SIZE, D_MODEL, Vae, codes_nats, independent_rate, train_vae
+from latent_prior import BATCH_SIZE, Vae, codes_nats, independent_rate, token_model, train_vae
 from runner import cell, over_seeds, parser, run_all, table_of_rows, write_report
 from scipy.stats import bootstrap, mannwhitneyu
-from token_model import TokenModel, train_token_model
+from token_model import TokenModel
 
 from nvib_hf import encode_texts
 from nvib_hf.evaluation.texts import evaluating, labels_of, negative_log_likelihood
@@ -146,14 +146,6 @@ def with_means(batches: Iterator[Scores]) -> Scores:
     counted, *names = batches[0]
     found = {name: torch.cat([batch[name] for batch in batches]).double().numpy() for name in (counted, *names)}
     return found | {f"{name}, per {counted.removesuffix('s')}": found[name] / found[counted] for name in names}
-
-
-def token_model(vae: Vae, settings: dict) -> TokenModel:
-    """That of `latent_prior.py`."""
-    torch.manual_seed(settings["seed"])
-    model = TokenModel(len(vae.tokenizer), D_MODEL, vae.tokenizer.bos_token_id, vae.tokenizer.eos_token_id)
-    train_token_model(model, vae.ids(vae.texts), vae.ids(vae.watched), {**settings, "batch_size": BATCH_SIZE})
-    return model
 
 
 def auroc(high: np.ndarray, low: np.ndarray, axis: int = -1) -> np.ndarray:

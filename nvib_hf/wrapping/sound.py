@@ -148,7 +148,7 @@ def heard_frames(features: Tensor, attention_mask: Tensor | None) -> Tensor:
     Raises:
         ValueError: a mask ``(B, T)`` of another shape.
     """
-    frames = (~features[:, 0].isnan()).sum(-1)
+    frames = mask_of_marks(features).sum(-1)
     if attention_mask is None:
         return frames
     if attention_mask.shape != features[:, 0].shape:
