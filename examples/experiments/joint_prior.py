@@ -147,15 +147,11 @@ def row_of(found: dict[str, list[float | None]], columns: list[tuple[str, str, f
 
 def of_latent_prior() -> list[dict]:
     """The record of a prior with more steps; nothing if it is not there."""
-    found = {}
-    for method in ("floors", "learned"):
-        path = RESULTS / "runs" / "latent_prior" / f"{method}-seed0.json"
-        if not path.exists():
-            return []
-        found[method] = json.loads(path.read_text(encoding="utf-8"))
-    learned = found["learned"]["results"]
-    results = {**learned, "exact_match": found["floors"]["results"]["exact_match"]}
-    return [{"settings": found["learned"]["settings"], "results": results | {"looks": []}}]
+    path = RESULTS / "runs" / "latent_prior" / "learned-seed0.json"
+    if not path.exists():
+        return []
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return [{**record, "results": record["results"] | {"looks": []}}]
 
 
 def report(groups: list[list[dict]]) -> str:
