@@ -338,6 +338,8 @@ def main(arguments: list[str] | None = None) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     rows = ROWS | {row: reading for folder in options.trained for row, reading in rows_of(folder).items()}
     rows = {row: reading for row, reading in rows.items() if row == "plain" or re.search(options.rows, row)}
+    if len(rows) == 1:
+        raise SystemExit(f"--rows {options.rows!r} is in the name of no row. The rows are: {', '.join(ROWS)}.")
     results = run(recogniser, speech, rows, options.output / "results.json")
     (options.output / "whisper.md").write_text(page(results), encoding="utf-8")
     print(page(results))
