@@ -6,30 +6,18 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import VOCAB_SIZE, tiny_base, tiny_inputs
+from tiny_sound import prompts, with_prompts
 from transformers import GenerationConfig, WhisperFeatureExtractor, WhisperTokenizer, pipeline
 
 from nvib_hf import NvibForConditionalGeneration
 
 FIRST_TIMESTAMP = VOCAB_SIZE - 33  # as many as a window of 64 frames has steps, and one more
-PROMPTS = {
-    "is_multilingual": True,
-    "lang_to_id": {"<|en|>": 30, "<|fr|>": 31, "<|de|>": 32},
-    "task_to_id": {"transcribe": 33, "translate": 34},
-    "prev_sot_token_id": 35,
-    "no_timestamps_token_id": FIRST_TIMESTAMP - 1,
-    "max_initial_timestamp_index": 10,
-    "max_length": 12,
-    "return_timestamps": False,
-}
+PROMPTS = prompts(FIRST_TIMESTAMP, max_length=12)
 
 
 @pytest.fixture(scope="module")
 def base():
-    base = tiny_base("whisper")
-    # One made from a model's configuration would be read without what is Whisper's own.
-    settings = {**base.generation_config.to_dict(), **PROMPTS, "_from_model_config": False}
-    base.generation_config = GenerationConfig(**settings)
-    return base.eval()
+    return with_prompts(tiny_base("whisper"), PROMPTS)
 
 
 @pytest.fixture(scope="module")
@@ -173,12 +161,8 @@ TIMES = VOCAB_SIZE - 51
 @pytest.fixture(scope="module")
 def listener():
     """A Whisper that hears windows of a second, and what belongs to it in a pipeline."""
-    base = tiny_base("whisper", max_source_positions=50)
-    prompts = PROMPTS | {"no_timestamps_token_id": TIMES - 1, "max_initial_timestamp_index": 49}
-    base.generation_config = GenerationConfig(
-        **{**base.generation_config.to_dict(), **prompts, "_from_model_config": False}
-    )
-    base.eval()
+    own = prompts(TIMES, max_length=12) | {"max_initial_timestamp_index": 49}
+    base = with_prompts(tiny_base("whisper", max_source_positions=50), own)
     special = {0: "<|endoftext|>", 1: "<|end|>", 2: "<|startoftranscript|>", 30: "<|en|>", 31: "<|fr|>", 32: "<|de|>"}
     special |= {33: "<|transcribe|>", 34: "<|translate|>", 35: "<|startofprev|>", TIMES - 1: "<|notimestamps|>"}
     words = {token: f"\u0120{chr(ord('a') + token % 26)}{token}" for token in range(VOCAB_SIZE)}
