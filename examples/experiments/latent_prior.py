@@ -3,11 +3,13 @@
     python examples/experiments/latent_prior.py          # about two hours of a CPU core
     python examples/experiments/latent_prior.py --quick  # everything runs, nothing is learnt
 
-All but `merged` share one VAE, that of `examples/text_vae.py --output DIR/vae`, which is trained if the folder is not
-there; DIR is `--output`. Texts are drawn by
+Where nothing else is said, they share one VAE, that of `examples/text_vae.py --output DIR/vae`. One that is not there
+is trained; DIR is `--output`. Texts are drawn by
 
 * `learned`: a learned prior (`model.fit_latent_prior`), trained on the means of the training texts' latents;
 * `merged`: the same on latents of half the vectors, those of `--purpose merged --output DIR/vae_merged` (one seed);
+* `looser`, `tighter`: the same on latents that reconstruct better and worse, those of `--cross-entropy 0.4` and `1.0`
+  in place of 0.8 (one seed);
 * `tokens`, the ceiling: a language model on the texts' tokens, with the same transformer, the same number of steps and
   the same batches;
 * `floors`: the prior that the VAE was trained with, independent Gaussians, and real latents of held-out texts whose
@@ -55,9 +57,19 @@ SAMPLINGS = [  # temperature, top_p
     (0.7, 0.9),
 ]
 SHOWN = "temperature 1.0, top-p 0.9"
-NAMES = {"learned": "learned", "merged": "learned, half of the vectors", "tokens": "language model"}
-FOLDERS = {"merged": "vae_merged"}  # of other methods "vae"
-ONCE = {"floors", "merged"}  # with one seed
+NAMES = {
+    "learned": "learned",
+    "merged": "learned, half of the vectors",
+    "looser": "learned, 0.4 nats accepted",
+    "tighter": "learned, 1.0 nats accepted",
+    "tokens": "language model",
+}
+ON_OTHERS = {  # methods with a VAE of their own: its options
+    "merged": ["--purpose", "merged"],
+    "looser": ["--cross-entropy", "0.4", "--prior-steps", "0"],
+    "tighter": ["--cross-entropy", "1.0", "--prior-steps", "0"],
+}
+ONCE = {"floors", *ON_OTHERS}  # with one seed
 # Column, name in the results, factor, digits
 COLUMNS = [
     ("perplexity to real", "fluency_ratio", 1, 2),
@@ -70,6 +82,14 @@ COLUMNS = [
     ("agreement, %", "agreement", 100, 1),
     ("ms per sample", "milliseconds", 1, 0),
 ]
+COSTS = [  # of learned priors
+    ("exact, %", "exact_match", 100, 1),
+    ("vectors, %", "prop_vectors", 100, 1),
+    ("nats under independent Gaussians", "independent_rate", 1, 1),
+    ("under the prior", "rate", 1, 1),
+    ("of it for codes", "codes_nats", 1, 1),
+    ("parameters, M", "parameters", 1e-6, 2),
+]
 LEGEND = """
 Perplexity is that of the language model that judges, to that of as many held-out texts; in training: word for word a
 text of the training; at most: so many words; agreement: samples that come back when they are encoded and decoded;
@@ -78,11 +98,16 @@ milliseconds: of drawing the latents or the tokens, without the decoder.
 
 
 # ------------------------------------------------------------------------------------------- the shared VAE
-def train_vae(folder: Path, quick: bool, purpose: str = "reconstruction") -> None:
+def train_vae(folder: Path, quick: bool, options: list[str] = ()) -> None:
     """The main job, if it has not been done."""
     if not (folder / "held_out.txt").exists():
-        options = ["--output", folder, "--purpose", purpose, *["--quick"] * quick]
+        options = ["--output", folder, *options, *["--quick"] * quick]
         subprocess.run([sys.executable, Path(__file__).parents[1] / "text_vae.py", *options], check=True)
+
+
+def vae_of(method: str, folder: Path) -> Path:
+    """Where the VAE of a method is."""
+    return folder / (f"vae_{method}" if method in ON_OTHERS else "vae")
 
 
 class Vae:
@@ -209,7 +234,7 @@ def independent_rate(model: NvibForConditionalGeneration, latents: NvibLatents):
     return nats.masked_fill(~mask, 0).sum(-1)
 
 
-METHODS = {"floors": floors, "learned": learned, "merged": learned, "tokens": tokens}
+METHODS = {"floors": floors, "learned": learned, **dict.fromkeys(ON_OTHERS, learned), "tokens": tokens}
 
 
 # ------------------------------------------------------------------------------------------------- measures
@@ -245,7 +270,8 @@ def scored(vae: Vae, made: dict[str, list[str]], milliseconds: dict[str, float],
         for name, value in mauve(made, judged["real"]).items():
             scores[name]["mauve"] = value
     scores["real"]["fluency_ratio"] = 1.0
-    return scores
+    shown = {name for _, name, *_ in COLUMNS} | {"words_50", "words_90", "examples"}
+    return {kind: {name: score[name] for name in score if name in shown} for kind, score in scores.items()}
 
 
 def lengths(texts: list[str]) -> dict[str, float]:
@@ -279,7 +305,7 @@ def mauve(made: dict[str, list[str]], real: list[str]) -> dict[str, float]:
 
 def one(settings: dict, folder: Path) -> dict:
     """A method with one seed."""
-    vae = Vae(folder / FOLDERS.get(settings["method"], "vae"), settings["judge"] == "tiny")
+    vae = Vae(vae_of(settings["method"], folder), settings["judge"] == "tiny")
     costs, samples = METHODS[settings["method"]](vae, settings, folder)
     return {**costs, "samples": samples}
 
@@ -312,6 +338,15 @@ def rows_of(group: list[dict]) -> list[dict[str, str]]:
     return rows
 
 
+def costs_row(group: list[dict]) -> dict[str, str]:
+    """What a VAE and its learned prior say of held-out texts."""
+    settings = group[0]["settings"]
+    named = {"prior": f"{NAMES[settings['method']]} ({settings['steps']} steps, runs: {len(group)})"}
+    return named | {
+        title: over_runs(group, name, factor=factor, digits=digits) for title, name, factor, digits in COSTS
+    }
+
+
 def report(groups: list[list[dict]]) -> str:
     by_method = {group[0]["settings"]["method"]: group for group in groups}
     parts = [LEGEND.strip()]
@@ -324,29 +359,6 @@ def report(groups: list[list[dict]]) -> str:
             f"{exact} % of the held-out texts are reconstructed exactly. Their vectors cost {rate} nats a text under "
             "independent Gaussians."
         )
-    for method in ("learned", "merged"):
-        if group := by_method.get(method):
-            rate, codes, size, exact, vectors, independent = (
-                over_runs(group, name, factor=factor, digits=digits)
-                for name, factor, digits in (
-                    ("rate", 1, 1),
-                    ("codes_nats", 1, 1),
-                    ("parameters", 1e-6, 2),
-                    ("exact_match", 100, 1),
-                    ("prop_vectors", 100, 1),
-                    ("independent_rate", 1, 1),
-                )
-            )
-            of_vae = (
-                f"Trained with merging, {exact} % are reconstructed from {vectors} % of the vectors, which cost "
-                f"{independent} nats under independent Gaussians. Under their own learned prior they"
-                if method == "merged"
-                else "Under the learned prior they"
-            )
-            parts.append(
-                f"{of_vae} cost {rate} nats, of which {codes} for the codes ({size}M parameters, "
-                f"{group[0]['settings']['steps']} steps, runs: {len(group)})."
-            )
     if group := by_method.get("tokens"):
         nats, size = (
             over_runs(group, name, factor=factor, digits=digits)
@@ -357,6 +369,9 @@ def report(groups: list[list[dict]]) -> str:
             f"Their tokens cost {nats} nats under the language model ({size}M parameters, {steps} steps, runs: "
             f"{len(group)})."
         )
+    if of_priors := [group for group in groups if "rate" in group[0]["results"]]:
+        parts.append("What the vectors of a held-out text cost under the learned priors:")
+        parts.append(table_of_rows([costs_row(group) for group in of_priors]))
     parts.append(table_of_rows([row for group in groups for row in rows_of(group)]))
     for method, name in NAMES.items():
         for record in by_method.get(method, []):
@@ -379,9 +394,8 @@ def runs_of(args: argparse.Namespace) -> dict[str, dict]:
 def main() -> None:
     args = parser(__doc__.splitlines()[0], "latent_prior", METHODS).parse_args()
     if args.jobs:
-        train_vae(args.output / "vae", args.quick)
-        if "merged" in args.only:
-            train_vae(args.output / FOLDERS["merged"], args.quick, "merged")
+        for method in args.only:
+            train_vae(vae_of(method, args.output), args.quick, ON_OTHERS.get(method, ()))
         if not args.quick:
             load_smollm2(args.output / "smollm2")
     records = run_all(partial(one, folder=args.output), runs_of(args), args.output, args.jobs)
