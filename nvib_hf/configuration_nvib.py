@@ -149,6 +149,9 @@ class NvibConfig(ConfigOfABase):
         latent_prior: sizes of a learned prior. Give the ones that differ from
             :data:`~nvib_hf.layers.latent_prior.SIZES`; ``{}`` keeps them all.
             :meth:`~nvib_hf.NvibForConditionalGeneration.fit_latent_prior` trains the prior and sets this.
+        latent_prior_frozen: False while the learned prior is trained with the model: the loss then charges what the
+            vectors cost under it, in place of independent Gaussians.
+            :meth:`~nvib_hf.NvibForConditionalGeneration.unfreeze_latent_prior` and ``freeze_latent_prior`` set this.
         exact_attention: keep the query-norm term of the mixture's score, as exact Bayes does. The published score
             leaves it out.
 
@@ -215,6 +218,7 @@ class NvibConfig(ConfigOfABase):
     kl_weights: str = "drawn"
     exact_attention: bool = False
     latent_prior: dict[str, int] | None = None
+    latent_prior_frozen: bool = True
     is_encoder_decoder: bool = True
     config_version: int = CONFIG_VERSION
 
@@ -309,6 +313,11 @@ class NvibConfig(ConfigOfABase):
         """Refuse settings that contradict each other."""
         check_dropping(self.dropping, self.alpha_threshold)
         check_one_limit(self.merge_share, self.merge_cost)
+        if self.latent_prior is None and not self.latent_prior_frozen:
+            raise ValueError(
+                "latent_prior_frozen=False needs a learned prior, but latent_prior is None. Call "
+                "model.fit_latent_prior(...) and model.unfreeze_latent_prior(...), which set both."
+            )
         if self.attentions is not None:
             check_mass_is_read(self.encoder_merge_share, self.attentions)
         if self.exact_attention and self.evaluation != "mixture":

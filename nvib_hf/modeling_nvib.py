@@ -23,7 +23,8 @@ from .configuration_nvib import NvibConfig
 from .generation_nvib import NvibGenerationMixin
 from .latents.checks import check_latents, refuse_batch
 from .latents.latents import NvibLatents
-from .latents.merging import merge_limit, merged_so_far, merging
+from .latents.learned import charged_by_prior, prior_of
+from .latents.merging import merge_limit, merged_so_far, merging, posterior_of
 from .latents.sampling import NvibLatentsMixin
 from .layers.cross_entropy import IGNORED
 from .layers.denoising_attention import pack
@@ -146,9 +147,8 @@ class NvibForConditionalGeneration(
             self.nvib = make_layer(config, width, self.scale)
             halves = {"encoder": base.get_encoder(), "decoder": base.get_decoder()}
             self._put_into_self_attention(halves)
-        self.latent_prior = None
-        if config.latent_prior is not None:
-            self.latent_prior = LatentPrior(width, **config.latent_prior).float()
+        self.latent_prior = prior_of(config, width)
+        if self.latent_prior is not None:
             self._keep_in_fp32_modules_strict = [*self._keep_in_fp32_modules_strict, r"latent_prior\.(?!is_fitted)\w+"]
         self.register_buffer("kl_beta", torch.ones(3))  # of lambda_gaussian, lambda_dirichlet, lambda_vectors
         if config.encode_sound_only:
@@ -247,9 +247,10 @@ class NvibForConditionalGeneration(
         if source.share is not None and latents.prop_vectors is not None:
             latents.prop_vectors = latents.prop_vectors * source.share
         if limit:
-            kappa = 1 if latents.logvar is not None else getattr(self.nvib, "kappa", 1)
-            ends = (kappa, kappa * source.stored)
-            latents = merged_so_far(latents, self.scale, self.config.evaluation, limit, *ends)
+            how = self.scale, self.config.evaluation, limit, posterior_of(made), source.stored
+            latents, groups = merged_so_far(latents, *how)
+        if latents.kl_gaussian is not None and not self.config.latent_prior_frozen:
+            latents.kl_gaussian = charged_by_prior(self, made, groups if limit else None)
         if decode_only and latents.logvar is None:  # in a sample, the draws decide which vectors have weight
             latents = latents.compact()
         return latents, source.outputs

@@ -46,6 +46,8 @@ CODE = {
     "layers_kl.py",
     "layers_latent_prior.py",
     "layers_merging.py",
+    "layers_moving_codes.py",
+    "layers_mutual_neighbours.py",
     "layers_nvib.py",
     "layers_settings.py",
     "loss.py",

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import copy
 import io
 import re
 from pathlib import Path
@@ -11,7 +12,13 @@ import torch
 from tiny_models import REFUSED, TITLES, tiny_base, tiny_inputs, tiny_labels
 from tiny_nvib import tensors, tiny_nvib
 from tiny_text import tiny_examples, tiny_tokenizer
-from transformers import AutoModelForSeq2SeqLM, BatchEncoding, PreTrainedTokenizerBase, Seq2SeqTrainingArguments
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    BatchEncoding,
+    DataCollatorForSeq2Seq,
+    PreTrainedTokenizerBase,
+    Seq2SeqTrainingArguments,
+)
 
 from nvib_hf import AttentionSpec, NvibForConditionalGeneration, encode_texts
 from nvib_hf.wrapping import specs
@@ -22,7 +29,9 @@ README = PAGES[0].read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 FIRST_LINES, MERGE, TRAIN, EVALUATE = (code for language, code in BLOCKS if language == "python")
 EXAMPLES = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
-WHISPER, TRANSCRIBE, NEIGHBOURS, INDEX, UNUSUAL = re.findall(r"```python\n(.*?)```", EXAMPLES, flags=re.DOTALL)
+WHISPER, TRANSCRIBE, NEIGHBOURS, INDEX, UNFROZEN, UNUSUAL = re.findall(
+    r"```python\n(.*?)```", EXAMPLES, flags=re.DOTALL
+)
 SELF_ATTENTION_PAGE = (ROOT / "examples" / "SELF_ATTENTION.md").read_text(encoding="utf-8")
 SELF_ATTENTION = re.findall(r"```python\n(.*?)```", SELF_ATTENTION_PAGE, flags=re.DOTALL)
 TEXTS = ["w5 w6 w7", "w8 w9", "w10 w11 w12 w13", "w14 w15 w16"]
@@ -170,6 +179,29 @@ def test_a_text_is_its_own_nearest_neighbour():
     pytest.importorskip("sklearn")
     run(INDEX, names)
     assert names["closest"][0] == 0 and len(names["closest"]) == 2 and len(names["clusters"]) == len(TEXTS)
+
+
+def test_the_learned_prior_is_trained_with_the_model(folder):
+    model, tokenizer = tiny_nvib(lambda_gaussian=1.0), tiny_tokenizer()
+    texts = [f"w{5 + i} w{6 + i} w{7 + i}" for i in range(20)]
+    latents = encode_texts(model, tokenizer, texts)
+    model.fit_latent_prior(latents, latents[:5], sizes={"num_codes": 8, "d_model": 16, "num_layers": 1}, max_steps=2)
+    before, rate = copy.deepcopy(model.latent_prior.state_dict()), model.rate(latents).mean().item()
+    ids = tokenizer(texts).input_ids
+    names = {
+        "model": model.train(),
+        "tokenizer": tokenizer,
+        "texts": texts,
+        "held_out": texts,
+        "dataset": [{"input_ids": row, "labels": row} for row in ids],
+        "collator": DataCollatorForSeq2Seq(tokenizer),
+        "args": Seq2SeqTrainingArguments(
+            "out", max_steps=40, learning_rate=3e-3, report_to=[], disable_tqdm=True, dataloader_pin_memory=False
+        ),
+    }
+    assert float(re.search(r"[\d.]+", run(UNFROZEN, names))[0]) < rate
+    assert all(not torch.equal(before[name], x) for name, x in model.latent_prior.named_parameters())
+    assert model.config.latent_prior_frozen
 
 
 def test_a_text_unlike_those_held_out_is_found():

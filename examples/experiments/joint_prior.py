@@ -3,13 +3,16 @@
     python examples/experiments/joint_prior.py --seeds 0  # about 20 minutes of a CPU core, after the main job
     python examples/experiments/joint_prior.py --quick    # everything runs, nothing is learnt
 
-All start from one VAE, that of `examples/text_vae.py --output DIR/vae`, which is trained if the folder is not there;
+Most start from one VAE, that of `examples/text_vae.py --output DIR/vae`, which is trained if the folder is not there;
 DIR is `--output`.
 
 * `frozen`: the VAE and its prior of codes as the main job leaves them. What more steps of that prior bring is in the
   record of `latent_prior.py`;
-* `codes`: that VAE and that prior trained on, together. The loss charges what `model.rate` says. Centres and variances
-  of the codes are moving means. The code is that of the nearest centre: no gradient makes it a more probable one;
+* `codes`: that VAE and that prior trained on, together (`model.unfreeze_latent_prior`). The loss charges what
+  `model.rate` says. Centres and variances of the codes are moving means. The code is that of the nearest centre: no
+  gradient makes it a more probable one;
+* `merged`, `merged-8192`: the same from the VAE whose latents are merged to about half of the vectors, that of
+  `--purpose merged --output DIR/vae_merged`, with its own prior, and with a prior of 8192 codes;
 * `gaussian`: that VAE trained on with a causal prior of Gaussians, whose means and variances a transformer says after
   the vectors drawn before. It starts as the independent Gaussians that the VAE was trained with.
 
@@ -28,17 +31,18 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))  # the examples
 
 import latent_prior as fitted
+import text_vae as example
 import torch
-from joint_training import CausalGaussian, MovingCodes, look, nats_of_texts, train
+from joint_training import CausalGaussian, JointNvib, look, nats_of_texts, train
 from language_model import load_or_tiny, load_smollm2
 from runner import RESULTS, cell, over_seeds, parser, run_all, table_of_rows, write_report
 
 from nvib_hf import encode_texts
 from nvib_hf.evaluation.samples import sample_scores
 from nvib_hf.evaluation.texts import as_read
-from nvib_hf.latents.learned import vectors_of, with_prior_component
+from nvib_hf.latents.learned import with_prior_component
 
-STEPS = {"frozen": 0, "codes": 2000, "gaussian": 2000}  # at most
+STEPS = {"frozen": 0, "codes": 2000, "merged": 2000, "merged-8192": 2000, "gaussian": 2000}  # at most
 FULL = {"steps": max(STEPS.values()), "look_every": 250, "samples": 400, "judge": "smollm2"}
 QUICK = {"steps": 2, "look_every": 1, "samples": 8, "judge": "tiny"}
 LONGER = "`frozen`, with more steps of its prior"
@@ -48,11 +52,11 @@ NOISES = {f"noise {noise}": {"noise": noise} for noise in (1.0, 0.7, 0.5)}
 CODES = {
     f"temperature {t}, top-p {p}": {"temperature": t, "top_p": p} for t, p in ((1.0, 1.0), (1.0, 0.9), (0.7, 1.0))
 }
-SHOWN = {"codes": fitted.SHOWN, "gaussian": "noise 0.7"}
 BOUND = ("rate", "text_nats", "weights_nats")  # what it is the sum of
 # Name in the results, column, factor, digits
 COSTS = [
     ("exact_match", "exact, %", 100, 1),
+    ("prop_vectors", "vectors, %", 100, 1),
     ("rate", "rate", 1, 1),
     ("codes_nats", "of it for codes", 1, 1),
     ("text_nats", "text from a draw", 1, 1),
@@ -81,24 +85,56 @@ def frozen(vae: fitted.Vae, settings: dict, checkpoint: Path) -> list[dict]:
     return []
 
 
-def codes(vae: fitted.Vae, settings: dict, checkpoint: Path) -> list[dict]:
-    mu, mask, logvar = vectors_of(encode_texts(vae.model, vae.tokenizer, vae.texts))
-    num_batches = math.ceil(len(vae.texts) / fitted.BATCH_SIZE)
-    return train(vae, MovingCodes(vae.model.latent_prior, mu, logvar, mask, num_batches), settings, checkpoint)
+def codes(vae: fitted.Vae, settings: dict, checkpoint: Path, purpose: str = "reconstruction") -> list[dict]:
+    vae.model.unfreeze_latent_prior(encode_texts(vae.model, vae.tokenizer, vae.texts), fitted.BATCH_SIZE)
+    looks = train(vae, example.PURPOSES[purpose], settings, checkpoint)
+    vae.model.freeze_latent_prior()
+    return looks
+
+
+def merged(vae: fitted.Vae, settings: dict, checkpoint: Path, num_codes: int | None = None) -> list[dict]:
+    vae.model.config.training_merge_share = 1.0  # but by the same cost as in evaluation
+    if num_codes is not None:
+        latents, held_out = (encode_texts(vae.model, vae.tokenizer, texts) for texts in (vae.texts, vae.watched))
+        how = {"max_steps": settings["steps"] // 2 or 1, "seed": settings["seed"]}
+        kept = Path(f"{checkpoint}.prior")
+        vae.model.fit_latent_prior(latents, held_out, sizes={"num_codes": num_codes}, checkpoint=kept, **how)
+    return codes(vae, settings, checkpoint, "merged")
 
 
 def gaussian(vae: fitted.Vae, settings: dict, checkpoint: Path) -> list[dict]:
+    prior, layer = vae.model.latent_prior, vae.model.nvib
     sizes = {name: vae.model.config.latent_prior[name] for name in ("d_model", "num_layers", "num_heads")}
-    return train(vae, CausalGaussian(vae.model.latent_prior, **sizes), settings, checkpoint)
+    layer.__class__, layer.charge = JointNvib, CausalGaussian(prior, **sizes)  # it keeps its settings and parameters
+    looks = train(vae, example.PURPOSES["reconstruction"], settings, checkpoint)
+    latents = encode_texts(vae.model, vae.tokenizer, vae.texts).compact()
+    seen = latents.log_pi[:, 1:] > -math.inf
+    prior.log_weight.copy_((latents.log_pi[:, 1:] - latents.log_pi[:, :1])[seen].mean())
+    return looks
 
 
-METHODS = {"frozen": frozen, "codes": codes, "gaussian": gaussian}
+METHODS = {
+    "frozen": frozen,
+    "codes": codes,
+    "merged": merged,
+    "merged-8192": partial(merged, num_codes=8192),
+    "gaussian": gaussian,
+}
+
+
+def vae_of(method: str) -> str:
+    return "merged" if method.startswith("merged") else "learned"
+
+
+def shown_of(method: str) -> str:
+    """The kind of texts of which some are shown."""
+    return "noise 0.7" if method == "gaussian" else fitted.SHOWN
 
 
 def written(vae: fitted.Vae, settings: dict, how: dict) -> list[str]:
     """Texts from draws of the prior."""
     model, chance = vae.model, torch.Generator().manual_seed(settings["seed"])
-    if settings["method"] == "codes":
+    if settings["method"] != "gaussian":
         return vae.write(model.sample_latents(settings["samples"], **how, generator=chance))
     z, mask = model.nvib.charge.sample(settings["samples"], **how, generator=chance)
     return vae.write(with_prior_component(model, z, mask, model.latent_prior.log_weight))
@@ -106,7 +142,8 @@ def written(vae: fitted.Vae, settings: dict, how: dict) -> list[str]:
 
 def one(settings: dict, folder: Path) -> dict:
     """A method with one seed: its costs, samples and looks."""
-    vae, method, seed = fitted.Vae(folder / "vae", settings["judge"] == "tiny"), settings["method"], settings["seed"]
+    method, seed = settings["method"], settings["seed"]
+    vae = fitted.Vae(fitted.vae_of(vae_of(method), folder), settings["judge"] == "tiny")
     torch.manual_seed(seed)
     started = time.process_time()
     looks = METHODS[method](vae, settings, folder / f"{method}-seed{seed}.pt")
@@ -114,18 +151,19 @@ def one(settings: dict, folder: Path) -> dict:
     results = {"seconds": time.process_time() - started, "parameters": sum(p.numel() for p in prior.parameters())}
     results |= look(vae, vae.held_out)
     latents, chance = encode_texts(vae.model, vae.tokenizer, vae.held_out), torch.Generator().manual_seed(seed)
+    results["prop_vectors"] = latents.prop_vectors.mean().item()
     results["text_nats"] = nats_of_texts(vae, vae.held_out, sample=True, generator=chance)[0].mean().item()
     results["weights_nats"] = (latents.attention_mask.sum(-1) * latents.kl_dirichlet).mean().item()
     if method != "gaussian":
         results["codes_nats"] = fitted.average(fitted.codes_nats(vae.model), latents)
-    kinds = {"frozen": {}, "codes": CODES, "gaussian": NOISES}[method]
+    kinds = {"frozen": {}, "gaussian": NOISES}.get(method, CODES)
     made = {kind: written(vae, settings, how) for kind, how in kinds.items()}
     if made:
         texts = as_read(vae.tokenizer, vae.held_out), as_read(vae.tokenizer, vae.texts)
         judge = dict(zip(JUDGE, load_or_tiny(settings["judge"], vae.texts, folder / "smollm2"), strict=True))
         scores = sample_scores(made, *texts, **judge)
         results["samples"] = {kind: {name: scores[kind][name] for name, *_ in SCORES} for kind in made}
-        results["examples"] = made[SHOWN[method]][:16]
+        results["examples"] = made[shown_of(method)][:16]
     results["looks"] = looks[:: -max(len(looks) // LOOKS, 1)][::-1]
     return results
 
@@ -170,7 +208,7 @@ def report(groups: list[list[dict]]) -> str:
         for entry in results["looks"]:
             looks.setdefault(entry["step"], {})[name] = f"{entry['rate']:.1f} ({100 * entry['exact_match']:.1f} %)"
         if "examples" in results:
-            shown = SHOWN[group[0]["settings"]["method"]]
+            shown = shown_of(group[0]["settings"]["method"])
             examples.append(f"The first sixteen of the first seed, {name}, {shown}:")
             examples.append("\n".join(f"- {text}" for text in results["examples"]))
     parts = [LEGEND.strip(), facts(by_name), table_of_rows(costs)]
@@ -198,7 +236,8 @@ def facts(by_name: dict[str, list[dict]]) -> str:
 def main() -> None:
     args = parser(__doc__.splitlines()[0], "joint_prior", METHODS).parse_args()
     if args.jobs:
-        fitted.train_vae(args.output / "vae", args.quick)
+        for vae in {vae_of(method) for method in args.only}:
+            fitted.train_vae(fitted.vae_of(vae, args.output), args.quick, fitted.ON_OTHERS.get(vae, ()))
         if not args.quick:
             load_smollm2(args.output / "smollm2")
     size = QUICK if args.quick else FULL

@@ -1,6 +1,5 @@
-"""Priors of latents that are trained with the VAE: of Gaussians, and of codes; and the training of both."""
+"""A causal prior of Gaussians that is trained with the VAE, and the training of this one and of the package's."""
 
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -26,7 +25,6 @@ from nvib_hf.evaluation.texts import (
 )
 from nvib_hf.latents.learned import vectors_of
 from nvib_hf.layers.causal_transformer import Cache, CausalTransformer
-from nvib_hf.layers.codebook import sums_by_code
 from nvib_hf.layers.cross_entropy import IGNORED
 from nvib_hf.layers.latent_prior import LatentPrior
 from nvib_hf.layers.nvib import NvibLayer
@@ -36,7 +34,6 @@ from nvib_hf.training.latent_prior_training import optimizer_and_schedule, shuff
 MAX_LENGTH, DROPOUT = example.MAX_LENGTH, 0.1
 INTERVAL, HELD_OUT_INTERVAL = 10, 50  # steps between two moves of the multiplier, two measurements of watched texts
 BOUND = 10.0  # of the multiplier, times that of the evidence lower bound
-MOVING = 0.01  # what a batch counts in the moving means
 
 
 # ----------------------------------------------------------------------------------------------- the priors
@@ -99,53 +96,6 @@ class CausalGaussian(nn.Module):
         return torch.cat(drawn, dim=1).masked_fill(~mask[..., None], 0), mask
 
 
-class MovingCodes(nn.Module):
-    """A prior of codes whose centres and variances follow the posteriors, as moving means over batches.
-
-    A code to which no vector is nearest stays where it is. What places explain stays as it was fitted.
-
-    Args:
-        mu, logvar, mask: of the posteriors of all texts, which are ``num_batches`` batches.
-    """
-
-    counts: Tensor
-    sums: Tensor
-
-    def __init__(self, prior: LatentPrior, mu: Tensor, logvar: Tensor, mask: Tensor, num_batches: int) -> None:
-        super().__init__()
-        self.prior, self.num_batches = prior.requires_grad_(True), num_batches
-        counts, sums = self.of_batch(mu, logvar, mask)
-        self.register_buffer("counts", counts / num_batches)
-        self.register_buffer("sums", sums / num_batches)
-
-    def of_batch(self, mu: Tensor, logvar: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each code the number of vectors ``(K,)``; sums of them, their squares, those of draws ``(K, 3 P)``."""
-        residuals, codes = (mu - self.prior.places[: mu.shape[1]])[mask], self.prior.codes(mu)[mask]
-        squares = residuals.square()
-        values = torch.cat([residuals, squares, squares + logvar[mask].exp()], dim=-1)
-        sums, counts = sums_by_code(values, codes, self.prior.num_codes)
-        return counts, sums
-
-    @torch.no_grad()
-    def move(self, mu: Tensor, logvar: Tensor, mask: Tensor) -> None:
-        counts, sums = self.of_batch(mu, logvar, mask)
-        self.counts.lerp_(counts, MOVING)
-        self.sums.lerp_(sums, MOVING)
-        known = self.counts[:, None] > 1e-9
-        means, squares, of_draws = (self.sums / self.counts.clamp(min=1e-9)[:, None]).chunk(3, -1)
-        self.prior.centres.copy_(torch.where(known, means, self.prior.centres))
-        for buffer, second in ((self.prior.logvar, squares), (self.prior.draws_logvar, of_draws)):
-            variance, weights = (second - means.square()).clamp(min=1e-6), self.counts[:, None] * self.num_batches
-            pooled = (weights * variance).sum(0) / weights.sum()
-            buffer.copy_(((weights * variance + 10 * pooled) / (weights + 10)).log())  # as LatentPrior draws them in
-
-    def forward(self, z: Tensor, mu: Tensor, logvar: Tensor, mask: Tensor) -> Tensor:
-        """:meth:`LatentPrior.rate` of posteriors; in training the codes follow them first. ``z`` has no part in it."""
-        if self.training:
-            self.move(mu, logvar, mask)
-        return self.prior.rate(mu, logvar, mask)
-
-
 class JointNvib(NvibLayer):
     """NVIB whose ``kl_gaussian`` is, in training, what the drawn vectors cost under the prior ``charge``."""
 
@@ -196,10 +146,10 @@ def look(vae: Vae, texts: Sequence[str]) -> dict[str, float]:
 
 # ------------------------------------------------------------------------------------------------ training
 class Steering:
-    """The multiplier of the KLs, which holds the cross-entropy where the main job does."""
+    """The multiplier of the KLs, which holds the cross-entropy where the VAE's own training did."""
 
-    def __init__(self, vae: Vae) -> None:
-        self.vae, self.purpose = vae, example.PURPOSES["reconstruction"]
+    def __init__(self, vae: Vae, purpose: example.Purpose) -> None:
+        self.vae, self.purpose = vae, purpose
         self.state = {"integral": vae.model.kl_beta[0].log().item(), "average": None, "held_out": None}
         self.recent: list[float] = []
 
@@ -219,10 +169,11 @@ class Steering:
         model.kl_beta.fill_(min(multiplier(state["integral"], error, 1.0), BOUND * model.nvib.size_out))
 
 
-def train(vae: Vae, charge: nn.Module, settings: dict, checkpoint: Path) -> list[dict[str, float]]:
-    """Train the VAE and the prior ``charge`` together.
+def train(vae: Vae, purpose: example.Purpose, settings: dict, checkpoint: Path) -> list[dict[str, float]]:
+    """Train all of a model that is not frozen, its prior too.
 
     Args:
+        purpose: with the cross-entropy to accept.
         settings: ``steps``, ``look_every`` and ``seed``.
         checkpoint: a file that keeps the state at every look; a training continues from it.
 
@@ -230,9 +181,8 @@ def train(vae: Vae, charge: nn.Module, settings: dict, checkpoint: Path) -> list
         The looks at the watched texts: ``step``, ``exact_match``, ``rate``, and ``beta``, the multiplier of nats.
     """
     model, steps = vae.model, settings["steps"]
-    model.nvib.__class__, model.nvib.charge = JointNvib, charge  # the layer keeps its settings and parameters
     optimizer, schedule = optimizer_and_schedule(model, steps, weight_decay=0.0)  # the main job has no decay
-    generator, steering = torch.Generator().manual_seed(settings["seed"]), Steering(vae)
+    generator, steering = torch.Generator().manual_seed(settings["seed"]), Steering(vae, purpose)
     step, waiting, looks = 0, [], []
     stateful = {"model": model, "optimizer": optimizer, "schedule": schedule}
     if checkpoint.exists():
@@ -266,7 +216,4 @@ def train(vae: Vae, charge: nn.Module, settings: dict, checkpoint: Path) -> list
             unfinished = Path(f"{checkpoint}.{os.getpid()}")
             torch.save({**state, "waiting": waiting, "looks": looks, "steering": steering.state}, unfinished)
             unfinished.replace(checkpoint)
-    latents = encode_texts(model, vae.tokenizer, vae.texts).compact()
-    seen = latents.log_pi[:, 1:] > -math.inf
-    model.latent_prior.log_weight.copy_((latents.log_pi[:, 1:] - latents.log_pi[:, :1])[seen].mean())
     return looks

@@ -10,12 +10,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..layers.latent_prior import LatentPrior, checked_sizes
-from .checks import check_latents
+from ..layers.moving_codes import MovingCodes
+from ..layers.nvib import NvibLayer
+from .checks import check_count, check_latents
 from .latents import NvibLatents
 
 if TYPE_CHECKING:
     from ..configuration_nvib import NvibConfig
-    from ..layers.nvib import NvibLayer
+    from ..layers.distributions import NvibOutput
+    from ..layers.merging import Groups
 
 
 class HasLatentPrior(Protocol):
@@ -29,6 +32,16 @@ class HasLatentPrior(Protocol):
     def device(self) -> torch.device: ...
     @property
     def dtype(self) -> torch.dtype: ...
+
+
+def prior_of(config: NvibConfig, width: int) -> LatentPrior | None:
+    """The learned prior that a configuration tells of, if it does."""
+    if config.latent_prior is None:
+        return None
+    prior = LatentPrior(width, **config.latent_prior).float()
+    if not config.latent_prior_frozen:
+        prior.moving = MovingCodes(prior.num_codes, width)
+    return prior
 
 
 def vectors_of(latents: NvibLatents) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -55,6 +68,17 @@ def vectors_of(latents: NvibLatents) -> tuple[Tensor, Tensor, Tensor | None]:
     return z, mask, logvar
 
 
+def check_posteriors(model: HasLatentPrior, name: str, given: object) -> None:
+    """Raise TypeError or ValueError if the argument of this name is no posterior of the model."""
+    if not isinstance(given, NvibLatents):
+        raise TypeError(
+            f"{name} must be NvibLatents, but got {type(given).__name__}. Pass encode_texts(model, tokenizer, texts)."
+        )
+    check_latents(given, model.nvib)
+    if given.logvar is None:
+        raise ValueError(f"{name} are samples. Pass posteriors: encode_texts, or encode(..., sample=False).")
+
+
 def with_prior_component(model: HasLatentPrior, z: Tensor, mask: Tensor, log_weight: Tensor) -> NvibLatents:
     """Vectors as latents of a model: its prior's component in front, and one weight for all others."""
     keep = F.pad(mask, (1, 0), value=True)
@@ -75,6 +99,45 @@ def fitted_prior(model: HasLatentPrior, purpose: str) -> LatentPrior:
             "model.fit_latent_prior(encode_texts(model, tokenizer, texts), held_out) first."
         )
     return prior
+
+
+def charged_by_prior(model: HasLatentPrior, made: NvibOutput, groups: Groups | None) -> Tensor:
+    r"""What the loss charges for vectors while the learned prior is trained with the model, ``(B,)``.
+
+    .. math:: \overline{KL_G} = \frac{1}{n' P} \, \mathrm{rate}(\mu, \sigma^2)
+
+    with :meth:`LatentPrior.rate <nvib_hf.layers.latent_prior.LatentPrior.rate>` in the place of the divergence from
+    independent Gaussians, in its units: a mean over the :math:`n'` components and the channels. In training, the codes
+    follow the posteriors first.
+
+    Args:
+        made: of the NVIB layer.
+        groups: which of its vectors were merged; ``None`` if none can be.
+    """
+    prior, posterior = model.latent_prior, made.posterior
+    assert prior is not None and prior.moving is not None
+    if prior.is_fitted.device.type == "cpu" and not torch.compiler.is_compiling():  # to look would wait for a device
+        fitted_prior(model, "latent_prior_frozen=False")
+    mu, logvar, mask = posterior.mu.float(), posterior.logvar.float(), made.drawn.keep
+    log_alpha = posterior.log_alpha.float().masked_fill(~mask, -math.inf)
+    if groups is None:  # what is left comes first, as the prior reads it
+        order = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)
+        mu, logvar = (x.take_along_dim(order[..., None], dim=1) for x in (mu, logvar))
+        mask, log_alpha = mask.gather(1, order), log_alpha.gather(1, order)
+    else:
+        mu, logvar = groups.of_draws(mu, logvar)
+        log_alpha = groups.totals(log_alpha)
+        mask = log_alpha > -math.inf
+    mu, logvar, mask = mu[:, 1:], logvar[:, 1:], mask[:, 1:]  # without the prior's component
+    if mu.shape[1] > prior.max_length:
+        raise ValueError(
+            f"The inputs have {mu.shape[1]} vectors, padding included, but the learned prior's max_length is "
+            f"{prior.max_length}. Cut them, or fit a prior with sizes={{'max_length': ...}}."
+        )
+    if model.nvib.training:
+        with torch.no_grad():
+            prior.moving.follow(prior, mu, logvar, mask, log_alpha[:, 1:] - log_alpha[:, :1])
+    return prior.nats(mu, logvar, mask) / (posterior.mask.sum(-1) * mu.shape[-1])
 
 
 def sample_from_learned_prior(
@@ -141,14 +204,7 @@ class LearnedPriorMixin:
         from ..training.latent_prior_training import fit_latent_prior
 
         for name, given in (("latents", latents), ("held_out", held_out)):
-            if not isinstance(given, NvibLatents):
-                raise TypeError(
-                    f"{name} must be NvibLatents, but got {type(given).__name__}. Pass encode_texts(model, tokenizer, "
-                    "texts)."
-                )
-            check_latents(given, self.nvib)
-            if given.logvar is None:
-                raise ValueError(f"{name} are samples. Pass posteriors: encode_texts, or encode(..., sample=False).")
+            check_posteriors(self, name, given)
         (z, mask, logvar), (other, other_mask, _) = vectors_of(latents), vectors_of(held_out)
         longest = {"max_length": max(z.shape[1], other.shape[1])}
         sizes = checked_sizes(longest | (self.config.latent_prior or {}) | (sizes or {}))
@@ -163,8 +219,60 @@ class LearnedPriorMixin:
         compact = latents.compact().log_pi
         prior.log_weight.copy_((compact[:, 1:] - compact[:, :1])[mask].mean())
         self.latent_prior = prior.requires_grad_(False).train(self.nvib.training)
-        self.config.latent_prior = sizes
+        self.config.latent_prior, self.config.latent_prior_frozen = sizes, True
         return history
+
+    def unfreeze_latent_prior(self: HasLatentPrior, latents: NvibLatents, batch_size: int = 64) -> None:
+        """From now on, training trains the learned prior too, with all else that is not frozen.
+
+        The loss then charges what the vectors cost under this prior (:meth:`rate`), in place of the divergence from
+        independent Gaussians, by the same ``lambda_gaussian`` and ``kl_beta``; also in evaluation. The encoder learns
+        to say what the prior expects, the prior what the encoder says. Codes and their variances follow the posteriors
+        as moving means. Any Trainer or loop will do: the prior's parameters are the model's. Make the optimizer after
+        this call. Models are saved and loaded as they are, in training or not. :meth:`freeze_latent_prior` ends it.
+
+        With ``model.requires_grad_(False)`` before this call, training trains the prior alone.
+
+        Args:
+            latents: those of the training's texts, ``encode_texts(model, tokenizer, texts)``.
+            batch_size: of the training: it says how many batches are all texts.
+
+        Raises:
+            TypeError: no latents. ValueError: no learned prior; latents of another model, or samples; settings that
+                training the prior does not go with: ``kappa`` above 1, ``lambda_gaussian`` of 0.
+
+        Example:
+            >>> model.fit_latent_prior(latents, held_out)  # doctest: +SKIP
+            >>> model.unfreeze_latent_prior(latents)  # doctest: +SKIP
+            >>> steering = ConstraintCallback(0.8, start_beta=float(model.kl_beta[0]))  # doctest: +SKIP
+            >>> NvibTrainer(model, args, callbacks=[steering], ...).train()  # doctest: +SKIP
+            >>> model.freeze_latent_prior()  # doctest: +SKIP
+        """
+        prior = fitted_prior(self, "unfreeze_latent_prior")
+        check_posteriors(self, "latents", latents)
+        batch_size = check_count("batch_size", batch_size)
+        if self.config.kappa > 1:
+            raise ValueError(f"A learned prior is of one draw for each vector, but kappa is {self.config.kappa}.")
+        if self.config.lambda_gaussian == 0:
+            raise ValueError(
+                "lambda_gaussian is 0, so the loss would not charge what vectors cost under the learned prior, and "
+                "the prior would not learn. Set model.config.lambda_gaussian above 0."
+            )
+        mu, mask, logvar = vectors_of(latents.to(self.device))
+        moving = MovingCodes(prior.num_codes, prior.width).to(self.device)
+        assert logvar is not None
+        moving.start(prior, mu, logvar, mask, -(-len(latents) // batch_size))
+        prior.moving = moving.train(prior.training)
+        prior.requires_grad_(True)
+        self.config.latent_prior_frozen = False
+
+    def freeze_latent_prior(self: HasLatentPrior) -> None:
+        """The end of :meth:`unfreeze_latent_prior`: the learned prior stays as it is, and the loss charges the
+        divergence from independent Gaussians again."""
+        if self.latent_prior is not None:
+            self.latent_prior.moving = None
+            self.latent_prior.requires_grad_(False)
+        self.config.latent_prior_frozen = True
 
     @torch.no_grad()
     def log_prob(self: HasLatentPrior, latents: NvibLatents) -> Tensor:

@@ -11,19 +11,20 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.utils import logging
 
 from ..layers.exporting import check_not_exporting
-from ..layers.merging import Limit, merge
+from ..layers.merging import Groups, Limit, assign, reduced
 from ..layers.settings import check_one_limit, checked
 from .latents import NvibLatents
 
 if TYPE_CHECKING:
     from ..configuration_nvib import NvibConfig
+    from ..layers.distributions import NvibOutput
 
 logger = logging.get_logger(__name__)
 
@@ -33,8 +34,14 @@ UNTRACEABLE = (
 )
 
 
+def merged(latents: NvibLatents, scale: float, evaluation: str, **how: Any) -> NvibLatents:
+    """The latents of :func:`merged_groups`, whose arguments these are."""
+    fewer: NvibLatents = merged_groups(latents, scale, evaluation, **how)[0]
+    return fewer
+
+
 @torch.compiler.disable(reason=UNTRACEABLE)  # type: ignore[untyped-decorator]
-def merged(
+def merged_groups(
     latents: NvibLatents,
     scale: float,
     evaluation: str,
@@ -45,7 +52,8 @@ def merged(
     order: str = "neighbours",
     first: int | None = None,
     last: int = 0,
-) -> NvibLatents:
+    posterior: NvibLatents | None = None,
+) -> tuple[NvibLatents, Groups]:
     r"""Each latent of a batch, merged by :func:`~nvib_hf.layers.merging.merge`.
 
     .. math:: \log \pi_C = \log \sum_{j \in C} e^{b_j} - b(m, v)
@@ -60,28 +68,37 @@ def merged(
         num_vectors, share, cost, order: as in :func:`~nvib_hf.layers.merging.merge`.
         first, last: how many vectors at the beginning and at the end are neither merged nor counted. By default
             ``first`` covers the prior's component, if there is one, and ``last`` is 0.
+        posterior: what a sample was drawn from. It then decides which vectors are merged, so that training merges
+            what evaluation does: the noise of draws would hide which vectors are close. ``first`` and ``last`` are of
+            its vectors. Of several draws, the first ones of a group are merged, the second ones, and so on.
 
     Returns:
         Latents without dropped vectors, and without padding between vectors. The KLs do not change. Counts are of
-        merged vectors. Pseudo-counts keep their sum, and have the ratios of the weights.
+        merged vectors. Pseudo-counts keep their sum, and have the ratios of the weights. And which were merged.
     """
     check_not_exporting("Merging", "Export with model.config.merge_share = 1 and merge_cost = 0.")
     if first is None:
         first = 0 if latents.log_alpha is None else 1 if latents.kappa is None else int(latents.kappa[0])
-    place = torch.arange(latents.z.shape[1], device=latents.device)
+    chosen_by = latents if posterior is None else posterior
+    place = torch.arange(chosen_by.z.shape[1], device=latents.device)
     fixed = (place < first) | (place >= len(place) - last)
     before = latents.log_pi > float("-inf")
-    own = _bias_without_weight(latents, scale, evaluation)
-    made = merge(
-        latents.z,
-        latents.log_pi + own,
-        num_vectors=num_vectors,
-        share=share,
-        cost=cost,
-        logvar=latents.logvar,
-        fixed=fixed.expand(latents.log_pi.shape),
-        order=order,
+    assignment = assign(
+        chosen_by.z,
+        chosen_by.log_pi + _bias_without_weight(chosen_by, scale, evaluation),
+        num_vectors,
+        share,
+        cost,
+        chosen_by.logvar,
+        fixed.expand(chosen_by.log_pi.shape),
+        order,
     )
+    if (kappa := latents.z.shape[1] // len(place)) > 1:
+        draw = torch.arange(kappa, device=latents.device).repeat(len(place))
+        assignment = assignment.repeat_interleave(kappa, dim=1)
+        assignment = torch.where(assignment < 0, -1, kappa * assignment + draw)
+    log_mass = latents.log_pi + _bias_without_weight(latents, scale, evaluation)
+    made = reduced(latents.z, log_mass, latents.logvar, assignment)
     there = made.counts > 0
     result = NvibLatents(made.z, made.log_mass, there, made.logvar)
     log_pi = made.log_mass - _bias_without_weight(result, scale, evaluation)
@@ -92,12 +109,12 @@ def merged(
         alphas = latents.log_alpha.masked_fill(~before, float("-inf")).logsumexp(-1, keepdim=True)
         result.log_alpha = result.log_pi.log_softmax(-1) + alphas
     if latents.num_vectors is not None and latents.prop_vectors is not None:
-        old, new = ((x.sum(-1) - first).float() for x in (before, there))
+        old, new = ((x.sum(-1) - kappa * first).float() for x in (before, there))
         result.num_vectors = new / (1 if latents.kappa is None else latents.kappa)
         result.prop_vectors = latents.prop_vectors * new / old.clamp(min=1)
         weights = result.log_pi.detach().softmax(-1)
         result.effective_vectors = torch.special.entr(weights).sum(-1).exp()
-    return result
+    return result, Groups(assignment, log_mass)
 
 
 @torch.compiler.disable(reason=UNTRACEABLE)  # type: ignore[untyped-decorator]
@@ -106,25 +123,37 @@ def merged_so_far(
     scale: float,
     evaluation: str,
     limit: dict[str, float | Tensor],
-    first: int,
+    posterior: NvibLatents | None,
     last: int,
-) -> NvibLatents:
-    """:func:`merged` by a limit of :func:`merge_limit`.
+) -> tuple[NvibLatents, Groups]:
+    """:func:`merged_groups` by a limit of :func:`merge_limit`.
 
-    Warns once if a cost merges all vectors of an input into one. ``first``, ``last``: vectors that are not merged.
+    Warns once if a cost merges all vectors of an input into one. ``last``: vectors that are not merged.
     """
-    fewer: NvibLatents = merged(latents, scale, evaluation, **limit, first=first, last=last)
+    how = {"first": 1, "last": last, "posterior": posterior}
+    fewer, groups = merged_groups(latents, scale, evaluation, **limit, **how)
     if (cost := limit.get("cost")) is not None:
-        before, after = (x.log_pi > float("-inf") for x in (latents, fewer))
-        several = before[:, first : before.shape[1] - last].sum(-1)  # the others are fixed
-        lost = before.sum(-1) - after.sum(-1)
-        if ((several > first) & (several - lost == 1)).any():  # of a sample, first is how many each vector has drawn
+        given = latents if posterior is None else posterior
+        draws = latents.z.shape[1] // given.z.shape[1]
+        there = given.log_pi > float("-inf"), fewer.log_pi[:, ::draws] > float("-inf")
+        before, after = (x.sum(-1) - 1 - last for x in there)
+        if ((before > 1) & (after == 1)).any():
             logger.warning_once(
                 f"merge_cost={cost} merges all vectors of an input into one. Costs have the scale of the model's "
                 "vectors. To find one, see how many vectors some leave: for cost in (0.001, 0.01, 0.1, 1, 10, 100): "
                 "print(cost, model.merge_latents(latents, cost=cost).num_vectors)."
             )
-    return fewer
+    return fewer, groups
+
+
+def posterior_of(made: NvibOutput | NvibLatents) -> NvibLatents | None:
+    """What a sample of an NVIB layer was drawn from: what it dropped is dropped. ``None`` if it is no sample."""
+    if isinstance(made, NvibLatents) or made.kappa is None:
+        return None
+    given = made.posterior
+    there = made.log_pi[:, :: made.kappa] > float("-inf")
+    log_pi = given.log_alpha.masked_fill(~there, float("-inf")).log_softmax(-1)
+    return NvibLatents(given.mu, log_pi, given.mask, given.logvar)
 
 
 def _bias_without_weight(latents: NvibLatents, scale: float, evaluation: str) -> Tensor:

@@ -81,3 +81,12 @@ def sums_by_code(values: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor,
     """Sums ``(K, P)`` of the values ``(N, P)`` of each code, and how many there are, ``(K,)``."""
     sums = values.new_zeros(num_codes, values.shape[-1]).index_add_(0, codes, values)
     return sums, values.new_zeros(num_codes).index_add_(0, codes, torch.ones_like(values[:, 0]))
+
+
+def shrunk_variances(sums: Tensor, counts: Tensor) -> Tensor:
+    """Mean squares ``(K, P)`` of codes from their sums ``(K, P)`` over ``counts (K,)`` vectors each.
+
+    As if each code had 10 further vectors like all others.
+    """
+    pooled = (sums.sum(0) / counts.sum()).clamp(min=1e-6)
+    return (sums + 10 * pooled) / (counts[:, None] + 10)

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from .causal_transformer import Cache, CausalTransformer, sharpened
 from .code_search import best_codes, gaussian_fit
-from .codebook import k_means, moved_to_means, nearest, sums_by_code
+from .codebook import k_means, moved_to_means, nearest, shrunk_variances, sums_by_code
+from .moving_codes import MovingCodes
 from .nvib import _at_least_single
 
 ROUNDS = 3  # of fitting places and centres in turn
@@ -99,6 +100,7 @@ class LatentPrior(nn.Module):
         self.remaining_embedding = nn.Embedding(max_length + 1, d_model)
         self.transformer = CausalTransformer(d_model, num_layers, num_heads, dropout)
         self.code_bias = nn.Parameter(torch.zeros(num_codes))
+        self.moving: MovingCodes | None = None  # while the prior is trained with the model
         for embedding in (self.code_embedding, self.place_embedding, self.remaining_embedding):
             nn.init.normal_(embedding.weight, std=0.02)
         nn.init.normal_(self.centre_embedding.weight, std=0.02 / width**0.5)
@@ -131,7 +133,8 @@ class LatentPrior(nn.Module):
             residuals = vectors - self.places[place]
             self.centres.copy_(moved_to_means(self.centres, residuals, nearest(residuals, self.centres)))
         codes = nearest(residuals, self.centres)
-        self.logvar.copy_(self._variances((residuals - self.centres[codes]).square(), codes).log())
+        squares = (residuals - self.centres[codes]).square()
+        self.logvar.copy_(shrunk_variances(*sums_by_code(squares, codes, self.num_codes)).log())
         seen = torch.bincount(lengths - 1, minlength=self.max_length).to(self.log_lengths) + 0.01
         self.log_lengths.copy_((seen / seen.sum()).log())
         self.is_fitted.fill_(True)
@@ -146,13 +149,7 @@ class LatentPrior(nn.Module):
         logvar = logvar.to(z)
         codes, residuals = self.codes(z)[mask], (z - self.places[: z.shape[1]])[mask]
         second = (residuals - self.centres[codes]).square() + logvar[mask].exp()
-        self.draws_logvar.copy_(self._variances(second, codes).log())
-
-    def _variances(self, squares: Tensor, codes: Tensor) -> Tensor:
-        """The mean square of each code, ``(K, P)``, as if it had 10 further vectors like all others."""
-        sums, counts = sums_by_code(squares, codes, self.num_codes)
-        pooled = squares.mean(0).clamp(min=1e-6)
-        return (sums + 10 * pooled) / (counts[:, None] + 10)
+        self.draws_logvar.copy_(shrunk_variances(*sums_by_code(second, codes, self.num_codes)).log())
 
     def _fit_places(self, vectors: Tensor, place: Tensor) -> None:
         """The mean of the vectors of each place; of those never seen that of the last that was."""
@@ -178,7 +175,8 @@ class LatentPrior(nn.Module):
 
     def _code_table(self) -> Tensor:
         """Embeddings of all codes and of the start, ``(K + 1, d_model)``: learnt, and of where their centres lie."""
-        return self.code_embedding.weight + F.pad(self.centre_embedding(self.centres), (0, 0, 0, 1))
+        centres = self.centres if self.moving is None else self.centres.clone()  # they move before a graph's end
+        return self.code_embedding.weight + F.pad(self.centre_embedding(centres), (0, 0, 0, 1))
 
     def _states(self, codes: Tensor, lengths: Tensor) -> Tensor:
         """The states ``(B, n, d_model)`` before each of the vectors with these codes ``(B, n)``."""
@@ -231,8 +229,12 @@ class LatentPrior(nn.Module):
         that of the draws alone: with the cross-entropy of the text, a bound on its likelihood. Needs
         :meth:`fit_draws`.
         """
-        z, mask, lengths = self._checked(z, mask)
-        logvar = logvar.to(z)
+        z, mask, _ = self._checked(z, mask)
+        return self.nats(z, logvar.to(z), mask)
+
+    def nats(self, z: Tensor, logvar: Tensor, mask: Tensor) -> Tensor:
+        """:meth:`rate` without its checks, which wait for the device."""
+        lengths = mask.sum(-1).clamp(min=1)
         codes = self.codes(z)
         of_codes = self._code_nats(codes, lengths)
         errors = z - self.places[: z.shape[1]] - self.centres[codes]

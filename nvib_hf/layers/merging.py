@@ -18,7 +18,6 @@ Source: this project, by the reduction of mixtures. If all masses are equal at t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,19 +27,11 @@ from torch.nn import functional as F
 
 from .denoising_attention import at_least_float32
 from .distributions import log_of_positive
+from .mutual_neighbours import REACH, assigned
 from .settings import check_choice
 
 Limit = float | Sequence[float] | Tensor
 ORDERS = ("neighbours", "any")
-# Neighbours are at most so many places apart. Some encoders write silence in kinds of vectors that take turns, which
-# a reach of 1 cannot merge: Whisper base then spends most of its vectors there, and lacks them where somebody speaks.
-REACH = 4
-# In a round, costs within one step of their logarithm count as equal, and a pseudo-random number of each pair decides
-# between equal costs. Otherwise, on a slope or among equal vectors, each pair would wait a round for its neighbour.
-STEP = 0.03
-LOWEST = -1000.0  # logarithm of the cost of equal vectors; below it fp32 would round the pseudo-random number away
-ROUNDING = 16  # error of a distance computed from products, in units of the norms' last place
-SPREAD = (0.754878, 0.863156)  # irrational; their sum, the golden ratio's, scatters neighbours best
 
 
 class Merged(NamedTuple):
@@ -104,13 +95,55 @@ def merge(
     Source: this project. Without the 1 the cost is twice Ward's criterion (1963), the increase of the spread. With
     ``order="any"`` the rounds are those of agglomerative clustering by reciprocal nearest neighbours (Murtagh, 1983).
     """
+    return reduced(z, log_mass, logvar, assign(z, log_mass, num_vectors, share, cost, logvar, fixed, order))
+
+
+@torch.no_grad()
+def assign(
+    z: Tensor,
+    log_mass: Tensor,
+    num_vectors: Limit | None = None,
+    share: Limit | None = None,
+    cost: Limit | None = None,
+    logvar: Tensor | None = None,
+    fixed: Tensor | None = None,
+    order: str = "neighbours",
+) -> Tensor:
+    """``Merged.assignment`` of :func:`merge`, whose arguments these are: which vectors are merged."""
     _check(z, log_mass, logvar, fixed, order)
     present = log_mass > float("-inf")
     mergeable = present if fixed is None else present & ~fixed
     fewest, highest_cost = _limits(num_vectors, share, cost, mergeable.sum(-1))
-    with torch.no_grad():
-        assignment = _assign(z, log_mass, present, mergeable, fewest, highest_cost, order)
-    return _reduced(z, log_mass, logvar, assignment)
+    return assigned(z, log_mass, present, mergeable, fewest, highest_cost, order)
+
+
+class Groups(NamedTuple):
+    """Which vectors were merged, and how they were weighed.
+
+    ``assignment`` ``(B, Nl)``, as in :class:`Merged`; ``log_mass`` ``(B, Nl)``, of each vector before.
+    """
+
+    assignment: Tensor
+    log_mass: Tensor
+
+    def of_draws(self, mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
+        r"""What merging makes of independent draws of Gaussians ``(B, Nl, P)``: Gaussians ``(B, K, P)``.
+
+        .. math:: \frac1W \sum_{j \in C} w_j z_j \sim
+            \mathcal N\Bigl(\frac1W \sum_j w_j \mu_j, \; \sum_j \Bigl(\frac{w_j}{W}\Bigr)^2 \sigma_j^2\Bigr)
+
+        Returns:
+            Means and log-variances; 0 in padding.
+        """
+        made = reduced(mu, self.log_mass, None, self.assignment)
+        of_group = made.log_mass.gather(1, self.assignment.clamp(min=0))
+        share = (self.log_mass - of_group).exp().masked_fill(self.assignment < 0, 0)
+        variance = reduced(share[..., None] * logvar.exp(), self.log_mass, None, self.assignment).z
+        return made.z, log_of_positive(variance).masked_fill((made.counts == 0)[..., None], 0)
+
+    def totals(self, log_weight: Tensor) -> Tensor:
+        """Logarithms ``(B, K)`` of what positive weights ``(B, Nl)`` sum to in each group; ``-inf`` in padding."""
+        return reduced(log_weight[..., None], log_weight, None, self.assignment).log_mass
 
 
 class MergedInPlace(NamedTuple):
@@ -127,8 +160,7 @@ class MergedInPlace(NamedTuple):
 
     def total(self, log_weight: Tensor) -> Tensor:
         """Logarithms of what positive weights ``(B, Nl)`` sum to in the group of each vector."""
-        sums = _reduced(log_weight[..., None], log_weight, None, self.group).log_mass
-        return sums.gather(1, self.group.clamp(min=0))
+        return Groups(self.group, log_weight).totals(log_weight).gather(1, self.group.clamp(min=0))
 
 
 def merge_in_place(z: Tensor, log_mass: Tensor, share: float) -> MergedInPlace:
@@ -203,147 +235,8 @@ def _limits(
     return values.long() if name == "num_vectors" else (values * count).round().long().clamp(min=1), no_limit
 
 
-# Which vectors belong together
-
-
-def _assign(
-    z: Tensor,
-    log_mass: Tensor,
-    present: Tensor,
-    mergeable: Tensor,
-    fewest: Tensor,
-    highest_cost: Tensor,
-    order: str,
-) -> Tensor:
-    """``Merged.assignment``: groups of mergeable vectors; a fixed vector is a group of its own."""
-    count = mergeable.sum(-1)
-    first = _to_the_front(mergeable)
-    there = mergeable.gather(1, first)
-    vectors = _rows(at_least_float32(z), first).masked_fill(~there[..., None], 0)
-    mass = log_mass.to(vectors.dtype).gather(1, first).masked_fill(~there, float("-inf"))
-    mean_mass = mass.logsumexp(-1, keepdim=True) - count[:, None].log()
-    mass = torch.where(there, mass - mean_mass, 0.0)
-    labels = _groups(vectors, mass, count, fewest, highest_cost, order)
-
-    # A group has the position of its first vector: labels rise from one such vector to the next.
-    labels = labels.masked_fill(~there, -1)
-    highest = F.pad(labels, (1, 0), value=-1).cummax(-1).values[:, :-1]
-    leads = torch.zeros_like(present).scatter(1, first, labels > highest) | (present & ~mergeable)
-    place = leads.cumsum(-1) - 1  # of each vector that leads
-    of_group = torch.zeros_like(place).scatter_reduce(
-        1, labels.clamp(min=0), place.gather(1, first).masked_fill(labels <= highest, 0), "amax"
-    )
-    merged_into = place.scatter(1, first, of_group.gather(1, labels.clamp(min=0)))
-    return torch.where(mergeable, merged_into, place).masked_fill(~present, -1)
-
-
-def _groups(z: Tensor, log_mass: Tensor, count: Tensor, fewest: Tensor, highest_cost: Tensor, order: str) -> Tensor:
-    """The groups ``(B, M)`` of each example's first ``count`` vectors, numbered by the groups' first vectors."""
-    nearest = _nearest_neighbours if order == "neighbours" else _nearest_of_any
-    labels = torch.arange(z.shape[1], device=z.device).expand(log_mass.shape)
-    while z.shape[1] > 1:
-        position = torch.arange(z.shape[1], device=z.device)
-        present = position < count[:, None]
-        key, partner, log_cost = nearest(z, log_mass, present, highest_cost[:, None])
-        rank = key.argsort(dim=-1, stable=True).argsort(dim=-1)
-        # The pair with the lowest key is always mutually nearest. So each round merges a pair, if any pair may merge.
-        mutual = (partner.gather(1, partner) == position) & key.isfinite()
-        allowed = (rank < (count - fewest)[:, None]) & (log_cost <= highest_cost[:, None])
-        first = mutual & allowed & (position < partner)
-        if not first.any():
-            break
-        second = mutual & first.gather(1, partner) & (position > partner)
-        left = present & ~second
-        index = (left.cumsum(-1) - 1).clamp(min=0)
-        index = torch.where(second, index.gather(1, partner), index)
-        labels = index.gather(1, labels)
-        order_left = _to_the_front(left)
-        of_partner = log_mass.gather(1, partner)
-        weight = torch.sigmoid(of_partner - log_mass).masked_fill(~first, 0).gather(1, order_left)
-        z = torch.lerp(_rows(z, order_left), _rows(z, partner.gather(1, order_left)), weight[..., None])
-        log_mass = torch.where(first, torch.logaddexp(log_mass, of_partner), log_mass).gather(1, order_left)
-        count = left.sum(-1)
-    return labels
-
-
-def _to_the_front(keep: Tensor) -> Tensor:
-    """Positions ``(B, L)`` of kept vectors in order, then of others. ``L`` is the most that any example keeps."""
-    return (~keep).to(torch.uint8).argsort(dim=-1, stable=True)[:, : int(keep.sum(-1).max())]
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """``x[b, index[b]]``: ``(B, N, P)`` and ``(B, K)`` to ``(B, K, P)``."""
-    start = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
-    return x.flatten(0, 1).index_select(0, (index + start).flatten()).view(*index.shape, x.shape[-1])
-
-
-def _log_cost(squared_distance: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """The logarithm of the cost of pairs, by the log masses of both; ``-inf`` for equal vectors."""
-    harmonic_mean = math.log(2) + first + second - torch.logaddexp(first, second)
-    return squared_distance.log() + harmonic_mean.clamp(max=0)
-
-
-def _key(log_cost: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """The number that pairs are compared by: the cost in steps, plus a pseudo-random fraction of the two positions."""
-    scattered = (SPREAD[0] * first + SPREAD[1] * second) % 1
-    return (log_cost.clamp(min=LOWEST) / STEP).floor() + scattered
-
-
-def _nearest_neighbours(
-    z: Tensor, log_mass: Tensor, present: Tensor, highest_cost: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The nearest of the vectors at most ``REACH`` places away, in the form of ``_nearest_of_any``."""
-    length = z.shape[1]
-    position = torch.arange(length, device=z.device)
-    keys, costs, partners = [], [], []
-    for apart in range(1, min(REACH, length - 1) + 1):
-        distance = torch.linalg.vector_norm(z[:, apart:] - z[:, :-apart], dim=-1).square()
-        log_cost = _log_cost(distance, log_mass[:, :-apart], log_mass[:, apart:])
-        barred = ~present[:, apart:] | (log_cost > highest_cost)
-        key = _key(log_cost, position[:-apart], position[apart:]).masked_fill(barred, float("inf"))
-        for before, after in ((apart, 0), (0, apart)):  # of the later vector of each pair, and of the earlier one
-            keys.append(F.pad(key, (before, after), value=float("inf")))
-            costs.append(F.pad(log_cost, (before, after)))
-            partners.append((position - before + after).clamp(0, length - 1))
-    key, which = torch.stack(keys).min(0)
-    log_cost = torch.stack(costs).gather(0, which[None])[0]
-    return key, torch.stack(partners)[which, position], log_cost
-
-
-def _nearest_of_any(
-    z: Tensor, log_mass: Tensor, present: Tensor, highest_cost: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The nearest other of each vector: its key (``inf`` if there is none), its position, and the log of its cost.
-
-    The key is symmetric, so that two vectors can be mutually nearest. If keys are equal, the lower position wins. A
-    vector that costs more than ``highest_cost`` ``(B, 1)`` is no partner: it could block a pair that costs less.
-    """
-    position = torch.arange(z.shape[1], device=z.device)
-    centred = z - z.mean(1, keepdim=True)  # products have errors of the norms' size
-    products = centred @ centred.transpose(1, 2)
-    norms = products.diagonal(dim1=1, dim2=2)
-    both = norms[:, :, None] + norms[:, None]
-    distance = (both - products - products.transpose(1, 2)).clamp(min=0)
-    log_cost = _log_cost(distance, log_mass[:, :, None], log_mass[:, None])
-    keys = _key(
-        log_cost,
-        torch.minimum(position[:, None], position),
-        torch.maximum(position[:, None], position),
-    )
-    other = present[:, :, None] & present[:, None] & (position[:, None] != position)
-    # Products cannot resolve costs below a limit. There the exact cost decides, computed for the partner only.
-    resolved = distance > ROUNDING * torch.finfo(z.dtype).eps * both
-    other &= ~(resolved & (log_cost > highest_cost[:, :, None]))
-    key, partner = keys.masked_fill(~other, float("inf")).min(-1)
-    exact = torch.linalg.vector_norm(z - _rows(z, partner), dim=-1).square()
-    return key, partner, _log_cost(exact, log_mass, log_mass.gather(1, partner))
-
-
-# What groups are replaced by
-
-
-def _reduced(z: Tensor, log_mass: Tensor, logvar: Tensor | None, assignment: Tensor) -> Merged:
-    """Mass, mean and variance of each group, by sums in at least fp32 over all of its vectors at once."""
+def reduced(z: Tensor, log_mass: Tensor, logvar: Tensor | None, assignment: Tensor) -> Merged:
+    """What groups are replaced by: mass, mean and variance, by sums in at least fp32 over all vectors of each."""
     present = assignment >= 0
     number = int(F.pad(assignment, (0, 1)).max()) + 1  # at least 1, possibly of padding
     row = torch.arange(len(z), device=z.device)[:, None] * number

@@ -79,7 +79,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 # New names of settings by their old names, in configurations and in the buffers of state dicts.
 RENAMED = {"threshold_share": "dropping_share"}
 
-SWITCHES = ("accumulate_alpha", "encode_sound_only", "exact_attention", "is_encoder_decoder")
+SWITCHES = ("accumulate_alpha", "encode_sound_only", "exact_attention", "is_encoder_decoder", "latent_prior_frozen")
 
 
 def is_number(value: object) -> TypeGuard[float]:

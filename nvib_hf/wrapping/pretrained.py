@@ -120,7 +120,7 @@ class NvibPreTrainedModel(SinglePrecisionMixin, OfTheBaseMixin, PreTrainedModel)
         self.base.initialize_weights()
         super().initialize_weights()
         if (prior := getattr(self, "latent_prior", None)) is not None:
-            prior.requires_grad_(False)  # fit_latent_prior trains it
+            prior.requires_grad_(not self.config.latent_prior_frozen)  # else fit_latent_prior trains it
 
     @torch.no_grad()
     def _initialize_nvib(self, layer: NvibLayer, taus: dict[str, float]) -> None:

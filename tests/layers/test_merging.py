@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nvib_hf.layers import merging
+from nvib_hf.layers import merging, mutual_neighbours
 from nvib_hf.layers.merging import merge, naive_merge
 
 SCALE = 0.5
@@ -86,7 +86,7 @@ def test_any_two_may_be_far_apart():
     assert merge(z, torch.zeros(1, 30), num_vectors=6).assignment.tolist() != [[*range(6)] * 5]
 
 
-@pytest.mark.parametrize("kinds", range(1, merging.REACH + 1))
+@pytest.mark.parametrize("kinds", range(1, mutual_neighbours.REACH + 1))
 def test_kinds_that_take_turns_are_merged(kinds):
     """Each has its like within reach, so that one of each kind is left; further apart than that they stay."""
     z = 10 * torch.randn(kinds, 4, generator=torch.manual_seed(0)).repeat(20, 1)[None]
@@ -96,21 +96,39 @@ def test_kinds_that_take_turns_are_merged(kinds):
 
 def test_what_is_out_of_reach_stays_apart():
     """Two equal vectors, with so many unlike ones between them."""
-    for between in range(2 * merging.REACH):
+    for between in range(2 * mutual_neighbours.REACH):
         z = 10 * torch.randn(between + 2, 4, generator=torch.manual_seed(0))
         z[-1] = z[0]
         made = merge(z[None], torch.zeros(1, len(z)), cost=1e-6)
-        assert (made.counts > 0).sum() == len(z) - (between < merging.REACH)
+        assert (made.counts > 0).sum() == len(z) - (between < mutual_neighbours.REACH)
 
 
 @pytest.mark.parametrize("kind", ["equal", "slope"])
 def test_few_rounds(kind, monkeypatch):
     """Where every pair is as cheap as the next, or a little cheaper, they do not wait for each other."""
-    rounds, nearest = [], merging._nearest_neighbours
-    monkeypatch.setattr(merging, "_nearest_neighbours", lambda *given: rounds.append(1) or nearest(*given))
+    rounds, nearest = [], mutual_neighbours._nearest_neighbours
+    monkeypatch.setattr(mutual_neighbours, "_nearest_neighbours", lambda *given: rounds.append(1) or nearest(*given))
     z = torch.ones(1000, 1) if kind == "equal" else torch.linspace(1, 2, 1000)[:, None].square()
     made = merge(z[None], torch.zeros(1, 1000), num_vectors=10)
     assert (made.counts > 0).sum() == 10 and len(rounds) < 40
+
+
+def test_groups_of_draws():
+    """The mean of independent draws, weighed by mass, has the Gaussian that `Groups.of_draws` says."""
+    z, _ = clusters([3, 2, 4], spread=0.3)
+    log_mass, logvar = torch.randn(1, len(z)).double(), torch.randn(z.shape).double()
+    log_mass[0, 4], groups = -math.inf, torch.tensor([[0, 0, 0, 1, -1, 2, 2, 2, 2]])
+    made, generator = merging.Groups(groups, log_mass), torch.Generator().manual_seed(0)
+    mu, of_groups = made.of_draws(z[None], logvar[None])
+    noise = torch.randn(200_000, *z.shape, generator=generator, dtype=torch.float64)
+    draws = z + (0.5 * logvar).exp() * noise
+    for k in range(3):
+        weights = log_mass[0].exp() * (groups[0] == k)
+        means = torch.einsum("l,nlp->np", weights / weights.sum(), draws)
+        torch.testing.assert_close(mu[0, k], means.mean(0), atol=2e-2, rtol=0)
+        torch.testing.assert_close(of_groups[0, k].exp(), means.var(0), rtol=2e-2, atol=0)
+    expected = [log_mass[0][groups[0] == k].logsumexp(0) for k in range(3)]
+    torch.testing.assert_close(made.totals(log_mass)[0], torch.stack(expected))
 
 
 # ------------------------------------------------------------------------------------ against attention

@@ -40,7 +40,7 @@ def decoder_inputs(family):
 @torch.no_grad()
 def test_it_is_the_base_whose_layers_above_see_fewer_vectors_and_a_bias(family, share, layer, monkeypatch):
     """The base's own layers, called one after the other, with the logarithm of the masses added to their scores."""
-    monkeypatch.setattr("nvib_hf.layers.merging.STEP", 1e-4)  # else pairs that cost about the same count as equal
+    monkeypatch.setattr("nvib_hf.layers.mutual_neighbours.STEP", 1e-4)  # else costs that are nearly equal count as so
     base, inputs = tiny_base(family).eval(), tiny_inputs(family)
     model = merging(family, {layer: share})
     encoder = base.get_encoder()
