@@ -4,6 +4,7 @@
     python examples/text_vae.py --purpose samples      # more steps, less reconstruction, better samples
     python examples/text_vae.py --purpose few-vectors  # more steps, only a part of the vectors: others are dropped
     python examples/text_vae.py --purpose merged       # more steps, only a part of the vectors: they are merged
+    python examples/text_vae.py --characters           # a vector for each character in place of each sub-word
     python examples/text_vae.py --text my_lines.txt    # any text file, one text per line; few are recombined
     python examples/text_vae.py --model text_vae       # show a trained folder again
     python examples/minilm.py                          # the same with a pretrained encoder and a fresh decoder
@@ -91,7 +92,7 @@ def num_cut(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> int:
 
 # ---------------------------------------------------------------------------------------------- models
 def train_tokenizer(texts: list[str], vocab_size: int = 2048, max_length: int = MAX_LENGTH) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of the training texts, which reproduces any text exactly."""
+    """A byte-level BPE of the training texts, which reproduces any text exactly. The smallest has a token per byte."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -113,10 +114,11 @@ def train_tokenizer(texts: list[str], vocab_size: int = 2048, max_length: int = 
 
 
 def bart(
-    texts: list[str], max_length: int = MAX_LENGTH, **nvib
+    texts: list[str], max_length: int = MAX_LENGTH, characters: bool = False, **nvib
 ) -> tuple[NvibForConditionalGeneration, PreTrainedTokenizerBase]:
     """A small BART with fresh weights and a vocabulary learnt from the texts."""
-    tokenizer = train_tokenizer(texts, min(2048, 512 + 4 * len(texts)), max_length)  # few texts teach few tokens
+    vocab_size = 0 if characters else min(2048, 512 + 4 * len(texts))  # few texts teach few tokens
+    tokenizer = train_tokenizer(texts, vocab_size, max_length)
     config = BartConfig(
         vocab_size=len(tokenizer),
         d_model=128,
@@ -192,7 +194,7 @@ PURPOSES = {
 # -------------------------------------------------------------------------------------------- training
 def purpose_of(args) -> Purpose:
     """The chosen purpose, with what the command line says otherwise."""
-    given = {name: getattr(args, name) for name in ("cross_entropy", "keep", "prior_steps")}
+    given = {name: getattr(args, name) for name in ("cross_entropy", "keep", "merge", "prior_steps")}
     given["steps"] = args.max_steps
     return replace(PURPOSES[args.purpose], **{name: value for name, value in given.items() if value is not None})
 
@@ -352,12 +354,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--purpose", choices=PURPOSES, default="reconstruction", help="what the latents are for")
     parser.add_argument("--cross-entropy", type=float, metavar="NATS", help="the cross-entropy per token to accept")
     parser.add_argument("--keep", type=float, metavar="SHARE", help="share of the vectors to keep (default: all)")
+    parser.add_argument("--merge", type=float, metavar="SHARE", help="least share of the vectors that training draws")
     parser.add_argument(
-        "--max-steps", type=int, help="training steps (these three, and --prior-steps, default to the purpose's)"
+        "--max-steps", type=int, help="training steps (these four, and --prior-steps, default to the purpose's)"
     )
     parser.add_argument(
         "--max-length", type=int, metavar="TOKENS", help=f"longer texts are cut (default: {MAX_LENGTH})"
     )
+    parser.add_argument("--characters", action="store_true", help="texts of characters, not of sub-words; longer")
     parser.add_argument("--prior-steps", type=int, help="steps in which a prior of the latents is learnt, 0 for none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="10 small steps: everything runs, nothing is learnt")
@@ -376,7 +380,10 @@ def train_on(corpus: list[str], build: Callable, learning_rate: float, args) -> 
     num_watched = min(len(held_out), NUM_WATCHED)
     texts, watched = texts[:-num_watched], texts[-num_watched:]
     few, purpose = len(texts) < FEW_TEXTS, purpose_of(args)
-    model, tokenizer = build(texts, args.max_length or MAX_LENGTH, **purpose.settings)
+    if args.characters and build is not bart:
+        raise SystemExit("--characters is for a model from nothing: a pretrained encoder reads the tokens it knows.")
+    more = {"characters": True} if args.characters else {}
+    model, tokenizer = build(texts, args.max_length or MAX_LENGTH * (4 if more else 1), **more, **purpose.settings)
     print(
         f"{len(texts)} texts to train on, {len(watched)} for the constraint to watch, {len(held_out)} held out, "
         f"{model.num_parameters() / 1e6:.1f}M parameters"

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .latent_prior import LatentPrior
 
 MOVING = 0.01  # what a batch counts in the moving means
+ROWS = 1024  # texts at a time, of all
 NOTHING = 1e-9  # vectors a batch, on average, below which a code stays where it is
 
 
@@ -46,10 +47,13 @@ class MovingCodes(SinglePrecisionMixin, nn.Module):
     @torch.no_grad()
     def start(self, prior: LatentPrior, mu: Tensor, logvar: Tensor, mask: Tensor, num_batches: int) -> None:
         """Set the means to those of all posteriors ``(N, n, P)``, which are ``num_batches`` batches."""
-        counts, sums = _of_batch(prior, mu, logvar, mask)
         self.num_batches.fill_(num_batches)
-        self.counts.copy_(counts / num_batches)
-        self.sums.copy_(sums / num_batches)
+        self.counts.zero_()
+        self.sums.zero_()
+        for some in zip(*(x.split(ROWS) for x in (mu, logvar, mask)), strict=True):
+            counts, sums = _of_batch(prior, *some)
+            self.counts.add_(counts / num_batches)
+            self.sums.add_(sums / num_batches)
 
     @torch.no_grad()
     def follow(self, prior: LatentPrior, mu: Tensor, logvar: Tensor, mask: Tensor, log_weight: Tensor) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tiny_nvib import tiny_nvib
 from tiny_text import tiny_tokenizer
+from transformers import AutoTokenizer
 
 from nvib_hf import NvibForConditionalGeneration
 
@@ -96,6 +97,15 @@ def test_the_purpose_that_merges(tmp_path):
     config = NvibForConditionalGeneration.config_class.from_pretrained(tmp_path)
     assert (config.training_merge_share, config.merge_share, config.merge_cost) == (0.4, 1.0, 2.0)
     assert section(printed, SECTIONS[0]) and config.latent_prior["max_length"] == 64
+
+
+@pytest.mark.slow
+def test_texts_of_characters(tmp_path):
+    run("--quick", "--characters", "--purpose", "merged", "--merge", 0.2, "--prior-steps", 0, "--output", tmp_path)
+    config = NvibForConditionalGeneration.config_class.from_pretrained(tmp_path)
+    assert config.training_merge_share == 0.2 and config.latent_prior is None
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(tokenizer("a word").input_ids) == 7 and tokenizer.model_max_length == 256
 
 
 def test_pseudo_counts_are_drawn_of_tokens_though_latents_are_merged(tmp_path):
