@@ -22,7 +22,7 @@ from .latents.checks import check_latents, refuse_batch
 from .latents.latents import NvibLatents
 from .latents.merging import merging
 from .wrapping.base import STATES, LatentOutput
-from .wrapping.sound import STRIDE, heard_frames, mark_end, mark_unheard, mask_of_marks, warn_without_mask
+from .wrapping.sound import MARGIN, STRIDE, heard_frames, mark_end, mark_unheard, mask_of_marks, warn_without_mask
 
 TOKEN_IDS = ("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
 # Kinds of input. A base reads some of them; the others are refused.
@@ -229,7 +229,7 @@ class LatentView:
                 "return_token_timestamps=True (return_timestamps='word' in a pipeline) reads times off attention to "
                 "every frame, which a latent lacks. Pass return_timestamps=True for the times of segments."
             )
-        if self.model_of_latents.config.encode_sound_only and self.packed is None:
+        if self._hears_sound_only:
             inputs = kwargs.pop("input_features", None) if inputs is None else inputs
             if inputs is not None and (mask := kwargs.get("attention_mask")) is not None:
                 inputs = mark_unheard(inputs, heard_frames(inputs, mask))
@@ -253,13 +253,36 @@ class LatentView:
         prepared = prepare(inputs_tensor, {**model_kwargs, "attention_mask": mask}, *args, **kwargs)
         return {**prepared, "attention_mask": model_kwargs.get("attention_mask")}
 
+    @property
+    def _hears_sound_only(self) -> bool:
+        return self.model_of_latents.config.encode_sound_only and self.packed is None
+
+    def _retrieve_max_frames_and_seek(self, attention_mask=None, **sound):
+        """Where each sound ends: Whisper's loop for timestamps would go on in the silence after it."""
+        ends, seek = super()._retrieve_max_frames_and_seek(attention_mask=attention_mask, **sound)
+        if attention_mask is None or not self._hears_sound_only:
+            return ends, seek
+        place = torch.arange(1, attention_mask.shape[-1] + 1, device=attention_mask.device)
+        return (attention_mask.bool() * place).amax(-1).to(ends).clamp(min=1), seek
+
+    def _retrieve_segment(self, **window):
+        """The segments of a window, without those that start after the end of its sound: nobody speaks there."""
+        segments, offset = super()._retrieve_segment(**window)
+        if self._hears_sound_only:
+            row = window["prev_idx"]
+            end = window["time_offset"][row] + window["seek_num_frames"][row] * window["time_precision_features"]
+            segments = [segment for i, segment in enumerate(segments) if i == 0 or segment["start"] < end]
+        return segments, offset
+
     def _get_input_segment(self, **window):
-        """A window of long sound. Whisper's loop pads it with zeros, which the encoder does not read as silence."""
-        segment = super()._get_input_segment(**window)
-        if segment is None or not self.model_of_latents.config.encode_sound_only or self.packed is not None:
-            return segment
-        rows = window["batch_idx_map"][: window["cur_bsz"]]
-        return mark_end(segment, window["seek_num_frames"][rows])
+        """A window of long sound, with a margin after its end, which Whisper's loop would replace by zeros."""
+        if window["input_features"] is None or not self._hears_sound_only:
+            return super()._get_input_segment(**window)
+        rows, frames = window["batch_idx_map"][: window["cur_bsz"]], window["seek_num_frames"]
+        longer = (frames + STRIDE * MARGIN).clamp(max=window["num_segment_frames"])
+        there = torch.minimum(longer, window["input_features"].shape[-1] - window["seek"])
+        segment = super()._get_input_segment(**{**window, "seek_num_frames": longer})
+        return mark_end(segment, frames[rows], there[rows])
 
     def _expand_inputs_for_generation(self, *args, **kwargs):
         return self.model_of_latents._expand_inputs_for_generation(*args, **kwargs)

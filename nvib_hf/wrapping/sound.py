@@ -124,15 +124,15 @@ def mark_unheard(features: Tensor, frames: Tensor) -> Tensor:
     return features.masked_fill(after[:, None], math.nan)
 
 
-def mark_end(segment: Tensor, frames: Tensor) -> Tensor:
-    """A window ``(B, mels, T)`` with ``frames`` ``(B,)`` of sound: puts silence for a margin after it, then NaN.
+def mark_end(segment: Tensor, frames: Tensor, given: Tensor) -> Tensor:
+    """A window ``(B, mels, T)`` with ``frames`` ``(B,)`` of sound, and a margin after it, marked with NaN after that.
 
-    Whisper pads the last window of long sound with zeros, which are not silence.
+    Only the first ``given`` ``(B,)`` frames are of the input: Whisper pads with zeros, which are not silence.
     """
-    end = frames.to(segment.device)[:, None] + STRIDE * MARGIN
-    after = torch.arange(segment.shape[-1], device=segment.device) >= frames.to(segment.device)[:, None]
-    filled = with_silence(segment.masked_fill(after[:, None], math.nan))
-    return mark_unheard(torch.where(after[:, None], filled, segment), end[:, 0])
+    end = frames.to(segment.device) + STRIDE * MARGIN
+    padding = torch.arange(segment.shape[-1], device=segment.device) >= given.to(segment.device)[:, None]
+    filled = with_silence(segment.masked_fill(padding[:, None], math.nan))
+    return mark_unheard(torch.where(padding[:, None], filled, segment), end)
 
 
 def with_silence(features: Tensor) -> Tensor:

@@ -132,10 +132,15 @@ def test_the_mask_or_the_marks_say_how_much_is_heard():
 def test_the_end_of_long_sound_is_silence():
     """In place of the zeros that Whisper fills it up with, which are no floor of anything."""
     x = features().masked_fill(mask_of(LENGTHS)[:, None] == 0, 0)
-    marked = mark_end(x, torch.tensor(LENGTHS))
+    marked = mark_end(x, torch.tensor(LENGTHS), torch.tensor(LENGTHS))
     for row, length in enumerate(LENGTHS):
         assert torch.equal(marked[row, :, :length], x[row, :, :length])
         assert (marked[row, :, length : length + 2 * MARGIN] == x[row, :, :length].min()).all()
+        assert marked[row, :, length + 2 * MARGIN :].isnan().all()
+    more = torch.tensor(LENGTHS) + 3  # of the input
+    marked = mark_end(features(), torch.tensor(LENGTHS), more)
+    for row, length in enumerate(LENGTHS):
+        assert torch.equal(marked[row, :, : length + 3], features()[row, :, : length + 3])
         assert marked[row, :, length + 2 * MARGIN :].isnan().all()
 
 
@@ -206,6 +211,45 @@ def test_long_sound_is_cut_into_windows(model, monkeypatch):
     # Its end is filled up with zeros by Whisper, and after the margin nothing of that is read.
     alone = model.generate(long[:1], attention_mask=mask[:1], **settings)
     assert torch.equal(found["sequences"][0, : alone["sequences"].shape[1]], alone["sequences"][0])
+
+
+@torch.no_grad()
+def test_with_timestamps_the_loop_ends_where_the_sound_does(base, model, monkeypatch):
+    """Whisper's own goes on until the end of the window, and writes texts into its silence."""
+    ends, view = [], type(model.as_whisper())
+    whole = view._retrieve_segment
+    monkeypatch.setattr(view, "_retrieve_segment", lambda *a, **k: ends.append(k["seek_num_frames"]) or whole(*a, **k))
+    lengths = [20, 40, 90]
+    found = model.generate(
+        features(), attention_mask=mask_of(lengths), return_timestamps=True, return_segments=True, language="en"
+    )
+    assert ends[0].tolist() == lengths
+    for segments, length in zip(found["segments"], lengths, strict=True):
+        assert segments and all(segment["start"] < length / 100 for segment in segments)
+
+
+def test_a_segment_after_the_end_of_the_sound_is_left_out(base, model):
+    """What the decoder writes again, with times at which nothing is heard."""
+    first = VOCAB_SIZE  # of the timestamps, 0.02 s each
+    written = torch.tensor([first, 5, 6, first + 20, first + 25, 7, first + 40])  # 0 to 0.4 s, 0.5 to 0.8 s
+    given = {
+        "seek_sequence": written,
+        "seek_outputs": [{}],
+        "time_offset": torch.tensor([1.0]),
+        "timestamp_begin": first,
+        "time_precision": 0.02,
+        "time_precision_features": 0.01,
+        "input_stride": 2,
+        "prev_idx": 0,
+        "idx": 0,
+        "return_token_timestamps": False,
+        "decoder_input_ids": torch.tensor([[1]]),
+    }
+    for frames, expected in ((40, 1), (60, 2)):
+        segments, _ = model.as_whisper()._retrieve_segment(**given, seek_num_frames=torch.tensor([frames]))
+        everything, _ = base._retrieve_segment(**given, seek_num_frames=torch.tensor([frames]))
+        assert (len(segments), len(everything)) == (expected, 2)
+        assert segments[0]["tokens"].tolist() == [first, 5, 6, first + 20]
 
 
 # ------------------------------------------------------------------------------------ without a mask, or a wrong one
