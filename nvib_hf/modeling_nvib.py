@@ -23,7 +23,7 @@ from .configuration_nvib import NvibConfig
 from .generation_nvib import NvibGenerationMixin
 from .latents.checks import check_latents, refuse_batch
 from .latents.latents import NvibLatents
-from .latents.learned import charged_by_prior, prior_of
+from .latents.learned import charged_by_prior, check_prior_of_state, prior_of
 from .latents.merging import merge_limit, merged_so_far, merging, posterior_of
 from .latents.sampling import NvibLatentsMixin
 from .layers.cross_entropy import IGNORED
@@ -150,6 +150,7 @@ class NvibForConditionalGeneration(
         self.latent_prior = prior_of(config, width)
         if self.latent_prior is not None:
             self._keep_in_fp32_modules_strict = [*self._keep_in_fp32_modules_strict, r"latent_prior\.(?!is_fitted)\w+"]
+        self.register_load_state_dict_pre_hook(check_prior_of_state)
         self.register_buffer("kl_beta", torch.ones(3))  # of lambda_gaussian, lambda_dirichlet, lambda_vectors
         if config.encode_sound_only:
             self.make_silence()

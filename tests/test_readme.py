@@ -29,7 +29,7 @@ README = PAGES[0].read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 FIRST_LINES, MERGE, TRAIN, EVALUATE = (code for language, code in BLOCKS if language == "python")
 EXAMPLES = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
-WHISPER, TRANSCRIBE, NEIGHBOURS, INDEX, UNFROZEN, UNUSUAL = re.findall(
+WHISPER, TRANSCRIBE, NEIGHBOURS, INDEX, UNFROZEN, STEERED, UNUSUAL = re.findall(
     r"```python\n(.*?)```", EXAMPLES, flags=re.DOTALL
 )
 SELF_ATTENTION_PAGE = (ROOT / "examples" / "SELF_ATTENTION.md").read_text(encoding="utf-8")
@@ -202,6 +202,10 @@ def test_the_learned_prior_is_trained_with_the_model(folder):
     assert float(re.search(r"[\d.]+", run(UNFROZEN, names))[0]) < rate
     assert all(not torch.equal(before[name], x) for name, x in model.latent_prior.named_parameters())
     assert model.config.latent_prior_frozen
+    names = {"model": model, "outputs": model(**tiny_inputs("bart"), labels=tiny_labels("bart"))}
+    before = model.kl_beta.clone()
+    run(STEERED, names)
+    assert torch.equal(model.kl_beta, before * (1.02 if names["outputs"].cross_entropy < 0.8 else 0.98))
 
 
 def test_a_text_unlike_those_held_out_is_found():

@@ -42,7 +42,7 @@ from nvib_hf.evaluation.samples import sample_scores
 from nvib_hf.evaluation.texts import as_read
 from nvib_hf.latents.learned import with_prior_component
 
-STEPS = {"frozen": 0, "codes": 2000, "merged": 2000, "merged-8192": 2000, "gaussian": 2000}  # at most
+STEPS = {"frozen": 0, "codes": 2000, "merged": 2000, "merged-8192": 6000, "gaussian": 2000}  # at most
 FULL = {"steps": max(STEPS.values()), "look_every": 250, "samples": 400, "judge": "smollm2"}
 QUICK = {"steps": 2, "look_every": 1, "samples": 8, "judge": "tiny"}
 LONGER = "`frozen`, with more steps of its prior"
@@ -96,7 +96,7 @@ def merged(vae: fitted.Vae, settings: dict, checkpoint: Path, num_codes: int | N
     vae.model.config.training_merge_share = 1.0  # but by the same cost as in evaluation
     if num_codes is not None:
         latents, held_out = (encode_texts(vae.model, vae.tokenizer, texts) for texts in (vae.texts, vae.watched))
-        how = {"max_steps": settings["steps"] // 2 or 1, "seed": settings["seed"]}
+        how = {"max_steps": min(settings["steps"], 1000), "seed": settings["seed"]}
         kept = Path(f"{checkpoint}.prior")
         vae.model.fit_latent_prior(latents, held_out, sizes={"num_codes": num_codes}, checkpoint=kept, **how)
     return codes(vae, settings, checkpoint, "merged")

@@ -44,6 +44,23 @@ def prior_of(config: NvibConfig, width: int) -> LatentPrior | None:
     return prior
 
 
+def check_prior_of_state(model: HasLatentPrior, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    """A hook for before a state is loaded, as a Trainer does that resumes.
+
+    Raises:
+        ValueError: the state is of a model whose learned prior was trained with it, and this model's is not; or the
+            other way round.
+    """
+    trained = any(name.startswith(f"{prefix}latent_prior.moving.") for name in state_dict)
+    has_prior = any(name.startswith(f"{prefix}latent_prior.") for name in state_dict)
+    if has_prior and model.latent_prior is not None and trained == model.config.latent_prior_frozen:
+        first, then = ("unfreeze_latent_prior(latents)", "with") if trained else ("freeze_latent_prior()", "without")
+        raise ValueError(
+            f"The state was saved {then} its learned prior in training, but this model's is not as it was then. Load "
+            f"the model from that checkpoint by from_pretrained, or call model.{first} first."
+        )
+
+
 def vectors_of(latents: NvibLatents) -> tuple[Tensor, Tensor, Tensor | None]:
     """What a learned prior is of: vectors ``(B, n, P)``, their mask ``(B, n)`` and log-variances if there are any.
 
@@ -231,20 +248,26 @@ class LearnedPriorMixin:
         as moving means. Any Trainer or loop will do: the prior's parameters are the model's. Make the optimizer after
         this call. Models are saved and loaded as they are, in training or not. :meth:`freeze_latent_prior` ends it.
 
-        With ``model.requires_grad_(False)`` before this call, training trains the prior alone.
+        With ``model.requires_grad_(False)`` before this call, training trains the prior alone. After ``freeze_base()``
+        it trains the prior and the NVIB layer.
+
+        Something has to hold the reconstruction, or else to raise the weight of what is charged, which is now much
+        less: :class:`~nvib_hf.ConstraintCallback` with ``start_beta=None`` does both. In a loop of your own,
+        ``model.kl_beta.mul_(1.02 if outputs.cross_entropy < 0.8 else 0.98)`` after each step is enough.
 
         Args:
             latents: those of the training's texts, ``encode_texts(model, tokenizer, texts)``.
             batch_size: of the training: it says how many batches are all texts.
 
         Raises:
-            TypeError: no latents. ValueError: no learned prior; latents of another model, or samples; settings that
-                training the prior does not go with: ``kappa`` above 1, ``lambda_gaussian`` of 0.
+            TypeError: no latents. ValueError: no learned prior; latents of another model, or samples, or fewer vectors
+                than codes; settings that training the prior does not go with: ``kappa`` above 1, ``lambda_gaussian``
+                of 0.
 
         Example:
             >>> model.fit_latent_prior(latents, held_out)  # doctest: +SKIP
             >>> model.unfreeze_latent_prior(latents)  # doctest: +SKIP
-            >>> steering = ConstraintCallback(0.8, start_beta=float(model.kl_beta[0]))  # doctest: +SKIP
+            >>> steering = ConstraintCallback(0.8, start_beta=None, rate=0.02)  # doctest: +SKIP
             >>> NvibTrainer(model, args, callbacks=[steering], ...).train()  # doctest: +SKIP
             >>> model.freeze_latent_prior()  # doctest: +SKIP
         """
@@ -259,6 +282,11 @@ class LearnedPriorMixin:
                 "the prior would not learn. Set model.config.lambda_gaussian above 0."
             )
         mu, mask, logvar = vectors_of(latents.to(self.device))
+        if (count := int(mask.sum())) < prior.num_codes:
+            raise ValueError(
+                f"latents have {count} vectors, fewer than the {prior.num_codes} codes of the prior. Pass those of "
+                "all texts of the training."
+            )
         moving = MovingCodes(prior.num_codes, prior.width).to(self.device)
         assert logvar is not None
         moving.start(prior, mu, logvar, mask, -(-len(latents) // batch_size))

@@ -11,6 +11,7 @@ from ..layers.settings import check_number, check_whole
 from .control import SLOW, multiplier, reconstruction_error, running_mean, share_error
 from .held_out import HeldOut, cross_entropy_of
 from .messages import OTHERS, memorised_message, runaway_message, unheld_message, unmet_message
+from .recording import find_nvib_model
 from .threshold import SLACK, ThresholdCallback
 
 # A multiplier is at most this many times the one that the evidence lower bound has.
@@ -68,7 +69,8 @@ class ConstraintCallback(ThresholdCallback):
             that reaches the target, whatever the cross-entropy. :math:`\tau` starts at ``cross_entropy``, or at the
             cross-entropy of training so far, and moves after each evaluation. CE is the one of training.
         target_prop_vectors: share of the source vectors to keep, in (0, 1).
-        start_beta: both multipliers before the constraint is met.
+        start_beta: both multipliers before the constraint is met. ``None`` starts from those of the model, to go on
+            where a training ended.
         rate: rate of the integrals, per step.
         gain: gain of the proportional parts.
         dropping_share, interval: as in :class:`ThresholdCallback`.
@@ -88,6 +90,7 @@ class ConstraintCallback(ThresholdCallback):
 
     kept_in_checkpoints = (
         *ThresholdCallback.kept_in_checkpoints,
+        "start_beta",
         "tolerance",
         "integral",
         "error",
@@ -104,7 +107,7 @@ class ConstraintCallback(ThresholdCallback):
         metric: str | None = None,
         metric_target: float | None = None,
         target_prop_vectors: float | None = None,
-        start_beta: float = 0.03,
+        start_beta: float | None = 0.03,
         rate: float = 0.005,
         gain: float = 1.0,
         dropping_share: float = 0.7,
@@ -128,14 +131,15 @@ class ConstraintCallback(ThresholdCallback):
             max_beta=max_beta,
             min_nats=min_nats,
         )
-        check_number("start_beta", start_beta, above=0)
+        if start_beta is not None:
+            check_number("start_beta", start_beta, above=0)
         check_number("rate", rate, above=0)
         check_number("gain", gain, least=0)
         check_number("min_nats", min_nats, least=0)
         check_whole("held_out_interval", held_out_interval, unit=" step")
         check_whole("held_out_examples", held_out_examples, least=0)
         if max_beta is not None:
-            check_number("max_beta", max_beta, least=start_beta)
+            check_number("max_beta", max_beta, **({"above": 0} if start_beta is None else {"least": start_beta}))
         if (metric is None) != (metric_target is None):
             raise ValueError(f"metric={metric!r} and metric_target={metric_target} belong together. Give both.")
         if metric is not None:
@@ -148,7 +152,7 @@ class ConstraintCallback(ThresholdCallback):
         self.start_beta, self.rate, self.gain = start_beta, rate, gain
         self.max_beta, self.min_nats = max_beta, min_nats
         self.held_out_interval, self.held_out_examples = int(held_out_interval), int(held_out_examples)
-        self.integral = self.integral_vectors = math.log(start_beta)
+        self.integral = self.integral_vectors = None if start_beta is None else math.log(start_beta)
         self.error = self.error_vectors = 0.0
         self.slow_average_kept: float | None = None
         self.average_nats: float | None = None
@@ -228,8 +232,17 @@ class ConstraintCallback(ThresholdCallback):
             return self.average_cross_entropy
         return max(self.average_cross_entropy, self.held_out_cross_entropy)
 
+    def restore(self, attributes: dict) -> None:
+        # Without start_beta, what a Trainer notes before the training does not have the model's multipliers yet.
+        early = {"start_beta", "integral", "integral_vectors"}
+        super().restore({name: x for name, x in attributes.items() if x is not None or name not in early})
+
     def on_train_begin(self, args, state, control, model=None, eval_dataloader=None, **kwargs) -> None:
         self._held_out, self._in_force = HeldOut.of(eval_dataloader, self.held_out_examples), None
+        if self.start_beta is None:
+            beta, _, beta_vectors = find_nvib_model(model).kl_beta.tolist()
+            check_number("start_beta=None, the model's kl_beta,", min(beta, beta_vectors), above=0)
+            self.start_beta, self.integral, self.integral_vectors = beta, math.log(beta), math.log(beta_vectors)
         super().on_train_begin(args, state, control, model=model, **kwargs)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:

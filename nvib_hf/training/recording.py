@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -45,6 +46,8 @@ def check_restored(callback: str, name: str, value: object, sample: object) -> N
         right = isinstance(value, bool)
     elif isinstance(sample, list):
         right = isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+    elif isinstance(sample, dict):
+        right = isinstance(value, dict) and all(isinstance(x, float) and math.isfinite(x) for x in value.values())
     else:
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         right = is_number or (sample is None and value is None)
@@ -105,7 +108,16 @@ class Recorder:
     def _add(self, **terms: Tensor) -> None:
         for name, value in terms.items():
             value, before = value.detach().float(), self._sums.get(name)
-            self._sums[name] = value if before is None else before + value.to(before.device)
+            self._sums[name] = value if before is None else before.to(value.device) + value
+
+    @property
+    def sums(self) -> dict[str, float]:
+        """What was added since the last read, by name. It waits for the device."""
+        return {name: float(value) for name, value in self._sums.items()}
+
+    @sums.setter
+    def sums(self, values: dict[str, float]) -> None:
+        self._sums = {name: torch.tensor(value) for name, value in values.items()}
 
     def clear(self) -> None:
         self._sums = {}
@@ -123,7 +135,7 @@ class Recorder:
 
         names = [*(name for count, means in self._counted.items() for name in (*means, count)), "losses"]
         nothing = torch.zeros((), device=device)
-        sums = reduce(torch.stack([self._sums.get(name, nothing) for name in names]), "sum").tolist()
+        sums = reduce(torch.stack([self._sums.get(name, nothing).to(device) for name in names]), "sum").tolist()
         self.clear()
         of = dict(zip(names, sums, strict=True))
         self.saw_no_target = of["losses"] > 0 and not of["tokens_of_loss"]
@@ -136,7 +148,7 @@ class MeasuringCallback(TrainerCallback, ExportableState):
     Subclasses name the attributes to save in ``kept_in_checkpoints``, and put their arguments into ``arguments``.
     """
 
-    kept_in_checkpoints: tuple[str, ...] = ()
+    kept_in_checkpoints: tuple[str, ...] = ("recorded",)
     _model: Any  # the NVIB model, from the start of the training on
     _hook: Any
     _at_start: dict[str, Any]
@@ -144,6 +156,15 @@ class MeasuringCallback(TrainerCallback, ExportableState):
     def __init__(self, arguments: dict) -> None:
         self.arguments = arguments
         self._recorder, self._hook, self._model, self._is_over = Recorder(), None, None, False
+
+    @property
+    def recorded(self) -> dict[str, float]:
+        """Sums since the last measurement: a checkpoint may be saved between two."""
+        return self._recorder.sums
+
+    @recorded.setter
+    def recorded(self, sums: dict[str, float]) -> None:
+        self._recorder.sums = sums
 
     def __setattr__(self, name: str, value: object) -> None:
         if callable(getattr(type(self), name, None)) and not callable(value):  # the Trainer does this when it restores
@@ -170,6 +191,7 @@ class MeasuringCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         model, name = find_nvib_model(model), type(self).__name__
+        self._recorder.clear()
         if self._model is None:
             now = self.state()["attributes"]
             self._at_start = type(self)(**self.arguments).state()["attributes"]
@@ -180,12 +202,19 @@ class MeasuringCallback(TrainerCallback, ExportableState):
             self.__dict__.update(self._at_start)
         # The Trainer saves this entry. A checkpoint of a training without this callback lacks it.
         saved = state.stateful_callbacks.setdefault(name, self.state())
-        for entry in saved if isinstance(saved, list) else [saved]:
+        entries = saved if isinstance(saved, list) else [saved]
+        for entry in entries:
             if self._is_of_the_same(entry):  # continue a resumed training
                 self.restore(entry.get("attributes", {}))
+        if not any(map(self._is_of_the_same, entries)):
+            others = {name: value for name, value in entries[0]["args"].items() if self.arguments.get(name) != value}
+            warnings.warn(
+                f"The checkpoint has the state of another {name}, made with {others}: this one starts anew. To go on "
+                "from the checkpoint, give it the same arguments.",
+                stacklevel=2,
+            )
         self.on_train_end(args, state, control)  # if the last training was interrupted
         self._model, self._is_over = model, False
-        self._recorder.clear()
         self._hook = self._model.register_forward_hook(self._see, with_kwargs=True)
 
     def _is_of_the_same(self, entry: dict) -> bool:

@@ -35,7 +35,14 @@ class ThresholdCallback(MeasuringCallback):
         ValueError: an argument outside its range, or a model that drops nothing.
     """
 
-    kept_in_checkpoints: tuple[str, ...] = ("started", "average_cross_entropy", "average_kept", "last_met", "warned")
+    kept_in_checkpoints = (
+        *MeasuringCallback.kept_in_checkpoints,
+        "started",
+        "average_cross_entropy",
+        "average_kept",
+        "last_met",
+        "warned",
+    )
 
     def __init__(self, cross_entropy: float = 0.15, dropping_share: float = 0.7, interval: int = 10) -> None:
         super().__init__({"cross_entropy": cross_entropy, "dropping_share": dropping_share, "interval": interval})

@@ -171,6 +171,17 @@ def test_a_saved_model_goes_on_where_it_was(tmp_path):
     assert losses[0] == losses[1] == losses[2]
 
 
+def test_states_of_another_kind_are_refused():
+    frozen, other = unfrozen(frozen=True), unfrozen()
+    with pytest.raises(ValueError, match=r"saved with its learned prior in.*unfreeze_latent_prior\(latents\)"):
+        frozen.load_state_dict(other.state_dict(), strict=False)
+    with pytest.raises(ValueError, match=r"saved without its learned prior in.*freeze_latent_prior\(\) first"):
+        other.load_state_dict(frozen.state_dict())
+    other.load_state_dict(other.state_dict())
+    frozen.load_state_dict(frozen.state_dict())
+    frozen.load_state_dict(tiny_nvib().state_dict(), strict=False)
+
+
 def test_it_compiles_without_a_break():
     model = unfrozen().train()
     model.latent_prior.eval()  # without dropout
@@ -210,6 +221,8 @@ def test_latents_and_inputs_that_do_not_fit_are_refused():
         model.unfreeze_latent_prior(["a text"])
     with pytest.raises(ValueError, match="latents are samples"):
         model.unfreeze_latent_prior(model.encode(**BATCH, sample=True))
+    with pytest.raises(ValueError, match="latents have 3 vectors, fewer than the 4 codes of the prior"):
+        model.unfreeze_latent_prior(next(x for x in cycles(model, 20, 0) if x.attention_mask.sum() == 1 + 3))
     with pytest.raises(ValueError, match="batch_size"):
         model.unfreeze_latent_prior(cycles(model, 20, 0), batch_size=0)
     model.unfreeze_latent_prior(cycles(model, 20, 0))

@@ -22,7 +22,7 @@ NUMBERS = {
     CollapseCallback: ("min_nats", "min_prop_vectors", "min_active_units", "max_gap"),
     KLAnnealingCallback: ("warmup_ratio", "start_ratio"),
 }
-MAY_BE_NONE = {"cross_entropy", "max_beta"}  # of ConstraintCallback
+MAY_BE_NONE = {"cross_entropy", "max_beta", "start_beta"}  # of ConstraintCallback
 
 
 @pytest.mark.parametrize("value", NOT_NUMBERS)

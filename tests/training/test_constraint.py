@@ -265,8 +265,10 @@ def test_traced_in_any_trainer(trainer_class, tmp_path):
 
 
 @pytest.mark.parametrize("trainer_class", [Trainer, NvibTrainer])
-@pytest.mark.parametrize("restore", [False, True])
-def test_a_resumed_training_is_the_uninterrupted_one(trainer_class, restore, tmp_path):
+@pytest.mark.parametrize(("restore", "saved_at"), [(False, 6), (True, 6), (False, 5), (True, 5)])
+def test_a_resumed_training_is_the_uninterrupted_one(trainer_class, restore, saved_at, tmp_path):
+    """Saved at a measurement, or between two."""
+
     def train(folder, resume=None):
         callback = ConstraintCallback(
             cross_entropy=10.0, target_prop_vectors=0.5, start_beta=0.5, rate=0.05, interval=2
@@ -277,7 +279,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(trainer_class, restore, tmp
             folder,
             max_steps=12,
             save_strategy="steps",
-            save_steps=6,
+            save_steps=saved_at,
             learning_rate=1e-3,
             restore_callback_states_from_checkpoint=restore,
             callbacks=[callback],
@@ -288,7 +290,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(trainer_class, restore, tmp
 
     _, whole = train(tmp_path / "whole")
     assert whole[-1][1] != whole[5][1]
-    checkpoint = tmp_path / "whole" / "checkpoint-6"
+    checkpoint = tmp_path / "whole" / f"checkpoint-{saved_at}"
     saved = json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]["ConstraintCallback"]
     assert saved["attributes"]["started"] is True
     trainer, resumed = train(tmp_path / "resumed", str(checkpoint))
@@ -308,6 +310,40 @@ def test_a_checkpoint_of_a_training_without_the_callback(trainer_class, tmp_path
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     saved = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["stateful_callbacks"]
     assert saved["ConstraintCallback"]["attributes"]["started"]
+
+
+def test_it_goes_on_from_the_multipliers_of_the_model(tmp_path):
+    """Also if it is resumed, when the model has others."""
+
+    def train(folder, resume=None):
+        model = tiny_model()
+        model.kl_beta.fill_(7.0)
+        callback = ConstraintCallback(cross_entropy=1e3, start_beta=None, rate=0.1, interval=2)
+        saving = {"save_strategy": "steps", "save_steps": 4}
+        trainer = trainer_of(NvibTrainer, model, folder, max_steps=8, callbacks=[callback], **saving)
+        trainer.train(resume_from_checkpoint=resume)
+        return callback, [x["constraint_beta"] for x in trainer.state.log_history if "loss" in x]
+
+    callback, whole = train(tmp_path / "whole")
+    assert whole[0] == pytest.approx(7.0) and whole[-1] > 8 and callback.start_beta == 7.0
+    callback, resumed = train(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-4"))
+    assert resumed == pytest.approx(whole) and callback.start_beta == 7.0
+    model = tiny_model()
+    model.kl_beta.zero_()
+    with pytest.raises(ValueError, match=r"start_beta=None, the model's kl_beta, must be .*but got 0"):
+        simulate(ConstraintCallback(start_beta=None), 1, lambda *given: 1.0, model=model)
+
+
+def test_the_state_of_other_arguments_is_not_taken_in_silence(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+
+    def train(start_beta, **more):
+        callback = ConstraintCallback(cross_entropy=1e3, start_beta=start_beta, interval=2)
+        trainer_of(NvibTrainer, tiny_model(), tmp_path, max_steps=4, callbacks=[callback], **saving).train(**more)
+
+    train(0.5)
+    with pytest.warns(UserWarning, match="another ConstraintCallback, made with .*'start_beta': 0.5.*starts anew"):
+        train(0.6, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_another_model_starts_anew(tmp_path):
