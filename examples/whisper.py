@@ -255,9 +255,10 @@ def times(recogniser: Recogniser, speech: list[list[Utterance]], repeats: int) -
     """
     lines = []
     for utterances in speech:
-        middle = sorted(utterances, key=lambda x: len(x.sound))[len(utterances) // 2 :]
+        by_length = sorted(utterances, key=lambda x: len(x.sound))
         for size, beams in product((1, 8), (1, 5)):
-            sounds = middle[:size]
+            start = max(len(by_length) - size, 0) // 2
+            sounds = by_length[start : start + size]  # those of middling length
             seconds = max(len(x.sound) for x in sounds) / RATE
             taken, cached = defaultdict(list), {}
             for _, row in product(range(repeats + 1), ("plain", *TIMED)):  # the first is warming up
@@ -273,6 +274,7 @@ def times(recogniser: Recogniser, speech: list[list[Utterance]], repeats: int) -
                 cached[row] = sum(x.nbytes for layer in layers for x in (layer.keys, layer.values)) / 2**20
             title = f"{seconds:.0f} s, batch {size}, beams {beams}"
             medians = {row: statistics.median(x[1:]) for row, x in taken.items()}
+            print(title, medians, file=sys.stderr, flush=True)  # a long run may be cut off
             lines += [
                 (f"{title}: {what}", f"{of['plain']:.2f} {unit}", *(f"{of[row] / of['plain']:.2f}" for row in TIMED))
                 for what, of, unit in (("seconds", medians, "s"), ("cache", cached, "MiB"))
