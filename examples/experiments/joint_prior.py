@@ -42,7 +42,7 @@ from nvib_hf.evaluation.samples import sample_scores
 from nvib_hf.evaluation.texts import as_read
 from nvib_hf.latents.learned import with_prior_component
 
-STEPS = {"frozen": 0, "codes": 2000, "merged": 2000, "merged-8192": 6000, "gaussian": 2000}  # at most
+STEPS = {"frozen": 0, "codes": 2000, "merged": 2000, "merged-8192": 2000, "gaussian": 2000}  # at most
 FULL = {"steps": max(STEPS.values()), "look_every": 250, "samples": 400, "judge": "smollm2"}
 QUICK = {"steps": 2, "look_every": 1, "samples": 8, "judge": "tiny"}
 LONGER = "`frozen`, with more steps of its prior"
