@@ -97,6 +97,7 @@ def merged(vae: fitted.Vae, settings: dict, checkpoint: Path, num_codes: int | N
     if num_codes is not None:
         latents, held_out = (encode_texts(vae.model, vae.tokenizer, texts) for texts in (vae.texts, vae.watched))
         how = {"max_steps": min(settings["steps"], 1000), "seed": settings["seed"]}
+        num_codes = 16 if settings["judge"] == "tiny" else num_codes  # the quick form has few vectors
         kept = Path(f"{checkpoint}.prior")
         vae.model.fit_latent_prior(latents, held_out, sizes={"num_codes": num_codes}, checkpoint=kept, **how)
     return codes(vae, settings, checkpoint, "merged")
