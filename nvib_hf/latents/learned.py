@@ -253,7 +253,8 @@ class LearnedPriorMixin:
 
         Something has to hold the reconstruction, or else to raise the weight of what is charged, which is now much
         less: :class:`~nvib_hf.ConstraintCallback` with ``start_beta=None`` does both. In a loop of your own,
-        ``model.kl_beta.mul_(1.02 if outputs.cross_entropy < 0.8 else 0.98)`` after each step is enough.
+        ``model.kl_beta.mul_(1.02 if outputs.cross_entropy < 0.8 else 0.98)`` after each step is enough, with an upper
+        bound such as ``10 * model.nvib.size_out``.
 
         Args:
             latents: those of the training's texts, ``encode_texts(model, tokenizer, texts)``.
