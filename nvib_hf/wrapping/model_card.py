@@ -224,6 +224,8 @@ def _settings(model) -> dict[str, str]:
     """The bottleneck's settings, with the layer's current prior."""
     config, layer = model.config, model.nvib
     given = {f.name: getattr(config, f.name) for f in fields(config) if f.name in setting_names()}
+    if config.latent_prior is None:
+        del given["latent_prior_frozen"]
     settings = {name: f"`{value!r}`" for name, value in given.items() if value is not None}
     if not layer.prior_mu.is_meta:
         settings["prior_mu"] = _summary(layer.prior_mu)

@@ -132,6 +132,11 @@ def test_settings_are_those_of_the_configuration():
         assert said == repr(value) or float(said) == value, name
 
 
+def test_whether_a_learned_prior_is_frozen():
+    found = rows(read(model_card(wrap(latent_prior={"num_codes": 8}), "model"))[1])
+    assert found["latent_prior_frozen"] == ["`True`"] and "'num_codes': 8" in found["latent_prior"][0]
+
+
 @pytest.mark.parametrize(
     ("attentions", "said"),
     [
