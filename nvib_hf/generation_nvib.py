@@ -22,7 +22,16 @@ from .latents.checks import check_latents, refuse_batch
 from .latents.latents import NvibLatents
 from .latents.merging import merging
 from .wrapping.base import STATES, LatentOutput
-from .wrapping.sound import MARGIN, STRIDE, heard_frames, mark_end, mark_unheard, mask_of_marks, warn_without_mask
+from .wrapping.sound import (
+    MARGIN,
+    STRIDE,
+    end_of,
+    heard_frames,
+    mark_end,
+    mark_unheard,
+    mask_of_marks,
+    warn_without_mask,
+)
 
 TOKEN_IDS = ("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
 # Kinds of input. A base reads some of them; the others are refused.
@@ -262,8 +271,7 @@ class LatentView:
         ends, seek = super()._retrieve_max_frames_and_seek(attention_mask=attention_mask, **sound)
         if attention_mask is None or not self._hears_sound_only:
             return ends, seek
-        place = torch.arange(1, attention_mask.shape[-1] + 1, device=attention_mask.device)
-        return (attention_mask.bool() * place).amax(-1).to(ends).clamp(min=1), seek
+        return end_of(attention_mask).to(ends).clamp(min=1), seek
 
     def _retrieve_segment(self, **window):
         """The segments of a window, without those that start after the end of its sound: nobody speaks there."""

@@ -152,8 +152,7 @@ def charged_by_prior(model: HasLatentPrior, made: NvibOutput, groups: Groups | N
             f"{prior.max_length}. Cut them, or fit a prior with sizes={{'max_length': ...}}."
         )
     if model.nvib.training:
-        with torch.no_grad():
-            prior.moving.follow(prior, mu, logvar, mask, log_alpha[:, 1:] - log_alpha[:, :1])
+        prior.moving.follow(prior, mu, logvar, mask, log_alpha[:, 1:] - log_alpha[:, :1])
     return prior.nats(mu, logvar, mask) / (posterior.mask.sum(-1) * mu.shape[-1])
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .codebook import shrunk_variances
+from .codebook import shrunk_variances, sums_by_code
 from .nvib import SinglePrecisionMixin
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def _of_batch(prior: LatentPrior, mu: Tensor, logvar: Tensor, mask: Tensor) -> t
     """
     residuals = mu - prior.places[: mu.shape[1]]
     squares = residuals.square()
-    values = torch.cat([residuals, squares, squares + logvar.exp()], dim=-1).masked_fill(~mask[..., None], 0)
-    codes, counts = prior.codes(mu).flatten(), mask.flatten().to(mu.dtype)
-    sums = values.new_zeros(prior.num_codes, values.shape[-1]).index_add_(0, codes, values.flatten(0, 1))
-    return values.new_zeros(prior.num_codes).index_add_(0, codes, counts), sums
+    values = torch.cat([residuals, squares, squares + logvar.exp(), torch.ones_like(mu[..., :1])], dim=-1)
+    values = values.masked_fill(~mask[..., None], 0)
+    sums, _ = sums_by_code(values.flatten(0, 1), prior.codes(mu).flatten(), prior.num_codes)
+    return sums[:, -1], sums[:, :-1]

@@ -156,8 +156,13 @@ def heard_frames(features: Tensor, attention_mask: Tensor | None) -> Tensor:
             f"attention_mask has shape {tuple(attention_mask.shape)}, but the features {tuple(features.shape)} need "
             f"{tuple(features[:, 0].shape)}. Pass the mask that the processor returned with them, one value a frame."
         )
-    place = torch.arange(1, features.shape[-1] + 1, device=features.device)
-    return torch.minimum((attention_mask.bool() * place).amax(-1) + STRIDE * MARGIN, frames)
+    return torch.minimum(end_of(attention_mask) + STRIDE * MARGIN, frames)
+
+
+def end_of(attention_mask: Tensor) -> Tensor:
+    """How many frames there are up to the last one of the sound that a mask ``(B, T)`` shows, ``(B,)``."""
+    place = torch.arange(1, attention_mask.shape[-1] + 1, device=attention_mask.device)
+    return (attention_mask.bool() * place).amax(-1)
 
 
 def mask_of_marks(features: Tensor) -> Tensor:
