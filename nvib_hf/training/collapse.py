@@ -123,7 +123,7 @@ class CollapseCallback(MeasuringCallback):
         ValueError: an argument outside its range.
     """
 
-    kept_in_checkpoints = ("warned", "seen", "evaluation_cross_entropy")
+    kept_in_checkpoints = (*MeasuringCallback.kept_in_checkpoints, "warned", "seen", "evaluation_cross_entropy")
 
     def __init__(
         self,

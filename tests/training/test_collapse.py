@@ -196,6 +196,25 @@ def test_the_training_is_the_same_with_and_without(arguments, tmp_path):
 
 
 @WITH_COMPILE
+def test_a_checkpoint_between_two_logs_loses_no_step(tmp_path):
+    class Noting(CollapseCallback):
+        means: list
+
+        def measured(self, device):
+            self.means = [*getattr(self, "means", []), super().measured(device)]
+            return self.means[-1]
+
+    def train(folder, resume=None):
+        callback = Noting()
+        arguments = {"max_steps": 8, "logging_steps": 4, "save_strategy": "steps", "save_steps": 2}
+        trainer_of(Trainer, tiny_model(), folder, callbacks=[callback], **arguments).train(resume_from_checkpoint=resume)
+        return callback.means
+
+    whole = train(tmp_path / "whole")
+    resumed = train(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-6"))
+    assert resumed == [pytest.approx(whole[-1])] and whole[0]["prop_vectors"] > 0
+
+
 def test_under_torch_compile(tmp_path):
     def trace(**arguments):
         trainer = trainer_of(
