@@ -128,9 +128,12 @@ def encoded(batch: Batch, model: str, **options) -> Read:
     return batch.models[model], batch.models[model].encode(**batch.inputs, **options)
 
 
-def merged(batch: Batch, **limit) -> Read:
-    """What `encode(**inputs, merge_share=...)` returns, from what is encoded already."""
-    return batch.models["whole"], batch.models["whole"].merge_latents(batch.plain, **limit)
+def merged(batch: Batch, model: str = "whole", **limit) -> Read:
+    """What `encode(**inputs, merge_share=...)` returns, from what is encoded already.
+
+    A trained model has the same encoder.
+    """
+    return batch.models[model], batch.models["whole"].merge_latents(batch.plain, **limit)
 
 
 def trimmed(batch: Batch, margin: int) -> Read:
@@ -157,10 +160,7 @@ ROWS: dict[str, Reading] = {
     "a quarter left inside the encoder": partial(encoded, model="inside"),
     "the same, merged to 5 % of 1500": partial(encoded, model="inside", merge_share=0.2),
     **{f"all 1500 merged to {percent} %": partial(merged, share=percent / 100) for percent in (15, 10, 7, 5, 3)},
-    **{
-        f"all 1500 merged where a pair costs at most {cost}": partial(merged, cost=cost)
-        for cost in (100, 150, 200, 300)
-    },
+    **{f"all 1500 merged where a pair costs at most {cost}": partial(merged, cost=cost) for cost in COSTS},
 }
 
 
@@ -168,11 +168,11 @@ def rows_of(folder: Path) -> dict[str, Reading]:
     """Of a trained model: it drops, or reads merged vectors."""
     if NvibForConditionalGeneration.config_class.from_pretrained(folder).dropping == "relaxed":
         return {f"{folder.name}, what it keeps": partial(encoded, model=folder.name)}
+    limits = {f"to {percent} %": {"share": percent / 100} for percent in (5, 3, 2, 1)}
+    limits |= {f"where a pair costs at most {cost}": {"cost": cost} for cost in (200, 300, 400)}
     return {
-        f"{folder.name}, all 1500 merged to {percent} %": partial(
-            encoded, model=folder.name, merge_share=percent / 100
-        )
-        for percent in (5, 3, 2, 1)
+        f"{folder.name}, all 1500 merged {how}": partial(merged, model=folder.name, **limit)
+        for how, limit in limits.items()
     }
 
 

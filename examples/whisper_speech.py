@@ -3,17 +3,21 @@
 import random
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from bbe import clauses
+from scipy.signal import resample_poly
 from speech import RATE, Utterance, read, recorded, speak
 
 # None of them has been listened to while merging was found, which was with awb and kal16.
 VOICES = (("flite", "slt"), ("flite", "rms"), ("espeak-ng", "en-us"), ("espeak-ng", "en-gb-x-rp"))
 TRAINING_VOICES = (("flite", "awb"), ("flite", "kal16"), ("espeak-ng", "en-us+f3"), ("espeak-ng", "en-gb-scotland+f4"))
-TESTED = 1000  # sentences of either seed that the tests may speak, at most
+MORE_VOICES = ("en-us+m3", "en-us+Alicia", "en-us+steph", "en-gb+f5", "en-gb-x-gbclan+m4", "en-gb-x-gbcwmd+edward")
+SPEEDS = ((1, 1), (10, 11), (11, 10), (20, 21), (21, 20))  # samples for samples: pitch and tempo together
+TESTED = 1000  # sentences of a seed that the tests may speak, at most
 
 
 def short(count: int, seed: int) -> list[Utterance]:
@@ -28,10 +32,20 @@ def long(count: int, seed: int) -> list[Utterance]:
 
 def to_train_on(count: int, seed: int) -> list[Utterance]:
     """Clauses in a row, 3 to 16 seconds: no sentence and no voice of :func:`short` or :func:`long` of this seed."""
-    tested = {text for of in (seed, seed + 1) for text in islice(_sentences(of), TESTED)}
-    return list(
-        _in_a_row((text for text in _sentences(seed) if text not in tested), count, 1.0, TRAINING_VOICES, longest=16.0)
-    )
+    return list(_in_a_row(_not_tested(seed), count, 1.0, TRAINING_VOICES, longest=16.0))
+
+
+def clauses_to_train_on(count: int, seed: int) -> list[Utterance]:
+    """Clauses of about three seconds, in more voices and at different speeds; tested neither."""
+    draw, voices = random.Random(seed), (*TRAINING_VOICES, *(("espeak-ng", voice) for voice in MORE_VOICES))
+    made = [spoken(text, i, voices) for i, text in enumerate(islice(_not_tested(seed), count))]
+    return [replace(x, sound=resample_poly(x.sound, *draw.choice(SPEEDS)).astype(np.float32)) for x in made]
+
+
+def _not_tested(seed: int) -> Iterator[str]:
+    """Sentences that :func:`short` and :func:`long` speak neither with this seed nor with the next."""
+    tested = {text for of in range(seed, seed + 3) for text in islice(_sentences(of), TESTED)}
+    return (text for text in _sentences(seed) if text not in tested)
 
 
 def _in_a_row(

@@ -91,6 +91,21 @@ def test_times_are_shares_of_plain(tiny, monkeypatch):
 
 @WITH_PEFT
 @pytest.mark.slow
+@torch.no_grad()
+def test_adapters_learn_what_the_plain_model_expects(tiny):
+    """The states beside a batch are those of its targets: the plain model's likeliest tokens that may be written."""
+    training, (base, recogniser) = pytest.importorskip("whisper_training"), tiny
+    data = training.Transcripts(recogniser, [tones(1.0), tones(2.0), tones(3.0)])
+    for size in (1, 3):
+        batch, states = next(data.batches(size, 1, seed=0))
+        targets = batch["labels"][batch["labels"] >= 0]
+        logits = base.get_output_embeddings()(states)
+        logits[:, base.generation_config.suppress_tokens] = -torch.inf
+        assert logits.argmax(-1).tolist() == targets.tolist()
+
+
+@WITH_PEFT
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["adapters", "dropping"])
 def test_a_trained_model_gives_rows(method, tmp_path, capsys, monkeypatch):
     training = pytest.importorskip("whisper_training")
@@ -103,7 +118,9 @@ def test_a_trained_model_gives_rows(method, tmp_path, capsys, monkeypatch):
     fresh = NvibForConditionalGeneration.from_base_pretrained(whisper.load("tiny.en")[0]).state_dict()
     trained = NvibForConditionalGeneration.from_pretrained(tmp_path / method).state_dict()
     changed = {x for x in fresh if x.startswith("base.") and not torch.equal(fresh[x], trained[x])}
-    assert bool(changed) == (method == "adapters") and all(".decoder.layers." in name for name in changed)
+    assert bool(changed) == (method == "adapters")
+    assert all(".decoder.layers." in x and x.endswith(("k_proj.weight", "v_proj.weight")) for x in changed)
+    assert not any(".self_attn." in name for name in changed)
     assert ("nvib.keep_bias" in trained.keys() - fresh.keys()) == (method == "dropping")
 
     monkeypatch.setattr(whisper.shutil, "which", lambda program: None)  # recordings alone
@@ -111,7 +128,10 @@ def test_a_trained_model_gives_rows(method, tmp_path, capsys, monkeypatch):
     options = ["--audio", folder, "--trained", tmp_path / method, "--output", tmp_path / "out"]
     whisper.main(list(map(str, options)))
     rows = {
-        "adapters": [f"adapters, all 1500 merged to {percent} % | {15 * percent}" for percent in (5, 3, 2, 1)],
+        "adapters": [
+            *(f"adapters, all 1500 merged to {percent} % | {15 * percent}" for percent in (5, 3, 2, 1)),
+            *(f"adapters, all 1500 merged where a pair costs at most {cost}" for cost in (200, 300, 400)),
+        ],
         "dropping": ["dropping, what it keeps"],
     }
     printed = capsys.readouterr().out

@@ -132,7 +132,9 @@ def test_loops_are_found():
     assert not word_errors.repeats("the cat sat on the mat and the dog sat on the cat")
 
 
-def test_what_is_trained_on_is_not_tested(monkeypatch):
+@pytest.mark.parametrize(("made", "seed"), [("to_train_on", 24), ("clauses_to_train_on", 24), ("to_train_on", 23)])
+def test_what_is_trained_on_is_not_tested(made, seed, monkeypatch):
+    """Neither with its seed nor with the one after it."""
     monkeypatch.setattr(whisper_speech, "clauses", lambda *_: [f"clause {i}" for i in range(4000)])
     said = []
 
@@ -144,7 +146,7 @@ def test_what_is_trained_on_is_not_tested(monkeypatch):
     short, long = whisper_speech.short(20, 24), whisper_speech.long(8, 24)
     tested = {(part.strip(), voice) for text, voice in said for part in text.split(". ")}
     said.clear()
-    seconds = [len(utterance.sound) / RATE for utterance in whisper_speech.to_train_on(20, 24)]
+    seconds = [len(utterance.sound) / RATE for utterance in getattr(whisper_speech, made)(20, seed)]
     trained = {(part.strip(), voice) for text, voice in said for part in text.split(". ")}
     for texts in zip(*trained, strict=True), zip(*tested, strict=True):
         assert len(set(next(iter(texts)))) > 10

@@ -207,7 +207,9 @@ def test_a_checkpoint_between_two_logs_loses_no_step(tmp_path):
     def train(folder, resume=None):
         callback = Noting()
         arguments = {"max_steps": 8, "logging_steps": 4, "save_strategy": "steps", "save_steps": 2}
-        trainer_of(Trainer, tiny_model(), folder, callbacks=[callback], **arguments).train(resume_from_checkpoint=resume)
+        trainer_of(Trainer, tiny_model(), folder, callbacks=[callback], **arguments).train(
+            resume_from_checkpoint=resume
+        )
         return callback.means
 
     whole = train(tmp_path / "whole")
