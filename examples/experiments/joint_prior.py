@@ -28,7 +28,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))  # the examples
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the examples
 
 import latent_prior as fitted
 import text_vae as example

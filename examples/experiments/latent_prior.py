@@ -29,7 +29,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))  # the examples
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the examples
 
 import text_vae as example
 import torch
@@ -102,7 +102,7 @@ def train_vae(folder: Path, quick: bool, options: list[str] = ()) -> None:
     """The main job, if it has not been done."""
     if not (folder / "held_out.txt").exists():
         options = ["--output", folder, *options, *["--quick"] * quick]
-        subprocess.run([sys.executable, Path(__file__).parents[1] / "text_vae.py", *options], check=True)
+        subprocess.run([sys.executable, Path(__file__).resolve().parents[1] / "text_vae.py", *options], check=True)
 
 
 def vae_of(method: str, folder: Path) -> Path:

@@ -31,7 +31,7 @@ from transformers import T5Config, T5ForConditionalGeneration, set_seed
 from nvib_hf import NvibForConditionalGeneration, NvibLatents
 from nvib_hf.versions import CACHE
 
-sys.path.append(str(Path(__file__).parents[1]))  # the examples
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the examples
 import bbe
 
 PAD, END, START = range(3)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from runner import table_of_rows
 
-sys.path.append(str(Path(__file__).parents[1]))  # the examples
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the examples
 import word_errors
 
 ALL = "all"

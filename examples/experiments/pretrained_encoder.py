@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 from textwrap import shorten
 
-sys.path.append(str(Path(__file__).parents[1]))  # the examples
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the examples
 
 import bbe
 import text_vae

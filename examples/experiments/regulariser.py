@@ -36,7 +36,7 @@ from transformers import (
 from nvib_hf import NvibForConditionalGeneration, reconstruct
 from nvib_hf.evaluation.samples import word_edits
 
-sys.path.append(str(Path(__file__).parents[1]))  # the examples
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the examples
 import bbe
 import wordnet
 from figures import pyplot

@@ -16,7 +16,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))  # the examples
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the examples
 
 import text_vae as example
 import torch

@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 from textwrap import shorten
 
-sys.path.append(str(Path(__file__).parents[1]))  # the examples
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the examples
 
 import text_vae as example
 from runner import cell, over_seeds, parser, run_all, table_of_rows, write_report

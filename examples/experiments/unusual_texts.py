@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))  # the examples
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the examples
 
 import numpy as np
 import text_vae as example
