@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from .latents.checks import check_latents, refuse_batch
 from .latents.latents import NvibLatents
-from .latents.merging import merging
+from .latents.merging import limit_of_call, limit_of_generation, merging
 from .wrapping.base import STATES, LatentOutput
 from .wrapping.sound import (
     MARGIN,
@@ -30,6 +30,7 @@ from .wrapping.sound import (
     mark_end,
     mark_unheard,
     mask_of_marks,
+    silence_of,
     warn_without_mask,
 )
 
@@ -60,7 +61,7 @@ class NvibGenerationMixin(GenerationMixin):
                     f"{name}={value} merges what generate() encodes, but encoder_outputs are encoded already. "
                     f"Pass encoder_outputs=model.merge_latents(latents, {name.removeprefix('merge_')}={value})."
                 )
-            with merging(**limit):
+            with merging(limit_of_call(**limit)):
                 return self.generate(inputs, generation_config, **kwargs)
         self._check_inputs(kwargs)
         as_base = self._has_a_generate_for(inputs, kwargs)
@@ -70,7 +71,7 @@ class NvibGenerationMixin(GenerationMixin):
         if kwargs.get(STATES) is not None:
             states = {name: kwargs.pop(name, None) for name in (STATES, "attention_mask")}
             with torch.no_grad():
-                latents, _ = self._encode_alone(states, decode_only=True)
+                latents, _ = self._encode_alone(states, decode_only=True, limit=limit_of_generation())
             kwargs["encoder_outputs"] = self._packed(latents)
         elif kwargs.get("encoder_outputs") is not None:
             kwargs["encoder_outputs"] = self._packed_encoder_outputs(kwargs["encoder_outputs"])
@@ -163,7 +164,8 @@ class NvibGenerationMixin(GenerationMixin):
             "output_hidden_states": generation_config.output_hidden_states or None,
         }
         name = model_input_name or self.main_input_name
-        latents, states = self._encode_alone({**model_kwargs, **recorded, name: inputs_tensor}, decode_only=True)
+        inputs = {**model_kwargs, **recorded, name: inputs_tensor}
+        latents, states = self._encode_alone(inputs, decode_only=True, limit=limit_of_generation())
         if model_kwargs.get("decoder_input_ids") is not None:
             self._check_rows(latents.z, {"decoder_input_ids": model_kwargs["decoder_input_ids"]})
         model_kwargs["encoder_outputs"] = self._packed(latents, states)
@@ -290,7 +292,7 @@ class LatentView:
         longer = (frames + STRIDE * MARGIN).clamp(max=window["num_segment_frames"])
         there = torch.minimum(longer, window["input_features"].shape[-1] - window["seek"])
         segment = super()._get_input_segment(**{**window, "seek_num_frames": longer})
-        return mark_end(segment, frames[rows], there[rows])
+        return mark_end(segment, frames[rows], there[rows], silence_of(window["input_features"]))
 
     def _expand_inputs_for_generation(self, *args, **kwargs):
         return self.model_of_latents._expand_inputs_for_generation(*args, **kwargs)

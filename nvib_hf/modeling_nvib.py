@@ -24,7 +24,7 @@ from .generation_nvib import NvibGenerationMixin
 from .latents.checks import check_latents, refuse_batch
 from .latents.latents import NvibLatents
 from .latents.learned import charged_by_prior, check_prior_of_state, prior_of
-from .latents.merging import merge_limit, merged_so_far, merging, posterior_of
+from .latents.merging import limit_of_call, merge_limit, merged_so_far, posterior_of
 from .latents.sampling import NvibLatentsMixin
 from .layers.cross_entropy import IGNORED
 from .layers.denoising_attention import pack
@@ -217,8 +217,9 @@ class NvibForConditionalGeneration(
         check_known(inputs, type(self).__name__, self._argument_names)
         # Outside of training nobody needs gradients, and the latents of a corpus would keep all its graphs in memory.
         with_graph = self.training or any(isinstance(x, Tensor) and x.requires_grad for x in inputs.values())
-        with merging(merge_share, merge_cost), nullcontext() if with_graph else torch.no_grad():
-            return self._encode_alone(inputs, sample, generator, decode_only=is_exporting())[0]
+        limit = limit_of_call(merge_share, merge_cost)
+        with nullcontext() if with_graph else torch.no_grad():
+            return self._encode_alone(inputs, sample, generator, is_exporting(), limit)[0]
 
     def _encode_alone(
         self,
@@ -226,10 +227,11 @@ class NvibForConditionalGeneration(
         sample: bool | None = None,
         generator: torch.Generator | None = None,
         decode_only: bool = False,
+        limit: dict[str, float] | None = None,
     ) -> tuple[NvibLatents, BaseModelOutput]:
         """:meth:`_encode` outside of ``forward``."""
         with ForwardPass(generator, shortens=decode_only and not self.training):
-            return gathering(self, "_encode")(inputs, sample, generator, decode_only)
+            return gathering(self, "_encode")(inputs, sample, generator, decode_only, limit)
 
     def _encode(
         self,
@@ -237,19 +239,19 @@ class NvibForConditionalGeneration(
         sample: bool | None = None,
         generator: torch.Generator | None = None,
         decode_only: bool = False,
+        limit_of_call: dict[str, float] | None = None,
     ) -> tuple[NvibLatents, BaseModelOutput]:
         """Latents, and the encoder's own output. ``decode_only`` keeps the fields and vectors that decoding reads."""
         source = read_source(self, inputs)
-        limit = merge_limit(self.config, self.training, source.vectors, generator)
-        alone = decode_only and not (source.stored and limit)  # stored vectors have to stay last
+        limit = merge_limit(self.config, self.training, source.vectors, generator, limit_of_call)
         mass = {} if source.log_mass is None else {"log_mass": source.log_mass}
-        made = self.nvib(source.vectors, source.padding, sample, generator, alone, **mass)
+        made = self.nvib(source.vectors, source.padding, sample, generator, decode_only, **mass)
         latents = NvibLatents.of(made, self.scale)
         if source.share is not None and latents.prop_vectors is not None:
             latents.prop_vectors = latents.prop_vectors * source.share
+        latents.num_stored = source.num_stored
         if limit:
-            how = self.scale, self.config.evaluation, limit, posterior_of(made), source.stored
-            latents, groups = merged_so_far(latents, *how)
+            latents, groups = merged_so_far(latents, self.scale, self.config.evaluation, limit, posterior_of(made))
         if latents.kl_gaussian is not None and not self.config.latent_prior_frozen:
             latents.kl_gaussian = charged_by_prior(self, made, groups if limit else None)
         if decode_only and latents.logvar is None:  # in a sample, the draws decide which vectors have weight

@@ -51,6 +51,8 @@ class NvibLatents:
             vectors.
         kappa: ``(B,)``, vectors drawn per component in a sample; ``None`` otherwise.
         scale: ``(B,)``, the scale of the attention that the weights fit; ``None`` if it is not known.
+        num_stored: ``(B,)``, how many of the last vectors are stored silence, which is not merged; ``None`` unless a
+            model with ``encode_sound_only`` made them.
     """
 
     z: Tensor
@@ -66,6 +68,7 @@ class NvibLatents:
     effective_vectors: Tensor | None = None
     kappa: Tensor | None = None
     scale: Tensor | None = None
+    num_stored: Tensor | None = None
 
     @classmethod
     def of(cls, output: NvibOutput | NvibLatents, scale: float) -> NvibLatents:

@@ -8,6 +8,7 @@ mass of all the vectors that it replaces.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -51,7 +52,6 @@ def merged_groups(
     cost: Limit | None = None,
     order: str = "neighbours",
     first: int | None = None,
-    last: int = 0,
     posterior: NvibLatents | None = None,
 ) -> tuple[NvibLatents, Groups]:
     r"""Each latent of a batch, merged by :func:`~nvib_hf.layers.merging.merge`.
@@ -66,22 +66,23 @@ def merged_groups(
         scale: the attention's scale ``s``.
         evaluation: ``"means"`` or ``"mixture"``: how attention reads the masses.
         num_vectors, share, cost, order: as in :func:`~nvib_hf.layers.merging.merge`.
-        first, last: how many vectors at the beginning and at the end are neither merged nor counted. By default
-            ``first`` covers the prior's component, if there is one, and ``last`` is 0.
+        first: how many vectors at the beginning are neither merged nor counted: by default the prior's component, if
+            there is one. Nor are the last ``num_stored`` of the latents.
         posterior: what a sample was drawn from. It then decides which vectors are merged, so that training merges
-            what evaluation does: the noise of draws would hide which vectors are close. ``first`` and ``last`` are of
-            its vectors. Of several draws, the first ones of a group are merged, the second ones, and so on.
+            what evaluation does: the noise of draws would hide which vectors are close. ``first`` is of its vectors.
+            Of several draws, the first ones of a group are merged, the second ones, and so on.
 
     Returns:
         Latents without dropped vectors, and without padding between vectors. The KLs do not change. Counts are of
-        merged vectors. Pseudo-counts keep their sum, and have the ratios of the weights. And which were merged.
+        merged vectors. Pseudo-counts keep their sum, and have the ratios of the weights. And which were merged. A
+        latent with a NaN that attention would read is NaN, as it is without merging.
     """
     check_not_exporting("Merging", "Export with model.config.merge_share = 1 and merge_cost = 0.")
     if first is None:
         first = 0 if latents.log_alpha is None else 1 if latents.kappa is None else int(latents.kappa[0])
     chosen_by = latents if posterior is None else posterior
     place = torch.arange(chosen_by.z.shape[1], device=latents.device)
-    fixed = (place < first) | (place >= len(place) - last)
+    fixed = (place < first) | _is_stored(chosen_by.log_pi, latents.num_stored)
     before = latents.log_pi > float("-inf")
     assignment = assign(
         chosen_by.z,
@@ -90,7 +91,7 @@ def merged_groups(
         share,
         cost,
         chosen_by.logvar,
-        fixed.expand(chosen_by.log_pi.shape),
+        fixed,
         order,
     )
     if (kappa := latents.z.shape[1] // len(place)) > 1:
@@ -100,10 +101,11 @@ def merged_groups(
     log_mass = latents.log_pi + _bias_without_weight(latents, scale, evaluation)
     made = reduced(latents.z, log_mass, latents.logvar, assignment)
     there = made.counts > 0
-    result = NvibLatents(made.z, made.log_mass, there, made.logvar)
+    broken = log_mass.isnan().any(-1, keepdim=True)
+    result = NvibLatents(made.z, made.log_mass.masked_fill(broken, math.nan), there, made.logvar)
     log_pi = made.log_mass - _bias_without_weight(result, scale, evaluation)
     result.log_pi = log_pi.log_softmax(-1) + latents.log_pi.logsumexp(-1, keepdim=True)
-    for name in ("kl_gaussian", "kl_dirichlet", "relaxed_prop_vectors", "kappa", "scale"):
+    for name in ("kl_gaussian", "kl_dirichlet", "relaxed_prop_vectors", "kappa", "scale", "num_stored"):
         setattr(result, name, getattr(latents, name))
     if latents.log_alpha is not None:
         alphas = latents.log_alpha.masked_fill(~before, float("-inf")).logsumexp(-1, keepdim=True)
@@ -124,19 +126,18 @@ def merged_so_far(
     evaluation: str,
     limit: dict[str, float | Tensor],
     posterior: NvibLatents | None,
-    last: int,
 ) -> tuple[NvibLatents, Groups]:
     """:func:`merged_groups` by a limit of :func:`merge_limit`.
 
-    Warns once if a cost merges all vectors of an input into one. ``last``: vectors that are not merged.
+    Warns once if a cost merges all vectors of an input into one.
     """
-    how = {"first": 1, "last": last, "posterior": posterior}
-    fewer, groups = merged_groups(latents, scale, evaluation, **limit, **how)
+    fewer, groups = merged_groups(latents, scale, evaluation, **limit, first=1, posterior=posterior)
     if (cost := limit.get("cost")) is not None:
         given = latents if posterior is None else posterior
         draws = latents.z.shape[1] // given.z.shape[1]
         there = given.log_pi > float("-inf"), fewer.log_pi[:, ::draws] > float("-inf")
-        before, after = (x.sum(-1) - 1 - last for x in there)
+        stored = 0 if latents.num_stored is None else latents.num_stored
+        before, after = (x.sum(-1) - 1 - stored for x in there)
         if ((before > 1) & (after == 1)).any():
             logger.warning_once(
                 f"merge_cost={cost} merges all vectors of an input into one. Costs have the scale of the model's "
@@ -156,18 +157,21 @@ def posterior_of(made: NvibOutput | NvibLatents) -> NvibLatents | None:
     return NvibLatents(given.mu, log_pi, given.mask, given.logvar)
 
 
+def _is_stored(log_pi: Tensor, num_stored: Tensor | None) -> Tensor:
+    """True for the last ``num_stored`` ``(B,)`` of the vectors that there are, ``(B, Nl)``."""
+    there = log_pi > float("-inf")
+    if num_stored is None:
+        return torch.zeros_like(there)
+    return there & (there.flip(-1).cumsum(-1).flip(-1) <= num_stored[:, None])
+
+
 def _bias_without_weight(latents: NvibLatents, scale: float, evaluation: str) -> Tensor:
     """The key bias ``(B, Nl)`` of vectors with weight 1."""
     return dataclasses.replace(latents, log_pi=torch.zeros_like(latents.log_pi)).attended(scale, evaluation).bias
 
 
-# How far a whole call of encode() or generate() merges: it may encode several times, as Whisper's generate() does.
-_LIMIT: ContextVar[dict[str, float] | None] = ContextVar("nvib_merge_limit", default=None)
-
-
-@contextmanager
-def merging(merge_share: float | None = None, merge_cost: float | None = None) -> Iterator[None]:
-    """Everything encoded inside is merged so far. With ``None`` for both, the configuration decides.
+def limit_of_call(merge_share: float | None = None, merge_cost: float | None = None) -> dict[str, float] | None:
+    """How far the arguments of a call say to merge; ``None`` if they leave it to the configuration.
 
     Raises:
         ValueError: both are given, or one is outside its range. TypeError: one is not a single number.
@@ -175,15 +179,34 @@ def merging(merge_share: float | None = None, merge_cost: float | None = None) -
     asked = {"merge_share": merge_share, "merge_cost": merge_cost}
     given: dict[str, float] = {name: checked(name, value) for name, value in asked.items() if value is not None}
     check_one_limit(**given)
-    token = _LIMIT.set({"merge_share": 1.0, "merge_cost": 0.0, **given} if given else _LIMIT.get())
+    return {"merge_share": 1.0, "merge_cost": 0.0, **given} if given else None
+
+
+# How far a whole call of generate() merges: it may encode several times, as Whisper's does, and is never one graph.
+_LIMIT: ContextVar[dict[str, float] | None] = ContextVar("nvib_merge_limit", default=None)
+
+
+@contextmanager
+def merging(limit: dict[str, float] | None) -> Iterator[None]:
+    """What ``generate()`` encodes inside is merged so far (:func:`limit_of_call`)."""
+    token = _LIMIT.set(limit)
     try:
         yield
     finally:
         _LIMIT.reset(token)
 
 
+def limit_of_generation() -> dict[str, float] | None:
+    """The limit of :func:`merging`."""
+    return _LIMIT.get()
+
+
 def merge_limit(
-    config: NvibConfig, training: bool, like: Tensor, generator: torch.Generator | None = None
+    config: NvibConfig,
+    training: bool,
+    like: Tensor,
+    generator: torch.Generator | None = None,
+    of_call: dict[str, float] | None = None,
 ) -> dict[str, float | Tensor]:
     """How far latents are merged now, an argument of :func:`merged`; empty if not at all.
 
@@ -193,14 +216,12 @@ def merge_limit(
         for name in ("merge_share", "merge_cost", "training_merge_share"):  # they may have been set since
             checked(name, getattr(config, name))
         check_one_limit(config.merge_share, config.merge_cost)
-    limit = None if torch.compiler.is_compiling() else _LIMIT.get()
-    if limit is None and training and config.training_merge_share < 1:
+    if of_call is None and training and config.training_merge_share < 1:
         drawn = torch.rand(
             len(like), generator=generator, device=like.device if generator is None else generator.device
         )
         return {"share": (1 - (1 - config.training_merge_share) * drawn).to(like.device)}
-    if limit is None:
-        limit = {"merge_share": config.merge_share, "merge_cost": config.merge_cost}
+    limit = of_call or {"merge_share": config.merge_share, "merge_cost": config.merge_cost}
     if limit["merge_share"] < 1:
         return {"share": limit["merge_share"]}
     return {"cost": limit["merge_cost"]} if limit["merge_cost"] > 0 else {}

@@ -43,13 +43,13 @@ def relu_log_alpha(activation: Tensor) -> Tensor:
 
 
 def kept(keep_logit: Tensor, share: Tensor | float) -> Tensor:
-    """Whether evaluation keeps a vector: its keep logit is above 0, or dropping is off.
+    """Whether evaluation keeps a vector: its keep logit is above 0, or dropping is off. NaN is kept, and so seen.
 
     Args:
         keep_logit: any shape; for a threshold :math:`t` it is :math:`\\log\\alpha - \\log t`.
         share: the share of training examples in which vectors are dropped. At 0 evaluation drops nothing either.
     """
-    return (keep_logit > 0) | (share <= 0)
+    return ~(keep_logit <= 0) | (share <= 0)
 
 
 def kept_first(keep: Tensor) -> Tensor | None:

@@ -267,7 +267,7 @@ class NvibLayer(SinglePrecisionMixin, PriorMixin, nn.Module):
             log_alpha = torch.where(log_alpha > self._log_zero, log_alpha + log_alpha_below, log_alpha)
         drops = self.keep_weight is not None or self.alpha_threshold > 0
         keep_logit = self._keep_logit(x, log_alpha) if drops else None
-        keep = mask & (log_alpha > self._log_zero)
+        keep = mask & ~(log_alpha <= self._log_zero)  # NaN is kept, and so seen
         if keep_logit is not None:
             keep = keep & kept(keep_logit, self.dropping_share)
         if kept_only and (order := kept_first(keep)) is not None:

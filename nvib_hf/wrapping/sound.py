@@ -38,6 +38,7 @@ logger = logging.get_logger(__name__)
 MARGIN = 25  # vectors encoded after the sound, half a second
 STRIDE = 2  # frames of features for each vector
 STORED = 25  # vectors that stand for the rest of the window
+SPAN = 2.0  # between the loudest and the quietest log-mel feature of a recording: 8 decades, divided by 4
 NO_SOUND = -1.5  # a log-mel feature of a recording of zeros: (log10(1e-10) + 4) / 4
 # The same in the silence beside speech, whose loudest value is about 10: Whisper's features end 8 decades below it,
 # (log10(10) - 8 + 4) / 4. Over 32 short utterances merged to a quarter, tiny.en had 25.2 % word error with it and 32.9
@@ -49,15 +50,15 @@ class Heard(NamedTuple):
     """Vectors of sound ``(B, Ns, H)``, then of silence, and the encoder's own output.
 
     ``padding`` ``(B, Ns)``, True = padding; ``log_mass`` ``(B, Ns)``, relative to one vector of the encoder that is
-    not merged; ``stored``: how many of the last vectors are stored, 0 if the whole window was encoded; ``window``: how
-    many vectors the encoder makes from a whole window, before any are merged.
+    not merged; ``num_stored`` ``(B,)``: how many of the last vectors are stored, ``None`` if every window was encoded
+    whole; ``window``: how many vectors the encoder makes from a whole window, before any are merged.
     """
 
     outputs: BaseModelOutput
     vectors: Tensor
     padding: Tensor | None
     log_mass: Tensor | None
-    stored: int
+    num_stored: Tensor | None
     window: int
 
 
@@ -124,31 +125,34 @@ def mark_unheard(features: Tensor, frames: Tensor) -> Tensor:
     return features.masked_fill(after[:, None], math.nan)
 
 
-def mark_end(segment: Tensor, frames: Tensor, given: Tensor) -> Tensor:
+def mark_end(segment: Tensor, frames: Tensor, given: Tensor, silence: Tensor) -> Tensor:
     """A window ``(B, mels, T)`` with ``frames`` ``(B,)`` of sound, and a margin after it, marked with NaN after that.
 
-    Only the first ``given`` ``(B,)`` frames are of the input: Whisper pads with zeros, which are not silence.
+    Only the first ``given`` ``(B,)`` frames are of the input: Whisper pads with zeros, which are not ``silence``
+    ``(B,)``.
     """
     end = frames.to(segment.device) + STRIDE * MARGIN
     padding = torch.arange(segment.shape[-1], device=segment.device) >= given.to(segment.device)[:, None]
-    filled = with_silence(segment.masked_fill(padding[:, None], math.nan))
-    return mark_unheard(torch.where(padding[:, None], filled, segment), end)
+    filled = torch.where(padding[:, None], silence.to(segment)[:, None, None], segment)
+    return mark_unheard(filled, end)
 
 
-def with_silence(features: Tensor) -> Tensor:
-    """Features with NaN replaced by the example's quietest value. Whisper's features have a floor: silence."""
-    floor = features.nan_to_num(math.inf).amin((1, 2), keepdim=True)
-    floor = floor.masked_fill(floor == math.inf, NO_SOUND)  # no sound at all
-    return torch.where(features.isnan(), floor, features)
+def silence_of(features: Tensor) -> Tensor:
+    """The value that silence has in the features ``(B, mels, T)`` of each recording, ``(B,)``.
+
+    Whisper's extractor lifts every value to ``SPAN`` below the loudest of the recording. NaN does not count.
+    """
+    loudest = features.nan_to_num(-math.inf).amax((1, 2))
+    return (loudest - SPAN).clamp(min=NO_SOUND)  # also where there is no sound at all
 
 
 def heard_frames(features: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """How many frames of features ``(B, mels, T)`` to encode, ``(B,)``: no NaN, and within the mask and a margin.
+    """How many frames of features ``(B, mels, T)`` to encode, ``(B,)``: none marked, within the mask and a margin.
 
     Raises:
         ValueError: a mask ``(B, T)`` of another shape.
     """
-    frames = mask_of_marks(features).sum(-1)
+    frames = end_of(mask_of_marks(features))
     if attention_mask is None:
         return frames
     if attention_mask.shape != features[:, 0].shape:
@@ -156,7 +160,8 @@ def heard_frames(features: Tensor, attention_mask: Tensor | None) -> Tensor:
             f"attention_mask has shape {tuple(attention_mask.shape)}, but the features {tuple(features.shape)} need "
             f"{tuple(features[:, 0].shape)}. Pass the mask that the processor returned with them, one value a frame."
         )
-    return torch.minimum(end_of(attention_mask) + STRIDE * MARGIN, frames)
+    end = end_of(attention_mask)
+    return torch.maximum(torch.minimum(end + STRIDE * MARGIN, frames), end)  # NaN within the sound is no mark
 
 
 def end_of(attention_mask: Tensor) -> Tensor:
@@ -167,7 +172,7 @@ def end_of(attention_mask: Tensor) -> Tensor:
 
 def mask_of_marks(features: Tensor) -> Tensor:
     """A mask ``(B, T)`` that says the same as the marks (:func:`mark_unheard`) of features ``(B, mels, T)``."""
-    return (~features[:, 0].isnan()).long()
+    return (~features.isnan().all(1)).long()
 
 
 def warn_without_mask(features: Tensor) -> None:
@@ -197,20 +202,85 @@ def hear(base: PreTrainedModel, inputs: dict, silence: Tensor, stacked: bool = F
     if inputs.get("attention_mask") is None:
         warn_without_mask(features)
     frames = heard_frames(features, inputs.get("attention_mask"))
-    numbers = (-(-frames // STRIDE)).clamp(min=min(MARGIN, window))  # (B,)
+    numbers = vectors_of(frames, window)
     longest = int(numbers.max())
     others = {name: value for name, value in inputs.items() if name not in ("input_features", "attention_mask")}
     # Zeros after each example's own end, as after the end of the longest.
     after = torch.arange(STRIDE * longest, device=features.device) >= STRIDE * numbers[:, None]
-    features = with_silence(features)[:, :, : STRIDE * longest].masked_fill(after[:, None], 0)
+    unheard = (torch.arange(features.shape[-1], device=features.device) >= frames[:, None])[:, None]
+    features = torch.where(unheard & features.isnan(), silence_of(features)[:, None, None], features)
+    features = features[:, :, : STRIDE * longest].masked_fill(after[:, None], 0)
     padding = torch.arange(longest, device=features.device) >= numbers[:, None]
     cut = cut_encoder(encoder, longest, padding if (numbers < longest).any() else None)
     outputs, _ = run_encoder(base, {"input_features": features, **others}, cut)
     vectors = outputs.last_hidden_state
     left = left_by_layers(vectors) if stacked else None
     padding, log_mass = (padding, None) if left is None else (~left.keep, left.log_mass)
+    if left is None and (numbers == window).all():
+        padding = None
+    return with_rest(outputs, numbers, padding, log_mass, silence, window)
+
+
+def vectors_of(frames: Tensor, window: int) -> Tensor:
+    """How many vectors of ``frames`` ``(B,)`` of sound to encode, ``(B,)``: of no sound those of a margin."""
+    return (-(-frames // STRIDE)).clamp(min=min(MARGIN, window))
+
+
+def heard_before(base: PreTrainedModel, states: Tensor, attention_mask: Tensor | None, silence: Tensor) -> Heard:
+    """What :func:`hear` returned when the encoder made ``states`` ``(B, Ns, H)`` in an earlier call.
+
+    Args:
+        attention_mask: of the features then, ``(B, T)``, or of the states, ``(B, Ns)``.
+
+    Raises:
+        ValueError: there is no mask, and the states are not whole windows; the mask does not fit the states.
+    """
+    window, shape = base.get_encoder().config.max_source_positions, tuple(states.shape[:2])
+    if attention_mask is None:
+        if shape[1] < window:
+            raise ValueError(
+                f"encoder_last_hidden_state has {shape[1]} vectors for a window of {window}, and nothing tells which "
+                "of them are of the sound. Pass the attention_mask that the encoder had, too."
+            )
+        numbers = torch.full(shape[:1], window, device=states.device)
+    elif tuple(attention_mask.shape) == shape:
+        numbers = end_of(attention_mask)
+    elif tuple(attention_mask.shape) == (shape[0], STRIDE * window):
+        end = end_of(attention_mask) + STRIDE * MARGIN
+        numbers = vectors_of(end.clamp(max=STRIDE * window), window)
+    else:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, but encoder_last_hidden_state of {shape} needs "
+            f"{shape}, or {(shape[0], STRIDE * window)} as the features had it."
+        )
+    if (numbers > shape[1]).any():
+        raise ValueError(
+            f"attention_mask shows sound of up to {int(numbers.max())} vectors with its margin, but "
+            f"encoder_last_hidden_state has {shape[1]}. Pass the mask that the encoder had."
+        )
+    padding = torch.arange(shape[1], device=states.device) >= numbers[:, None]
+    of_encoder = BaseModelOutput(last_hidden_state=states)
+    return with_rest(of_encoder, numbers, padding if padding.any() else None, None, silence, window)
+
+
+def with_rest(
+    outputs: BaseModelOutput,
+    numbers: Tensor,
+    padding: Tensor | None,
+    log_mass: Tensor | None,
+    silence: Tensor,
+    window: int,
+) -> Heard:
+    """The encoder's vectors, and ``silence`` ``(K, H)`` with the mass of what is left of each window.
+
+    Args:
+        numbers: how many vectors of each window were encoded, before any were merged, ``(B,)``.
+    """
+    vectors = outputs.last_hidden_state
     if (numbers == window).all():
-        return Heard(outputs, vectors, None if left is None else padding, log_mass, 0, window)
+        return Heard(outputs, vectors, padding, log_mass, None, window)
+    if padding is None:
+        padding = torch.zeros(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
     if log_mass is None:
         log_mass = vectors.new_zeros(vectors.shape[:2])
     stored = silence.shape[0]
@@ -220,7 +290,7 @@ def hear(base: PreTrainedModel, inputs: dict, silence: Tensor, stacked: bool = F
         torch.cat([vectors, silence.to(vectors.dtype).expand(vectors.shape[0], -1, -1)], dim=1),
         torch.cat([padding, rest == 0], dim=1),
         torch.cat([log_mass, (rest.clamp(min=1) / stored).log()], dim=1),
-        stored,
+        (rest > 0).sum(-1),
         window,
     )
 

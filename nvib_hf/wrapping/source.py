@@ -9,23 +9,23 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from .base import STATES, check_mask_of_states, check_mask_of_tokens, run_encoder, shortened_mask
-from .sound import check_silence_is_stored, hear
+from .sound import check_silence_is_stored, hear, heard_before
 from .stacked_encoder import check_merges_as_made, check_states_are_whole, left_by_layers
 
 
 class Source(NamedTuple):
     """Vectors ``(B, Ns, H)`` for the layer, and the encoder's own ``outputs``.
 
-    ``padding`` ``(B, Ns)``, True = no vector. ``log_mass`` ``(B, Ns)`` where some stand for many; the last ``stored``
-    do, and are not the encoder's. ``share`` ``(B,)``: of the source's length, what ``Ns`` is without padding;
-    ``None`` where that is all.
+    ``padding`` ``(B, Ns)``, True = no vector. ``log_mass`` ``(B, Ns)`` where some stand for many. The last
+    ``num_stored`` ``(B,)`` are not the encoder's. ``share`` ``(B,)``: of the source's length, what ``Ns`` is without
+    padding; ``None`` where that is all.
     """
 
     outputs: BaseModelOutput
     vectors: Tensor
     padding: Tensor | None
     log_mass: Tensor | None = None
-    stored: int = 0
+    num_stored: Tensor | None = None
     share: Tensor | None = None
 
 
@@ -36,11 +36,15 @@ def read_source(model, inputs: dict) -> Source:
     stacked, states = model._has_stacked_encoder, inputs.get(STATES)
     if not torch.compiler.is_compiling():  # it may have been set since
         check_merges_as_made(model.config.encoder_merge_share, model._made_to_merge)
-    if states is None and model.config.encode_sound_only:
+    if model.config.encode_sound_only:
         check_silence_is_stored(model)
-        heard = hear(model.base, given, model.silence, stacked)
+        if states is None:
+            heard = hear(model.base, given, model.silence, stacked)
+        else:
+            check_states_are_whole(stacked)
+            heard = heard_before(model.base, states, inputs.get("attention_mask"), model.silence)
         share = None if heard.padding is None else (~heard.padding).sum(-1) / heard.window
-        return Source(heard.outputs, heard.vectors, heard.padding, heard.log_mass, heard.stored, share)
+        return Source(heard.outputs, heard.vectors, heard.padding, heard.log_mass, heard.num_stored, share)
     if states is None:
         check_mask_of_tokens(given)
         outputs, mask = run_encoder(model.base, given)

@@ -130,15 +130,15 @@ def test_the_mask_or_the_marks_say_how_much_is_heard():
 
 
 def test_the_end_of_long_sound_is_silence():
-    """In place of the zeros that Whisper fills it up with, which are no floor of anything."""
-    x = features().masked_fill(mask_of(LENGTHS)[:, None] == 0, 0)
-    marked = mark_end(x, torch.tensor(LENGTHS), torch.tensor(LENGTHS))
+    """In place of the zeros that Whisper fills it up with."""
+    x, silence = features().masked_fill(mask_of(LENGTHS)[:, None] == 0, 0), torch.tensor([-0.3, -0.4, -0.5])
+    marked = mark_end(x, torch.tensor(LENGTHS), torch.tensor(LENGTHS), silence)
     for row, length in enumerate(LENGTHS):
         assert torch.equal(marked[row, :, :length], x[row, :, :length])
-        assert (marked[row, :, length : length + 2 * MARGIN] == x[row, :, :length].min()).all()
+        assert (marked[row, :, length : length + 2 * MARGIN] == silence[row]).all()
         assert marked[row, :, length + 2 * MARGIN :].isnan().all()
     more = torch.tensor(LENGTHS) + 3  # of the input
-    marked = mark_end(features(), torch.tensor(LENGTHS), more)
+    marked = mark_end(features(), torch.tensor(LENGTHS), more, silence)
     for row, length in enumerate(LENGTHS):
         assert torch.equal(marked[row, :, : length + 3], features()[row, :, : length + 3])
         assert marked[row, :, length + 2 * MARGIN :].isnan().all()
