@@ -230,7 +230,7 @@ class LatentView:
         return super().train(mode)
 
     def generate(self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs):
-        """As the base's.
+        """As the base's, with ``merge_share`` and ``merge_cost``.
 
         Raises:
             ValueError: ``return_token_timestamps``, which are read off attention to all frames of the sound.
@@ -240,6 +240,10 @@ class LatentView:
                 "return_token_timestamps=True (return_timestamps='word' in a pipeline) reads times off attention to "
                 "every frame, which a latent lacks. Pass return_timestamps=True for the times of segments."
             )
+        limit = limit_of_call(kwargs.pop("merge_share", None), kwargs.pop("merge_cost", None))
+        if limit is not None:
+            with merging(limit):
+                return self.generate(inputs, generation_config, **kwargs)
         if self._hears_sound_only:
             inputs = kwargs.pop("input_features", None) if inputs is None else inputs
             if inputs is not None and (mask := kwargs.get("attention_mask")) is not None:

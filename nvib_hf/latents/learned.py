@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -118,6 +119,23 @@ def fitted_prior(model: HasLatentPrior, purpose: str) -> LatentPrior:
     return prior
 
 
+def check_adapters(model: HasLatentPrior) -> None:
+    """Warn that adapters of PEFT are saved without the learned prior; raise ValueError if one is in the prior."""
+    if not hasattr(model, "peft_config"):
+        return
+    parts = [model.latent_prior, *(() if model.latent_prior is None else model.latent_prior.modules())]
+    if any(type(part).__module__.startswith("peft.") for part in parts):
+        raise ValueError(
+            "An adapter of PEFT has put modules into the learned prior, which then cannot be trained and saved as "
+            'one. Make it with exclude_modules=r"latent_prior\\..*", and without latent_prior in modules_to_save.'
+        )
+    warnings.warn(
+        "The model has adapters of PEFT. Saving them does not save the learned prior, which this training changes: at "
+        "the end call merge_and_unload(), and save the model that it returns.",
+        stacklevel=3,
+    )
+
+
 def charged_by_prior(model: HasLatentPrior, made: NvibOutput, groups: Groups | None) -> Tensor:
     r"""What the loss charges for vectors while the learned prior is trained with the model, ``(B,)``.
 
@@ -132,7 +150,11 @@ def charged_by_prior(model: HasLatentPrior, made: NvibOutput, groups: Groups | N
         groups: which of its vectors were merged; ``None`` if none can be.
     """
     prior, posterior = model.latent_prior, made.posterior
-    assert prior is not None and prior.moving is not None
+    if prior is None or prior.moving is None:
+        raise ValueError(
+            "latent_prior_frozen=False was set in the configuration, but this model's learned prior is not in "
+            "training. Call model.unfreeze_latent_prior(latents), which sets it too."
+        )
     if prior.is_fitted.device.type == "cpu" and not torch.compiler.is_compiling():  # to look would wait for a device
         fitted_prior(model, "latent_prior_frozen=False")
     mu, logvar, mask = posterior.mu.float(), posterior.logvar.float(), made.drawn.keep
@@ -206,7 +228,8 @@ class LearnedPriorMixin:
                 :data:`~nvib_hf.layers.latent_prior.SIZES`.
             seed: of the codebook, the weights and the batches. The global random state stays as it is.
             training: of :func:`~nvib_hf.training.latent_prior_training.fit_latent_prior`: ``max_steps``,
-                ``batch_size``, ``learning_rate``, ``evaluate_every``, ``patience``, ``checkpoint``, ``progress``.
+                ``batch_size``, ``learning_rate``, ``evaluate_every``, ``patience``, ``progress``, ``checkpoint`` (a
+                file from which the same call goes on if it was stopped).
 
         Returns:
             At each look at the held-out latents: ``step``, ``training_loss`` and ``held_out_loss``. The losses are the
@@ -215,7 +238,8 @@ class LearnedPriorMixin:
 
         Raises:
             TypeError: no latents, such as texts; an unknown size. ValueError: latents of another model, or samples;
-                fewer vectors than codes; latents longer than ``max_length``.
+                fewer vectors than codes; latents longer than ``max_length``; a ``checkpoint`` of other latents or
+                settings.
         """
         from ..training.latent_prior_training import fit_latent_prior
 
@@ -224,9 +248,9 @@ class LearnedPriorMixin:
         (z, mask, logvar), (other, other_mask, _) = vectors_of(latents), vectors_of(held_out)
         longest = {"max_length": max(z.shape[1], other.shape[1])}
         sizes = checked_sizes(longest | (self.config.latent_prior or {}) | (sizes or {}))
-        rows = [x[row] for x, row in zip(z, mask, strict=True)]
-        other_rows = [x[row] for x, row in zip(other, other_mask, strict=True)]
-        with torch.random.fork_rng(), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng():
+            rows = [x[row].clone() for x, row in zip(z, mask, strict=True)]
+            other_rows = [x[row].clone() for x, row in zip(other, other_mask, strict=True)]
             torch.manual_seed(seed)
             prior = LatentPrior(z.shape[-1], **sizes).to(self.device)
             history = fit_latent_prior(prior, rows, other_rows, seed=seed, **training)
@@ -262,7 +286,7 @@ class LearnedPriorMixin:
         Raises:
             TypeError: no latents. ValueError: no learned prior; latents of another model, or samples, or fewer vectors
                 than codes; settings that training the prior does not go with: ``kappa`` above 1, ``lambda_gaussian``
-                of 0.
+                of 0; an adapter of PEFT in the prior itself.
 
         Example:
             >>> model.fit_latent_prior(latents, held_out)  # doctest: +SKIP
@@ -274,6 +298,7 @@ class LearnedPriorMixin:
         prior = fitted_prior(self, "unfreeze_latent_prior")
         check_posteriors(self, "latents", latents)
         batch_size = check_count("batch_size", batch_size)
+        check_adapters(self)
         if self.config.kappa > 1:
             raise ValueError(f"A learned prior is of one draw for each vector, but kappa is {self.config.kappa}.")
         if self.config.lambda_gaussian == 0:

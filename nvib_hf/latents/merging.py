@@ -77,7 +77,9 @@ def merged_groups(
         merged vectors. Pseudo-counts keep their sum, and have the ratios of the weights. And which were merged. A
         latent with a NaN that attention would read is NaN, as it is without merging.
     """
-    check_not_exporting("Merging", "Export with model.config.merge_share = 1 and merge_cost = 0.")
+    check_not_exporting(
+        "Merging", "Export with model.config.merge_share = 1 and merge_cost = 0, and no such arguments."
+    )
     if first is None:
         first = 0 if latents.log_alpha is None else 1 if latents.kappa is None else int(latents.kappa[0])
     chosen_by = latents if posterior is None else posterior

@@ -82,8 +82,10 @@ def transport_plan(first: Tensor, first_log_pi: Tensor, second: Tensor, second_l
 
     Raises:
         ImportError: without POT.
-        ValueError: an example with no point left, or one that is not finite.
+        ValueError: no example; one with no point left, or one that is not finite.
     """
+    if not len(first):
+        raise ValueError("There are no latents: a batch of 0 was given. Pass at least one.")
     plans = [_solve(*example) for example in zip(first, first_log_pi, second, second_log_pi, strict=True)]
     i, j, log_weight = map(list, zip(*plans, strict=True))
     return Plan(

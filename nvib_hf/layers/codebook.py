@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .denoising_attention import without_autocast
+
 CHUNK = 8192  # vectors whose distances to all centres are held at once
 STEPS, SURPLUS = 32, 1.5  # in which starts are drawn, and how many are drawn for one that stays
 
@@ -15,7 +17,8 @@ def half_distances(vectors: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     ``(N,)`` each, of vectors ``(N, P)`` and centres ``(K, P)``.
     """
     half_norms = 0.5 * centres.square().sum(-1)
-    found = [(half_norms - part @ centres.T).min(-1) for part in vectors.split(CHUNK)]
+    with without_autocast(vectors.device):  # in half precision, centres lie too close to be told apart
+        found = [(half_norms - part @ centres.T).min(-1) for part in vectors.split(CHUNK)]
     return torch.cat([values for values, _ in found]), torch.cat([indices for _, indices in found])
 
 

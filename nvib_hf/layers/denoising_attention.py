@@ -15,7 +15,8 @@ Source: Henderson & Fehr (ICLR 2023), section 3.2; Fehr & Henderson (COLM 2024),
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +42,12 @@ class AttendedLatent(NamedTuple):
 def at_least_float32(x: Tensor) -> Tensor:
     """``x`` itself in fp32 and fp64, its fp32 copy in half precision."""
     return x.float() if x.dtype in HALF_PRECISION else x
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which products have the precision of their factors, whatever ``torch.autocast`` is around it."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def attended_points(z: Tensor, log_pi: Tensor, scale: float) -> AttendedLatent:

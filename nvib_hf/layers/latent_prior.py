@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from .causal_transformer import Cache, CausalTransformer, sharpened
 from .code_search import best_codes, gaussian_fit
 from .codebook import k_means, moved_to_means, nearest, shrunk_variances, sums_by_code
+from .denoising_attention import without_autocast
 from .moving_codes import MovingCodes
 from .nvib import _at_least_single
 
@@ -39,6 +41,17 @@ def checked_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
             f"d_model must be a multiple of num_heads, but got {sizes['d_model']} and {sizes['num_heads']}."
         )
     return {name: int(value) for name, value in sizes.items()}
+
+
+def in_single_precision(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a prior that autocast does not reach: densities of tight codes need all the precision there is."""
+
+    @functools.wraps(method)
+    def run(self: LatentPrior, *args: Any, **kwargs: Any) -> Any:
+        with without_autocast(self.centres.device):
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 class LatentPrior(nn.Module):
@@ -112,6 +125,7 @@ class LatentPrior(nn.Module):
 
     # ------------------------------------------------------------------------------------------- codes
     @torch.no_grad()
+    @in_single_precision
     def fit_codebook(self, z: Tensor, mask: Tensor, generator: torch.Generator | None = None) -> None:
         """Set places, codes and the distribution of lengths to those of vectors ``(B, n, P)`` with ``mask (B, n)``.
 
@@ -140,6 +154,7 @@ class LatentPrior(nn.Module):
         self.is_fitted.fill_(True)
 
     @torch.no_grad()
+    @in_single_precision
     def fit_draws(self, z: Tensor, logvar: Tensor, mask: Tensor | None = None) -> None:
         r"""For :meth:`rate`: set the variances :math:`t_k^2` of draws from posteriors, around the mean of their code.
 
@@ -198,6 +213,7 @@ class LatentPrior(nn.Module):
         return self._log_chances(self.transformer(self._embed(before[:, None], place, lengths), cache)[:, 0])
 
     # ----------------------------------------------------------------------------------------- densities
+    @in_single_precision
     def log_prob(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
         """Log-density of each sequence, its length included, in nats: ``(B,)``.
 
@@ -218,6 +234,7 @@ class LatentPrior(nn.Module):
         constant = (self.centres * scaled + self.logvar).sum(-1) + self.width * math.log(2 * math.pi)
         return -0.5 * (residuals.square() @ precision.T - 2 * residuals @ scaled.T + constant)
 
+    @in_single_precision
     def rate(self, z: Tensor, logvar: Tensor, mask: Tensor | None = None) -> Tensor:
         r"""What posteriors :math:`\mathcal N(z_i, \sigma_i^2)` of texts cost under this prior, in nats: ``(B,)``.
 
@@ -242,6 +259,7 @@ class LatentPrior(nn.Module):
         of_vectors = 0.5 * ((errors.square() + logvar.exp()) * (-wide).exp() - 1 + wide - logvar).sum(-1)
         return (of_codes + of_vectors).masked_fill(~mask, 0).sum(-1) - self.log_lengths[lengths - 1]
 
+    @in_single_precision
     def loss(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
         r"""What training minimises, in nats, of each sequence: ``(B,)``.
 
@@ -261,6 +279,7 @@ class LatentPrior(nn.Module):
 
     # ------------------------------------------------------------------------------------------- samples
     @torch.no_grad()
+    @in_single_precision
     def sample(
         self,
         num_samples: int,
@@ -331,6 +350,7 @@ class LatentPrior(nn.Module):
         return torch.stack(drawn, dim=1)
 
     @torch.no_grad()
+    @in_single_precision
     def plausible(self, z: Tensor, mask: Tensor | None, strength: float) -> Tensor:
         r"""Plausible vectors near given ones ``(B, n, P)``: those of the codes that maximise
 

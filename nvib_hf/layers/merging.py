@@ -114,6 +114,8 @@ def assign(
     present = log_mass > float("-inf")
     mergeable = present if fixed is None else present & ~fixed
     fewest, highest_cost = _limits(num_vectors, share, cost, mergeable.sum(-1))
+    if not len(z):
+        return torch.full_like(present, -1, dtype=torch.long)
     return assigned(z, log_mass, present, mergeable, fewest, highest_cost, order)
 
 
@@ -238,7 +240,7 @@ def _limits(
 def reduced(z: Tensor, log_mass: Tensor, logvar: Tensor | None, assignment: Tensor) -> Merged:
     """What groups are replaced by: mass, mean and variance, by sums in at least fp32 over all vectors of each."""
     present = assignment >= 0
-    number = int(F.pad(assignment, (0, 1)).max()) + 1  # at least 1, possibly of padding
+    number = int(F.pad(assignment, (0, 1)).max()) + 1 if len(z) else 1  # at least 1, possibly of padding
     row = torch.arange(len(z), device=z.device)[:, None] * number
     into = (assignment.clamp(min=0) + row).flatten()
 
@@ -248,7 +250,7 @@ def reduced(z: Tensor, log_mass: Tensor, logvar: Tensor | None, assignment: Tens
         return empty.index_add(0, into, x.flatten(0, 1)).view(len(z), number, *x.shape[2:])
 
     def of_group(x: Tensor) -> Tensor:
-        return x.flatten(0, 1).index_select(0, into).view(len(z), -1, *x.shape[2:])
+        return x.flatten(0, 1).index_select(0, into).view(*assignment.shape, *x.shape[2:])
 
     mass = at_least_float32(log_mass).masked_fill(~present, float("-inf"))
     highest = mass.new_full((len(z), number), float("-inf"))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .denoising_attention import at_least_float32
+from .denoising_attention import at_least_float32, without_autocast
 
 # Neighbours are at most so many places apart. Some encoders write silence in kinds of vectors that take turns, which
 # a reach of 1 cannot merge: Whisper base then spends most of its vectors there, and lacks them where somebody speaks.
@@ -159,7 +159,8 @@ def _nearest_of_any(
     """
     position = torch.arange(z.shape[1], device=z.device)
     centred = z - z.mean(1, keepdim=True)  # products have errors of the norms' size
-    products = centred @ centred.transpose(1, 2)
+    with without_autocast(z.device):
+        products = centred @ centred.transpose(1, 2)
     norms = products.diagonal(dim1=1, dim2=2)
     both = norms[:, :, None] + norms[:, None]
     distance = (both - products - products.transpose(1, 2)).clamp(min=0)

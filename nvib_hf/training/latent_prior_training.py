@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..layers.denoising_attention import without_autocast
 from ..layers.latent_prior import LatentPrior
 
 POOL = 50  # batches whose sequences are sorted by length together
+SOME = 100  # latents whose first vectors tell a checkpoint's latents from others
+ROUNDING = 0.01  # in units of their deviation
 
 
 def fit_latent_prior(
@@ -37,8 +41,7 @@ def fit_latent_prior(
         training, held_out: the latents, ``(n, P)`` each.
         evaluate_every: steps between two looks at the held-out latents.
         patience: looks without a better one that end the training.
-        checkpoint: a file that keeps the state at every look; the call continues from it if it is there, on the same
-            latents and with the same settings.
+        checkpoint: a file that keeps the state at every look; the call continues from it if it is there.
         progress: show a bar.
 
     Returns:
@@ -46,7 +49,8 @@ def fit_latent_prior(
         :meth:`LatentPrior.loss`.
 
     Raises:
-        ValueError: no latents, or such as do not fit the prior; counts below 1.
+        ValueError: no latents, or such as do not fit the prior; counts below 1; a ``checkpoint`` of other latents or
+            settings.
     """
     for name, rows in (("training", training), ("held_out", held_out)):
         if not len(rows):
@@ -55,13 +59,20 @@ def fit_latent_prior(
     for name, value in counts.items():
         if value < 1 or value != int(value):
             raise ValueError(f"{name} must be a whole number of at least 1, but got {value}.")
-    run = _Run(prior, training, batch_size, learning_rate, weight_decay, max_steps, seed)
+    settings = {
+        "max_steps": max_steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
+        "seed": seed,
+    }
+    run = _Run(prior, training, held_out, settings)
     if checkpoint is not None and Path(checkpoint).exists():
         run.load(checkpoint)
     else:
         of_device = torch.Generator(prior.centres.device).manual_seed(seed)
         prior.fit_codebook(*padded(training), generator=of_device)
-    with _bar(max_steps, run.step, progress) as bar:
+    with without_autocast(prior.centres.device), _bar(max_steps, run.step, progress) as bar:  # of backward passes too
         while run.step < max_steps and run.looks_without_gain() < patience:
             run.train_step()
             bar.update()
@@ -92,10 +103,15 @@ def optimizer_and_schedule(
 class _Run:
     """The state of a training, which a checkpoint holds."""
 
-    def __init__(self, prior, training, batch_size, learning_rate, weight_decay, max_steps, seed) -> None:
-        self.prior, self.training, self.batch_size = prior, training, batch_size
-        self.optimizer, self.schedule = optimizer_and_schedule(prior, max_steps, learning_rate, weight_decay)
-        self.generator = torch.Generator().manual_seed(seed)
+    def __init__(self, prior, training, held_out, settings: dict[str, Any]) -> None:
+        self.prior, self.training, self.batch_size = prior, training, settings["batch_size"]
+        how = {name: settings[name] for name in ("max_steps", "learning_rate", "weight_decay")}
+        self.optimizer, self.schedule = optimizer_and_schedule(prior, **how)
+        self.generator = torch.Generator().manual_seed(settings["seed"])
+        shapes = {name: list(value.shape) for name, value in prior.state_dict().items()}
+        counts = {"latents": len(training), "held_out": len(held_out), "vectors": sum(map(len, training))}
+        self.settings = {**settings, **counts, "shapes of the prior": shapes}
+        self.some = torch.stack([row[0] for of in (training, held_out) for row in of[:SOME]]).float().cpu()
         self.step, self.best = 0, prior.state_dict()
         self.waiting: list[list[int]] = []
         self.history: list[dict[str, float]] = []
@@ -142,6 +158,8 @@ class _Run:
             "step": self.step,
             "waiting": self.waiting,
             "history": self.history,
+            "settings": self.settings,
+            "some": self.some,
         }
         unfinished = Path(f"{path}.{os.getpid()}")
         torch.save(state, unfinished)
@@ -149,6 +167,7 @@ class _Run:
 
     def load(self, path: str | os.PathLike) -> None:
         state = torch.load(path, weights_only=True)
+        self._check_is_of_the_same(path, state)
         for name in ("prior", "optimizer", "schedule"):
             getattr(self, name).load_state_dict(state[name])
         self.generator.set_state(state["generator"])
@@ -156,6 +175,18 @@ class _Run:
         self.step, self.waiting, self.history, self.best = (
             state[name] for name in ("step", "waiting", "history", "best")
         )
+
+    def _check_is_of_the_same(self, path: str | os.PathLike, state: dict) -> None:
+        """Raise ValueError if the state is of other latents, or made with other settings."""
+        remedy = "To start anew, delete the file or pass another path."
+        saved = state.get("settings", {})
+        for name, value in self.settings.items():
+            if saved.get(name) != value:
+                told = "others" if isinstance(value, dict) else f"{saved.get(name)} where this one has {value}"
+                raise ValueError(f"checkpoint={os.fspath(path)!r} is of another training: {name}: {told}. {remedy}")
+        # The same latents differ by roundings, if they were encoded in other batches.
+        if (self.some - state["some"]).abs().max() > ROUNDING * self.some.std():
+            raise ValueError(f"checkpoint={os.fspath(path)!r} is of other latents. {remedy}")
 
 
 @torch.no_grad()

@@ -150,11 +150,18 @@ def heard_frames(features: Tensor, attention_mask: Tensor | None) -> Tensor:
     """How many frames of features ``(B, mels, T)`` to encode, ``(B,)``: none marked, within the mask and a margin.
 
     Raises:
-        ValueError: a mask ``(B, T)`` of another shape.
+        ValueError: the mask is no tensor of 0 and 1, or has another shape than ``(B, T)``.
     """
     frames = end_of(mask_of_marks(features))
     if attention_mask is None:
         return frames
+    is_tensor = isinstance(attention_mask, Tensor)
+    if not is_tensor or ((attention_mask != 0) & (attention_mask != 1)).any():
+        what = "holds other values" if is_tensor else f"is a {type(attention_mask).__name__}"
+        raise ValueError(
+            f"attention_mask must be a tensor, 1 where there is sound and 0 elsewhere, but {what}. Pass what the "
+            'processor returned: processor(..., return_tensors="pt", return_attention_mask=True).'
+        )
     if attention_mask.shape != features[:, 0].shape:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}, but the features {tuple(features.shape)} need "

@@ -1,5 +1,6 @@
 """A model's learned prior: made by one call, kept with the model, drawn from, and asked what latents cost."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -61,6 +62,59 @@ def test_a_second_fit_replaces_the_first_and_goes_on_from_a_checkpoint(tmp_path)
     again = tiny_nvib()
     assert len(fit(again, **settings, checkpoint=tmp_path / "prior.pt")) == 2
     assert all(torch.equal(again.latent_prior.state_dict()[name], value) for name, value in once.items())
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda latents: dataclasses.replace(latents, z=1.05 * latents.z), "other latents. To start anew"),
+        (lambda latents: latents[:-1], "latents: 300 where this one has 299"),
+        ({"max_steps": 6}, "max_steps: 4 where this one has 6"),
+        ({"seed": 1}, "seed: 0 where this one has 1"),
+        ({"sizes": {**SIZES, "num_codes": 5}}, "shapes of the prior: others"),
+    ],
+)
+def test_a_checkpoint_of_another_fit_is_refused(other, message, tmp_path):
+    model, settings = tiny_nvib(), {"max_steps": 4, "evaluate_every": 2, "checkpoint": tmp_path / "prior.pt"}
+    fit(model, **settings)
+    before, latents = model.latent_prior, cycles(model, 300, 0)
+    if callable(other):
+        latents = other(latents)
+    else:
+        settings |= other
+    with pytest.raises(ValueError, match=rf"prior.pt' is of (another training: )?{message}"):
+        model.fit_latent_prior(latents, cycles(model, 60, 1), **{"sizes": SIZES, **TRAINING, **settings})
+    assert model.latent_prior is before
+
+
+def test_a_checkpoint_is_of_latents_that_differ_by_roundings(tmp_path):
+    model, settings = tiny_nvib(), {"max_steps": 4, "evaluate_every": 2, "checkpoint": tmp_path / "prior.pt"}
+    history, latents = fit(model, **settings), cycles(model, 300, 0)
+    latents.z = latents.z.bfloat16().float()
+    again = model.fit_latent_prior(latents, cycles(model, 60, 1), **{"sizes": SIZES, **TRAINING, **settings})
+    assert again == history
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_neither_the_fit_nor_what_is_asked_of_it(fitted, dtype):
+    model = tiny_nvib()
+    with torch.autocast("cpu", dtype):
+        fit(model)
+    for name, value in fitted.latent_prior.state_dict().items():
+        torch.testing.assert_close(model.latent_prior.state_dict()[name], value, msg=name)
+    latents = cycles(fitted, 5, 3)
+    for ask in (fitted.log_prob, fitted.rate, lambda x: fitted.sample_latents(3, generator=seeded()).z):
+        expected = ask(latents)
+        with torch.autocast("cpu", dtype):
+            torch.testing.assert_close(ask(latents), expected)
+
+
+def test_inference_mode_leaves_a_prior_that_learns(fitted):
+    model = tiny_nvib()
+    with torch.inference_mode():
+        fit(model)
+    for name, value in fitted.latent_prior.state_dict().items():
+        torch.testing.assert_close(model.latent_prior.state_dict()[name], value, msg=name)
 
 
 # ------------------------------------------------------------------------------------------------------ draws

@@ -378,23 +378,3 @@ def test_rows_are_merged_by_themselves():
         alone = model(**row_of(inputs, row), decoder_input_ids=tokens[row : row + 1])
         torch.testing.assert_close(together.logits[row], alone.logits[0], atol=1e-3, rtol=0)
         assert together.num_vectors[row] == alone.num_vectors[0]
-
-
-def test_compiling_says_what_merging_needs():
-    """Without merging a step is one graph; with it, as many as it takes, or a reason."""
-    inputs, labels = tiny_inputs("bart"), tiny_labels("bart")
-    model = tiny_nvib().train()
-    whole = torch.compile(model, backend="eager", fullgraph=True)
-    assert whole(**inputs, labels=labels).loss.isfinite()
-    model.config.merge_share = 0.5
-    torch._dynamo.reset()
-    with pytest.raises(Exception, match="Compile with fullgraph=False, or set merge_share=1, merge_cost=0"):
-        torch.compile(model, backend="eager", fullgraph=True)(**inputs, labels=labels)
-    torch._dynamo.reset()
-    in_parts = torch.compile(model, backend="eager")
-    losses = []
-    for step in (in_parts, model):
-        torch.manual_seed(0)
-        losses.append(step(**inputs, labels=labels).loss)
-    torch.testing.assert_close(*losses)
-    torch._dynamo.reset()

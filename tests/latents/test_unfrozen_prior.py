@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_latents import assert_same
 from tiny_nvib import tiny_nvib
 from tiny_prior import SIZES, cycles, fit
+from tiny_training import WITH_PEFT
 
 from nvib_hf import NvibConfig, NvibForConditionalGeneration
 from nvib_hf.latents.learned import vectors_of
@@ -212,6 +214,39 @@ def test_what_it_does_not_go_with_is_refused(spoil, error, message):
     spoil(model)
     with pytest.raises(error, match=message):
         model.unfreeze_latent_prior(latents)
+    assert model.config.latent_prior_frozen
+
+
+def test_the_setting_alone_is_refused():
+    model = unfrozen(frozen=True)
+    model.config.latent_prior_frozen = False
+    with pytest.raises(ValueError, match=r"Call model.unfreeze_latent_prior\(latents\)"):
+        model(**BATCH, labels=LABELS)
+
+
+@WITH_PEFT
+def test_adapters_are_saved_without_it_and_say_so():
+    model, lora = unfrozen(frozen=True), {"target_modules": ["q_proj"], "r": 2}
+    adapted = get_peft_model(model, LoraConfig(**lora))
+    with pytest.warns(UserWarning, match=r"Saving them does not save the learned prior.*merge_and_unload\(\)"):
+        adapted.unfreeze_latent_prior(cycles(model, 300, 0))
+    whole = adapted.merge_and_unload()
+    assert whole.latent_prior.moving is not None and not hasattr(whole, "peft_config")
+
+
+@WITH_PEFT
+@pytest.mark.parametrize(
+    "settings",
+    [{"target_modules": "all-linear"}, {"target_modules": ["q_proj"], "modules_to_save": ["latent_prior"]}],
+    ids=str,
+)
+def test_an_adapter_in_the_prior_is_refused(settings):
+    model = unfrozen(frozen=True)
+    adapted = get_peft_model(model, LoraConfig(**settings, r=2))
+    with pytest.raises(
+        ValueError, match=r"exclude_modules=r\"latent_prior\\\..*without latent_prior in modules_to_save"
+    ):
+        adapted.unfreeze_latent_prior(cycles(model, 300, 0))
     assert model.config.latent_prior_frozen
 
 

@@ -376,3 +376,18 @@ def test_dtypes(dtype):
 def test_errors(given, message):
     with pytest.raises(ValueError, match=message):
         merge(**{"z": torch.zeros(2, 4, 3), "log_mass": torch.zeros(2, 4), **given})
+
+
+@pytest.mark.parametrize("order", ["neighbours", "any"])
+def test_no_example_is_no_error(order):
+    made = merge(torch.zeros(0, 5, 3), torch.zeros(0, 5), share=0.5, logvar=torch.zeros(0, 5, 3), order=order)
+    assert made.z.shape == (0, 1, 3) and made.assignment.shape == (0, 5) and made.logvar.shape == (0, 1, 3)
+
+
+@pytest.mark.parametrize("order", ["neighbours", "any"])
+def test_autocast_merges_the_same(order):
+    z, log_mass = torch.randn(2, 60, 64, generator=torch.Generator().manual_seed(0)) + 20, torch.zeros(2, 60)
+    expected = merge(z, log_mass, share=0.3, order=order)
+    with torch.autocast("cpu", torch.bfloat16):
+        made = merge(z, log_mass, share=0.3, order=order)
+    assert torch.equal(made.assignment, expected.assignment)

@@ -75,6 +75,39 @@ def test_nan_within_the_sound_is_not_silenced(model, where):
         model.merge_latents(latents, share=0.5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [torch.bool, torch.long, torch.float32, torch.float16])
+def test_masks_of_every_kind_are_the_same_mask(model, kind):
+    expected = model.encode(input_features=features(), attention_mask=mask_of(LENGTHS))
+    assert_close(model.encode(input_features=features(), attention_mask=mask_of(LENGTHS).to(kind)).z, expected.z)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("mask", "told"),
+    [(mask_of(LENGTHS).tolist(), "is a list"), ((mask_of(LENGTHS) - 1.0) * 1e9, "holds other values")],
+    ids=["list", "additive"],
+)
+def test_what_is_no_mask_is_refused(model, mask, told):
+    for call in (model.encode, model.generate):
+        with pytest.raises(ValueError, match=f"1 where there is sound and 0 elsewhere, but {told}. Pass what"):
+            call(input_features=features(), attention_mask=mask)
+
+
+@torch.no_grad()
+def test_a_model_as_whisper_merges_too(model):
+    given = {"input_features": features(), "attention_mask": mask_of(LENGTHS), "language": "en"}
+    settings = {"return_dict_in_generate": True, "output_scores": True}
+    scores = [
+        m.generate(**given, **settings, **limit)["scores"][0]
+        for m in (model, model.as_whisper())
+        for limit in ({}, {"merge_cost": 1e9})
+    ]
+    assert_close(scores[0], scores[2])
+    assert_close(scores[1], scores[3])
+    assert not torch.allclose(scores[0], scores[1])
+
+
 # ------------------------------------------------------------------------------------ states of an earlier call
 @torch.no_grad()
 @pytest.mark.parametrize("mask", [mask_of(LENGTHS), mask_of([FRAMES, 20, 3]), mask_of([FRAMES] * 3), None])
