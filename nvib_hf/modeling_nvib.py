@@ -206,7 +206,7 @@ class NvibForConditionalGeneration(
         Args:
             input_ids, attention_mask, inputs: what the base's encoder takes. So that a frozen encoder need not run
                 again, you can pass ``encoder_last_hidden_state`` ``(B, Ns, H)`` of an earlier call instead, with its
-                mask if it has one (``(B, Ns)``, or as the encoder took it).
+                mask if it had one (``(B, Ns)``, or as the encoder took it).
             sample: True draws from the posterior (``kappa`` vectors per component); False takes the posterior itself.
                 By default the model's mode decides, as it always does in the encoder's own attentions.
             generator: for the draws.

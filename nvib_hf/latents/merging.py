@@ -84,7 +84,9 @@ def merged_groups(
         first = 0 if latents.log_alpha is None else 1 if latents.kappa is None else int(latents.kappa[0])
     chosen_by = latents if posterior is None else posterior
     place = torch.arange(chosen_by.z.shape[1], device=latents.device)
-    fixed = (place < first) | _is_stored(chosen_by.log_pi, latents.num_stored)
+    draws = 1 if posterior is not None or latents.kappa is None else latents.kappa  # of each of its vectors
+    stored = None if latents.num_stored is None else latents.num_stored * draws
+    fixed = (place < first) | _is_last(chosen_by.log_pi, stored)
     before = latents.log_pi > float("-inf")
     assignment = assign(
         chosen_by.z,
@@ -159,12 +161,10 @@ def posterior_of(made: NvibOutput | NvibLatents) -> NvibLatents | None:
     return NvibLatents(given.mu, log_pi, given.mask, given.logvar)
 
 
-def _is_stored(log_pi: Tensor, num_stored: Tensor | None) -> Tensor:
-    """True for the last ``num_stored`` ``(B,)`` of the vectors that there are, ``(B, Nl)``."""
+def _is_last(log_pi: Tensor, number: Tensor | None) -> Tensor:
+    """True for the last ``number`` ``(B,)`` of the vectors that there are, ``(B, Nl)``; for none with ``None``."""
     there = log_pi > float("-inf")
-    if num_stored is None:
-        return torch.zeros_like(there)
-    return there & (there.flip(-1).cumsum(-1).flip(-1) <= num_stored[:, None])
+    return there & (there.flip(-1).cumsum(-1).flip(-1) <= (0 if number is None else number[:, None]))
 
 
 def _bias_without_weight(latents: NvibLatents, scale: float, evaluation: str) -> Tensor:

@@ -157,6 +157,9 @@ def test_latents_are_merged_as_when_encoding(model, lengths):
         assert_close(fewer.compact().z, expected[1].compact().z)
         assert_close(fewer.compact().z[0, -STORED:], model.silence)
         assert fewer.num_vectors == expected.num_vectors[1] and fewer.num_stored == STORED
+    draws = wrapped(whisper_base(), kappa=2).encode(**inputs, sample=True)
+    of_draws = wrapped(whisper_base(), kappa=2).merge_latents(draws, cost=1e9)
+    assert of_draws.num_vectors.tolist() == [0.5 if length == FRAMES else 0.5 + STORED for length in lengths]
     again = model.merge_latents(model.merge_latents(latents, cost=1e9), cost=1e9)
     assert again.num_vectors.tolist() == [1 if length == FRAMES else 1 + STORED for length in lengths]
     assert longer.num_stored.tolist() == [STORED]
