@@ -53,16 +53,18 @@ class NvibGenerationMixin(GenerationMixin):
         it. The output does not tell how many vectors are left: to see it, encode first, look at
         ``latents.num_vectors``, and pass ``encoder_outputs=latents``.
         """
-        limit = {name: kwargs.pop(name) for name in ("merge_share", "merge_cost") if name in kwargs}
-        if any(value is not None for value in limit.values()):
-            if kwargs.get("encoder_outputs") is not None:
-                name, value = next((name, value) for name, value in limit.items() if value is not None)
-                raise ValueError(
-                    f"{name}={value} merges what generate() encodes, but encoder_outputs are encoded already. "
-                    f"Pass encoder_outputs=model.merge_latents(latents, {name.removeprefix('merge_')}={value})."
-                )
-            with merging(limit_of_call(**limit)):
-                return self.generate(inputs, generation_config, **kwargs)
+        limit = {name: kwargs.pop(name, None) for name in ("merge_share", "merge_cost")}
+        if kwargs.get("encoder_outputs") is not None:
+            for name, value in limit.items():
+                if value is not None:
+                    raise ValueError(
+                        f"{name}={value} merges what generate() encodes, but encoder_outputs are encoded already. "
+                        f"Pass encoder_outputs=model.merge_latents(latents, {name.removeprefix('merge_')}={value})."
+                    )
+        with merging(limit_of_call(**limit)):  # a call inside another, as of an assistant, has its own
+            return self._generate_with_this_limit(inputs, generation_config, kwargs)
+
+    def _generate_with_this_limit(self, inputs, generation_config, kwargs: dict):
         self._check_inputs(kwargs)
         as_base = self._has_a_generate_for(inputs, kwargs)
         for name, own in () if as_base else self._renamed.items():

@@ -70,3 +70,36 @@ def test_classifiers(kind, threads):
     expected = [call(model, seed) for seed in range(2 * threads)]
     for result, alone in zip(in_threads(call, model, threads), expected, strict=True):
         torch.testing.assert_close(result, alone)
+
+
+def first_scores(model, seed: int, **more) -> torch.Tensor:
+    """The scores of the first token, by a limit of merging that depends on the seed."""
+    limit = [{}, {"merge_share": 0.4}, {"merge_cost": 1e9}][seed % 3]
+    how = {"max_new_tokens": 1, "output_scores": True, "return_dict_in_generate": True, "do_sample": False}
+    return model.generate(**inputs(seed), **limit, **how, **more).scores[0]
+
+
+@torch.no_grad()
+def test_limits_of_merging_in_threads():
+    model = NvibForConditionalGeneration.from_base_pretrained(tiny_base("bart")).eval()
+    expected = [first_scores(model, seed) for seed in range(12)]
+    for found, alone in zip(in_threads(first_scores, model, 6), expected, strict=True):
+        torch.testing.assert_close(found, alone)
+    assert not torch.allclose(expected[0], first_scores(model, 0, merge_cost=1e9))
+
+
+@torch.no_grad()
+def test_a_call_inside_another_has_its_own_limit():
+    """As an assistant's, or that of a processor of scores."""
+    model = NvibForConditionalGeneration.from_base_pretrained(tiny_base("bart")).eval()
+    expected, found = [first_scores(model, seed) for seed in range(3)], []
+
+    def within(tokens, scores):
+        found.extend(first_scores(model, seed) for seed in range(3))
+        return scores
+
+    for seed in range(3):
+        first_scores(model, seed, logits_processor=[within])
+    for i, scores in enumerate(found):
+        torch.testing.assert_close(scores, expected[i % 3])
+    assert len(found) == 9
