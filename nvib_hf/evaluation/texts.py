@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,17 +65,21 @@ def length_batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int
     return (order[i : i + batch_size] for i in range(0, len(order), batch_size))
 
 
+def cut_to(max_length: int) -> dict[str, Any]:
+    """Arguments of a tokenizer that cut texts. Fast ones overflow at the limit that those without one have."""
+    return {"truncation": True, "max_length": min(max_length, UNLIMITED)}
+
+
 def token_lengths(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int = MAX_LENGTH) -> list[int]:
     """How many tokens each text has after it is cut."""
-    return [len(ids) for ids in tokenizer(texts, truncation=True, max_length=min(max_length, UNLIMITED)).input_ids]
+    return [len(ids) for ids in tokenizer(texts, **cut_to(max_length)).input_ids]
 
 
 def encoder_inputs(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int = MAX_LENGTH
 ) -> BatchEncoding:
     """The texts as the encoder takes them: token ids and mask, padded, on the model's device."""
-    sizes = {"truncation": True, "max_length": min(max_length, UNLIMITED), "padding": True}
-    inputs = tokenizer(texts, **sizes, return_tensors="pt")
+    inputs = tokenizer(texts, **cut_to(max_length), padding=True, return_tensors="pt")
     return inputs.to(model.device)
 
 
@@ -85,7 +90,7 @@ def target_ids(
 
     If the decoder starts with the leading token anyway, such as BERT's [CLS], that token is not a target.
     """
-    targets = tokenizer(text_target=texts, truncation=True, max_length=min(max_length, UNLIMITED)).input_ids
+    targets = tokenizer(text_target=texts, **cut_to(max_length)).input_ids
     labels = [[token] for token in range(3) if token != model.config.pad_token_id]
     inputs = model.prepare_decoder_input_ids_from_labels(torch.tensor(labels, device=model.device))
     starts = {*inputs[:, 0].tolist()}
@@ -265,9 +270,8 @@ def as_read(
 
     By default the tokenizer's own limit cuts them. Set ``is_target`` for texts that the decoder writes.
     """
-    max_length = min(max_length or tokenizer.model_max_length, UNLIMITED)
     given = {"text_target" if is_target else "text": check_texts(texts)}
-    return decoded(tokenizer, tokenizer(**given, truncation=True, max_length=max_length).input_ids)
+    return decoded(tokenizer, tokenizer(**given, **cut_to(max_length or tokenizer.model_max_length)).input_ids)
 
 
 def num_cut(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int, is_target: bool = False) -> int:
