@@ -291,7 +291,7 @@ def one(settings: dict, folder: Path) -> dict:
     set_seed(seed)
     if method == PLAIN:
         base = fresh_model()
-        stages = train(base, settings["stages"], seed, 2e-3)
+        stages = train(base, settings["stages"], seed, 1e-3)
         base.save_pretrained(checkpoint)
         return {"stages": stages}
     base = T5ForConditionalGeneration.from_pretrained(checkpoint).eval()
