@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..latents.checks import check_count
 from ..latents.latents import NvibLatents, concatenate_latents
 from ..layers.cross_entropy import IGNORED
 
@@ -96,7 +97,7 @@ def target_ids(
     starts = {*inputs[:, 0].tolist()}
     if len(starts) > 1:  # mBART's decoder starts with the last token of the text
         return targets
-    return [ids[1:] if {*ids[:1]} == starts else ids for ids in targets]
+    return [ids[1:] if len(ids) > 1 and ids[0] in starts else ids for ids in targets]  # an empty text is its end
 
 
 def labels_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int) -> Tensor:
@@ -158,6 +159,7 @@ def encode_texts(
         1
     """
     texts, max_length = check_texts(texts), length_limit(model, tokenizer, max_length)
+    batch_size = check_count("batch_size", batch_size)
     with evaluating(model):
         batches = [
             model.encode(**encoder_inputs(model, tokenizer, texts[i : i + batch_size], max_length), **encode_kwargs)
@@ -197,7 +199,8 @@ def decode_latents(
         >>> len(decode_latents(model, tokenizer, latents, max_length=8))
         3
     """
-    max_length = length_limit(model, tokenizer, max_length)
+    max_length, batch_size = length_limit(model, tokenizer, max_length), check_count("batch_size", batch_size)
+    check_one_text_each(generate_kwargs)
     written: list[str] = []
     with evaluating(model):
         for i in range(0, len(latents), batch_size):
@@ -239,6 +242,8 @@ def reconstruct(
         2
     """
     texts, max_length = check_texts(texts), length_limit(model, tokenizer, max_length)
+    batch_size = check_count("batch_size", batch_size)
+    check_one_text_each(generate_kwargs)
     written = [""] * len(texts)
     with evaluating(model):
         for batch in length_batches(token_lengths(tokenizer, texts, max_length), batch_size):
@@ -248,6 +253,13 @@ def reconstruct(
             ):
                 written[i] = text
     return written
+
+
+def check_one_text_each(generate_kwargs: dict[str, Any]) -> None:
+    """Raise ValueError for arguments of ``generate()`` by which it returns something else than one text for each."""
+    for name, plain in (("num_return_sequences", 1), ("return_dict_in_generate", False)):
+        if (value := generate_kwargs.get(name)) not in (None, plain):
+            raise ValueError(f"{name}={value} does not give one text for each. Call model.generate(...) for it.")
 
 
 def generate_texts(

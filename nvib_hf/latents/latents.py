@@ -136,13 +136,15 @@ class NvibLatents:
             if not -self.batch_size <= position < self.batch_size:
                 raise IndexError(f"index {position} is out of range for {self.batch_size} latents.")
             return [position]
-        if isinstance(index, (tuple, NvibLatents)) or getattr(index, "ndim", 1) != 1 or not hasattr(index, "__len__"):
-            raise TypeError(
-                "The index of latents must be a number, a slice, a list, a one-dimensional array or a mask, but got "
-                f"{'latents' if isinstance(index, NvibLatents) else repr(index)}. To look into a field, index the "
-                "field, as in latents.z[0, 1]."
-            )
-        return torch.as_tensor(index, device=self.device) if len(index) else []
+        if hasattr(index, "__len__") and not isinstance(index, (tuple, NvibLatents)):
+            rows = torch.as_tensor(index, device=self.device)
+            if rows.ndim == 1:
+                return rows if len(rows) else []
+        raise TypeError(
+            "The index of latents must be a number, a slice, a list, a one-dimensional array or a mask, but got "
+            f"{'latents' if isinstance(index, NvibLatents) else repr(index)}. To look into a field, index the "
+            "field, as in latents.z[0, 1]."
+        )
 
     def __repr__(self) -> str:
         if not isinstance(self.z, Tensor):  # a tree of something else, as torch.export makes them

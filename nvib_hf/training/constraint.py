@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
+from transformers.trainer_utils import IntervalStrategy
 
 from ..configuration_nvib import NvibConfig
 from ..layers.settings import check_number, check_whole
 from .control import SLOW, multiplier, reconstruction_error, running_mean, share_error
 from .held_out import HeldOut, cross_entropy_of
-from .messages import OTHERS, memorised_message, runaway_message, unheld_message, unmet_message
+from .messages import OTHERS, UNEVALUATED, memorised_message, runaway_message, unheld_message, unmet_message
 from .recording import find_nvib_model
 from .threshold import SLACK, ThresholdCallback
 
@@ -22,6 +23,23 @@ FALL = 8.0
 
 # Without held-out texts, warn after this many passes over the training texts: the model may know them by heart.
 MANY_EPOCHS = 20
+
+# Results of evaluations, by a part of their name, that get smaller as a model gets better.
+SMALLER_IS_BETTER = {
+    "loss",
+    "error",
+    "errors",
+    "wer",
+    "cer",
+    "mer",
+    "per",
+    "ter",
+    "perplexity",
+    "ppl",
+    "mse",
+    "rmse",
+    "mae",
+}
 
 # If held-out texts cost this many nats per token more than training texts, the latter are known by heart.
 GAP = 0.5
@@ -65,9 +83,10 @@ class ConstraintCallback(ThresholdCallback):
     Args:
         cross_entropy: :math:`\tau`, the accepted cross-entropy, nats per target token; 0.15 unless there is a metric.
         metric, metric_target: hold this result of the Trainer's evaluations, such as ``"eval_exact_match"`` or
-            ``"eval_bleu"``, at the target. Then the metric alone decides. Compression begins at the first evaluation
-            that reaches the target, whatever the cross-entropy. :math:`\tau` starts at ``cross_entropy``, or at the
-            cross-entropy of training so far, and moves after each evaluation. CE is the one of training.
+            ``"eval_bleu"``, at the target. A larger result must be a better one. Then the metric alone decides.
+            Compression begins at the first evaluation that reaches the target, whatever the cross-entropy.
+            :math:`\tau` starts at ``cross_entropy``, or at the cross-entropy of training so far, and moves after each
+            evaluation. CE is the one of training.
         target_prop_vectors: share of the source vectors to keep, in (0, 1).
         start_beta: both multipliers before the constraint is met. ``None`` starts from those of the model, to go on
             where a training ended.
@@ -81,8 +100,8 @@ class ConstraintCallback(ThresholdCallback):
         min_nats: if ``P * KL_G + KL_D``, nats per latent vector, is below this, a multiplier does not rise.
 
     Raises:
-        ValueError: an argument outside its range; a target share for a model that cannot drop vectors; no evaluation
-            has the metric.
+        ValueError: an argument outside its range; a target share for a model that cannot drop vectors; the first
+            evaluation lacks the metric; a metric that is better if smaller.
 
     Source: Rezende & Viola, *Taming VAEs* (2018), with the multiplier on the other side of the sum. The second
     multiplier and the held-out texts are this project's own.
@@ -99,6 +118,7 @@ class ConstraintCallback(ThresholdCallback):
         "slow_average_kept",
         "average_nats",
         "held_out_cross_entropy",
+        "has_held_out",
     )
 
     def __init__(
@@ -145,7 +165,12 @@ class ConstraintCallback(ThresholdCallback):
         if metric is not None:
             if not isinstance(metric, str):
                 raise ValueError(f"metric must be the name of a result, such as 'eval_bleu', but got {metric!r}.")
-            check_number("metric_target", metric_target, above=0)  # a result must be better if larger
+            check_number("metric_target", metric_target, above=0)
+            if SMALLER_IS_BETTER & set(metric.lower().split("_")):
+                raise ValueError(
+                    f"metric={metric!r} is better if smaller, but the constraint holds results that are better if "
+                    "larger. Return such a one from compute_metrics too, for instance 1 - wer as 'words_right'."
+                )
         if target_prop_vectors is not None:
             check_number("target_prop_vectors", target_prop_vectors, above=0, below=1)
         self.metric, self.metric_target, self.target_prop_vectors = metric, metric_target, target_prop_vectors
@@ -157,6 +182,7 @@ class ConstraintCallback(ThresholdCallback):
         self.slow_average_kept: float | None = None
         self.average_nats: float | None = None
         self.held_out_cross_entropy: float | None = None
+        self.has_held_out = False  # also in a resumed training whose Trainer has not given its texts yet
         self._held_out: HeldOut | None = None
         self._evaluated: dict[str, float] | None = {}  # results without the metric; None once an evaluation has it
         self._last_metric: float | None = None
@@ -244,6 +270,9 @@ class ConstraintCallback(ThresholdCallback):
             check_number("start_beta=None, the model's kl_beta,", min(beta, beta_vectors), above=0)
             self.start_beta, self.integral, self.integral_vectors = beta, math.log(beta), math.log(beta_vectors)
         super().on_train_begin(args, state, control, model=model, **kwargs)
+        self.has_held_out = self.has_held_out or self._held_out is not None
+        if self.metric is not None and getattr(args, "eval_strategy", None) == IntervalStrategy.NO:
+            self.warn("unevaluated", state, UNEVALUATED)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         super().on_train_end(args, state, control, **kwargs)
@@ -272,7 +301,8 @@ class ConstraintCallback(ThresholdCallback):
         before = state.global_step - self.interval
         is_due = state.global_step // self.held_out_interval > before // self.held_out_interval
         is_due = is_due or self.held_out_cross_entropy is None  # measure held-out texts before compression starts
-        if is_due and self.metric is None and self.held_out_examples:
+        awaited = self.has_held_out and self._held_out is None
+        if is_due and self.metric is None and self.held_out_examples and not awaited:
             batches = (
                 [self._last] * (self._last is not None) if self._held_out is None else self._held_out.batches(args)
             )
@@ -288,6 +318,7 @@ class ConstraintCallback(ThresholdCallback):
             return
         if self._held_out is None:  # this Trainer gives its held-out texts only now
             self._held_out = HeldOut.of(eval_dataloader, self.held_out_examples)
+            self.has_held_out = self._held_out is not None
         if self.metric is None:
             return
         if metrics is None or self.metric not in metrics:
@@ -314,7 +345,10 @@ class ConstraintCallback(ThresholdCallback):
         training, held_out = self.average_cross_entropy, self.held_out_cross_entropy
         has_gap = self._held_out is not None and held_out is not None and held_out > training + GAP
         if self.metric is not None:
-            if self._last_metric is None or self._last_metric >= (1 - SLACK) * self.metric_target:
+            if self._last_metric is None:
+                if self.has_waited_long(state):
+                    self.warn("unevaluated", state, UNEVALUATED)
+            elif self._last_metric >= (1 - SLACK) * self.metric_target:
                 self.last_met = state.global_step
             elif self.has_waited_long(state):
                 what = (self._last_metric, self.metric_target, self.metric)

@@ -18,6 +18,12 @@ OTHERS = (
 )
 
 
+UNEVALUATED = (
+    "ConstraintCallback has a metric, but no evaluation has told it so far, so nothing is compressed. Give the "
+    "Trainer an eval_dataset, and TrainingArguments an eval_strategy, such as eval_strategy='steps', eval_steps=100."
+)
+
+
 def unmet_message(name: str, state, value: float, target: float, metric: str | None = None) -> str:
     """For a tolerance or a metric's target that has not been met for a third of the training."""
     if metric is not None:

@@ -77,8 +77,8 @@ class Recorder:
     def hook(self, model, args: tuple, inputs: dict, outputs) -> None:
         """Add a forward pass: a forward hook (``with_kwargs=True``)."""
         labels = inputs.get("labels")
-        if labels is None or not hasattr(outputs, "get") or outputs.get("kl_gaussian") is None:
-            return
+        if labels is None or not hasattr(outputs, "get") or outputs.get("num_vectors") is None:
+            return  # nothing to record; an encoder alone has no latents
         tokens = (labels != IGNORED).sum(-1)  # (B,)
         for name, count in OF_LAYERS.items():
             for layer in self._layers:
@@ -191,6 +191,11 @@ class MeasuringCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         model, name = find_nvib_model(model), type(self).__name__
+        if not hasattr(model, "nvib"):
+            raise ValueError(
+                f"{name} is for encoder-decoders, but this is a {type(model).__name__}, which has no latents. Leave "
+                "it out; KLAnnealingCallback steers encoders alone."
+            )
         self._recorder.clear()
         if self._model is None:
             now = self.state()["attributes"]

@@ -51,7 +51,10 @@ class NvibTrainerMixin(_Trainer):
     It logs ``cross_entropy``, ``kl_gaussian`` and ``kl_dirichlet`` (nats, means over target tokens), ``num_vectors``,
     ``prop_vectors`` and ``effective_vectors`` (means over examples), since the last log, over all processes. If
     self-attentions have NVIB, it also logs each layer's ``kl_gaussian``, ``kl_dirichlet`` and ``prop_vectors``
-    (``kl_gaussian_encoder.0``).
+    (``kl_gaussian_encoder.0``). Of encoders alone, it logs no more than ``Trainer`` does.
+
+    It keeps the columns of a data set that the base takes, such as LED's ``global_attention_mask``. ``Trainer`` itself
+    sees those of ``forward`` only: there, set ``remove_unused_columns=False``.
 
     ``eval_loss`` is a mean over target tokens too, also for plain models. (Other Trainers average the means of
     batches, which depends on the batch size.) It is the cross-entropy plus the terms times their ``lambda_*``, without
@@ -74,6 +77,8 @@ class NvibTrainerMixin(_Trainer):
         if model is not None and hasattr(self.model, "peft_config") and not model.name_or_path:
             warnings.warn(NAMELESS, stacklevel=2)
         callbacks = self.callback_handler.callbacks
+        if not hasattr(model, "nvib"):  # an encoder alone has no latents to tell of
+            model = None
         if model is not None and not any(isinstance(callback, CollapseCallback) for callback in callbacks):
             self.add_callback(CollapseCallback())
         layers = () if model is None else model.nvib_layers()
@@ -82,6 +87,13 @@ class NvibTrainerMixin(_Trainer):
         self._nvib_records: bool | None = None  # which recorder is active: training's, evaluation's, or none
         self._nvib_hooks: dict[nn.Module, RemovableHandle] = {}
         self._nvib_loops = 0
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """As in ``Trainer``, but a data set keeps every column that the base takes."""
+        is_new = self._signature_columns is None
+        super()._set_signature_columns_if_needed()
+        if is_new and (model := nvib_model_in(self.model)) is not None:
+            self._signature_columns += sorted(model._argument_names)
 
     def training_step(self, model, *args, **kwargs):
         with self._recording(model, training=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Self
@@ -34,6 +34,14 @@ from .self_attention import DenoisingSelfAttention, restore_self_attention
 from .sound import check_silence_is_stored
 from .stacked_encoder import unstack
 from .wrap import hand_back, is_stacked, put_into_self_attention, split_settings, wrap
+
+# Settings of a configuration that a layer has in a buffer, and the buffer.
+IN_BUFFERS = {
+    "dropping_share": "dropping_share",
+    "prior_mu": "prior_mu",
+    "prior_var": "prior_logvar",
+    "prior_alpha": "prior_log_alpha",
+}
 
 
 class NvibPreTrainedModel(SinglePrecisionMixin, OfTheBaseMixin, PreTrainedModel):
@@ -125,15 +133,27 @@ class NvibPreTrainedModel(SinglePrecisionMixin, OfTheBaseMixin, PreTrainedModel)
     @torch.no_grad()
     def _initialize_nvib(self, layer: NvibLayer, taus: dict[str, float]) -> None:
         """Set an NVIB layer to its prior and the identity, except for tensors that were loaded."""
-        config = self.config
-        buffers = prior_buffers(config.prior_mu, config.prior_var, math.log(config.prior_alpha))
-        for name, value in (buffers | {"dropping_share": config.dropping_share}).items():
-            init.copy_(layer.get_buffer(name), torch.as_tensor(value))
+        for name, value in self._buffers_of_the_config().items():
+            init.copy_(layer.get_buffer(name), value)
         parameters = layer.identity_parameters(**taus)
         for name, value in parameters.items():
             init.copy_(layer.get_parameter(name), value)
         for module in layer.modules():
             module._is_hf_initialized = True
+
+    @torch.no_grad()
+    def _heed_settings_in_buffers(self, names: Collection[str]) -> None:
+        """Set again what these settings say. Loading has set the buffers to what they were."""
+        buffers = self._buffers_of_the_config()
+        for name in IN_BUFFERS.keys() & set(names):
+            for layer in self.nvib_layers().values():
+                layer.get_buffer(IN_BUFFERS[name]).copy_(buffers[IN_BUFFERS[name]])
+
+    def _buffers_of_the_config(self) -> dict[str, Tensor]:
+        """Of each NVIB layer, by name. Values can be broadcast to the buffers."""
+        config = self.config
+        of_prior = prior_buffers(config.prior_mu, config.prior_var, math.log(config.prior_alpha))
+        return {**of_prior, "dropping_share": torch.as_tensor(config.dropping_share)}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -163,6 +183,7 @@ class NvibPreTrainedModel(SinglePrecisionMixin, OfTheBaseMixin, PreTrainedModel)
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, key_mapping=key_mapping, **kwargs
             )
+        model._heed_settings_in_buffers(kwargs.keys())
         # If the model is saved again, renamed tensors get their new names.
         conversions = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [rule for rule in conversions if not RENAMED.keys() & set(rule.source_patterns)]

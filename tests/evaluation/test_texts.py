@@ -12,7 +12,7 @@ import nvib_hf
 from nvib_hf import decode_latents, encode_texts, evaluate, reconstruct
 from nvib_hf.evaluation import texts as module
 from nvib_hf.evaluation.rate_distortion import rate_distortion
-from nvib_hf.evaluation.texts import as_read, length_limit
+from nvib_hf.evaluation.texts import as_read, labels_of, length_limit
 
 TEXTS = ["w5 w6 w7", "w8", "w9 w10 w11 w12 w13 w14", "w5 w5 w90", "w20 w21", "w5 w40 w41 w42"]
 TOKENIZER = tiny_tokenizer()
@@ -125,6 +125,35 @@ def test_texts_as_long_as_the_limit_are_read_and_written():
     assert encode_texts(model, TOKENIZER, [long], max_length=5).num_vectors.tolist() == [5]
     assert len(reconstruct(model, TOKENIZER, [long], max_length=5)[0].split()) == 5
     assert len(decode_latents(model, TOKENIZER, model.sample_latents(1, 4), max_length=3)[0].split()) == 3
+
+
+def test_the_target_of_an_empty_text_is_its_end():
+    """Also if the decoder starts with the end, as BART's does by default."""
+    for start in (0, 1, EOS):
+        model = tiny_nvib("bart")
+        model.config.base_config.decoder_start_token_id = start
+        labels = labels_of(model, TOKENIZER, ["w5 w6", ""], 12)
+        assert labels[1].tolist()[0] == EOS and (labels[1, 1:] == -100).all()
+        assert (labels[0] == EOS).sum() == 1
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5])
+@pytest.mark.parametrize("function", [encode_texts, reconstruct, decode_latents])
+def test_sizes_of_batches_are_checked(function, size):
+    given = tiny_nvib().sample_latents(2, num_vectors=3) if function is decode_latents else TEXTS
+    with pytest.raises(ValueError, match=f"batch_size must be a whole number of at least 1, but got {size}"):
+        function(tiny_nvib(), TOKENIZER, given, batch_size=size)
+
+
+@pytest.mark.parametrize("more", [{"num_return_sequences": 2, "num_beams": 2}, {"return_dict_in_generate": True}])
+def test_more_than_one_text_for_each_is_refused(more):
+    model, name = tiny_nvib(), next(iter(more))
+    for call in (
+        lambda: reconstruct(model, TOKENIZER, TEXTS, **more),
+        lambda: decode_latents(model, TOKENIZER, model.sample_latents(2, num_vectors=3), **more),
+    ):
+        with pytest.raises(ValueError, match=f"{name}=.* does not give one text for each"):
+            call()
 
 
 def test_as_read_cuts_where_the_tokenizer_does():

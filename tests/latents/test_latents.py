@@ -48,7 +48,8 @@ def test_index_out_of_range(index):
 
 
 @pytest.mark.parametrize(
-    "index", [(0, 1), (..., 0), None, 1.0, np.eye(4, dtype=bool), torch.zeros(2, 2, dtype=torch.long)]
+    "index",
+    [(0, 1), (..., 0), None, 1.0, np.eye(4, dtype=bool), torch.zeros(2, 2, dtype=torch.long), [[0, 1], [1, 2]]],
 )
 def test_what_selects_no_rows_is_refused(index):
     with pytest.raises(TypeError, match="The index of latents must be a number"):

@@ -48,6 +48,10 @@ def test_whole_numbers(one, name, value):
         ({"metric": "eval_bleu", "metric_target": math.nan}, "metric_target must be a positive number, but got nan"),
         ({"metric": "eval_bleu", "metric_target": 0}, "metric_target must be a positive number, but got 0"),
         ({"metric": 3, "metric_target": 1.0}, "metric must be the name of a result.* but got 3"),
+        *(
+            ({"metric": name, "metric_target": 0.2}, f"metric='{name}' is better if smaller.*1 - wer")
+            for name in ("eval_wer", "eval_loss", "eval_test_CER", "perplexity")
+        ),
         ({"metric_target": 1.0}, "metric=None and metric_target=1.0 belong together"),
         ({"target_prop_vectors": math.nan}, r"target_prop_vectors must be in \(0, 1\), but got nan"),
         ({"start_beta": 2.0, "max_beta": 1.0}, "max_beta must be at least 2, but got 1.0"),

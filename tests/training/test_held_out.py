@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_text import tiny_collator, tiny_examples
 from tiny_training import TRAINERS, tiny_model, trainer_of
-from transformers import TrainerState
+from transformers import Trainer, TrainerState
 
 from nvib_hf import (
     ConstraintCallback,
@@ -278,3 +278,28 @@ def test_of_what_can_only_be_iterated_over():
 
 def test_nothing_to_hold_out():
     assert HeldOut.of(None, 5) is HeldOut.of(loader([]), 5) is HeldOut.of(loader([1]), 0) is None
+
+
+def test_resumed_between_evaluations_held_out_texts_count_as_before(tmp_path):
+    """``Trainer`` gives them at its next evaluation only. Till then a batch of training takes not their place."""
+    arguments = {"max_steps": 12, "eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps", "save_steps": 6}
+
+    def train(folder, resume=None):
+        callback = ConstraintCallback(cross_entropy=1e3, start_beta=0.5, interval=2, held_out_interval=2)
+        trainer = trainer_of(Trainer, tiny_model(), folder, callbacks=[callback], **arguments)
+        trainer.train(resume_from_checkpoint=resume)
+        name = "constraint_held_out_cross_entropy"
+        return callback, [entry[name] for entry in trainer.state.log_history if name in entry and "loss" in entry]
+
+    _, whole = train(tmp_path / "whole")
+    callback, resumed = train(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-6"))
+    assert callback.has_held_out
+    assert resumed[:6] == whole[:6] and resumed[6:9] == whole[5:6] * 3  # of step 6
+    assert resumed[-1] == pytest.approx(whole[-1]) and whole[-1] != whole[5]  # evaluated at step 10
+
+
+def test_a_metric_without_evaluations_is_said(tmp_path):
+    callback = ConstraintCallback(metric="eval_bleu", metric_target=30.0, interval=2)
+    with pytest.warns(ConstraintWarning, match="no evaluation has told it so far.*eval_strategy='steps'"):
+        trainer_of(Trainer, tiny_model(), tmp_path, max_steps=2, callbacks=[callback]).train()
+    assert not callback.started

@@ -1,6 +1,7 @@
 """What a model is comes back from its folder, or the folder is refused: never another model, and never half of one."""
 
 import json
+import math
 import sys
 import types
 import warnings
@@ -90,6 +91,28 @@ def test_weights_of_another_configuration_are_refused(saved, changed, key, tmp_p
     load(tmp_path, ignore_mismatched_sizes=True)
     _, info = load(tmp_path, output_loading_info=True)
     assert any("nvib" in name for name in info["unexpected_keys"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "buffer", "expected"),
+    [
+        ("dropping_share", 0.0, "dropping_share", 0.0),
+        ("prior_alpha", 5.0, "prior_log_alpha", math.log(5)),
+        ("prior_var", 4.0, "prior_logvar", math.log(4)),
+        ("prior_mu", [0.5] * 32, "prior_mu", 0.5),
+    ],
+)
+def test_settings_in_buffers_are_heeded_when_loading(name, value, buffer, expected, tmp_path):
+    """Of every layer; the others stay as they were saved, trained or fitted."""
+    model = tiny_nvib(alpha_threshold=0.5, attentions=["cross", "encoder"])
+    for layer in model.nvib_layers().values():
+        layer.prior_logvar.fill_(1.5)
+    model.save_pretrained(tmp_path)
+    for layer in load(tmp_path, **{name: value}).nvib_layers().values():
+        torch.testing.assert_close(layer.get_buffer(buffer), torch.full_like(layer.get_buffer(buffer), expected))
+        assert name == "prior_var" or (layer.prior_logvar == 1.5).all()
+    for layer in load(tmp_path).nvib_layers().values():
+        assert layer.dropping_share == 1 and (layer.prior_logvar == 1.5).all()
 
 
 def test_other_weights_may_be_there(tmp_path):
