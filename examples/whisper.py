@@ -303,7 +303,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("whisper_merged"), help="folder of results (%(default)s)")
     parser.add_argument("--times", action="store_true", help="measure seconds and memory instead of words")
     parser.add_argument("--repeats", type=int, default=3, help="of each timing (%(default)s)")
-    parser.add_argument("--seed", type=int, default=24)
+    parser.add_argument("--seed", type=int, nargs="+", default=[24], help="of sentences; several: so many of each")
     return parser.parse_args(arguments)
 
 
@@ -324,13 +324,13 @@ def main(arguments: list[str] | None = None) -> None:
                 "recordings: install it, or pass --audio FOLDER."
             )
     else:
-        clean = short(options.short, options.seed)
+        clean = [utterance for seed in options.seed for utterance in short(options.short, seed)]
         speech = {
             "3 seconds": clean,
-            "12 to 28 seconds": long(options.long, options.seed),
+            "12 to 28 seconds": [utterance for seed in options.seed for utterance in long(options.long, seed)],
             **speech,
-            "3 seconds, noise of 10 dB": with_noise(clean, 10, options.seed),
-            "3 seconds, noise of 5 dB": with_noise(clean, 5, options.seed),
+            "3 seconds, noise of 10 dB": with_noise(clean, 10, options.seed[0]),
+            "3 seconds, noise of 5 dB": with_noise(clean, 5, options.seed[0]),
         }
     speech = {kind: utterances for kind, utterances in speech.items() if utterances}
     recogniser = Recogniser(*load(options.model), *options.trained)

@@ -85,7 +85,8 @@ class NvibConfig(ConfigOfABase):
 
     The model reads ``lambda_*``, ``free_bits_*``, ``word_dropout*`` and ``label_smoothing`` at every step. It takes
     the other settings when its layers are made: changing them later has no effect, but for ``merge_share``,
-    ``merge_cost`` and ``training_merge_share``. If ``encoder_merge_share`` was changed, the model refuses to run.
+    ``merge_cost`` and ``training_merge_share``. If ``encoder_merge_share`` was changed, the model refuses to run. Pass
+    a setting to ``from_pretrained`` to load a model with another value.
 
     Args:
         base_config: configuration of the encoder-decoder model that you wrap (an object or a dict). The configuration

@@ -237,6 +237,11 @@ def looked_up(model, length: int, sources: int, seed: int, rows: Iterable[str]) 
     return found
 
 
+def totals(counts: list[int]) -> list[int]:
+    """Of all sources together."""
+    return [sum(counts[::2]), sum(counts[1::2])]
+
+
 # Rows in the table of times, and their shares. The base is the plain model, without a wrap.
 BASE, CUT = "the plain model", list(ROWS)[-1]
 TIMED = ((BASE, 1), (ALL, 1), *((MERGED, share) for share in SHARES), (ANY, 0.25), (MEANS, 0.25), (CUT, 0.25))
@@ -299,6 +304,7 @@ def one(settings: dict, folder: Path) -> dict:
     if method == REDUCED:
         for length in settings["lengths"]:
             found |= looked_up(model, length, settings["sources"], seed, ROWS if length == LENGTH else LONGER)
+        found = {name: counts if name == f"{LENGTH} {ALL} 1" else totals(counts) for name, counts in found.items()}
         tables = {length: times(base, model, length, **settings["timing"]) for length in settings["timed"]}
         return {"right": found, "times": tables}
     row, draw = ROWS[TUNED[method]], random.Random(seed)

@@ -14,7 +14,7 @@ REPORTS = [  # and their arguments, where they are not the default
     ("joint_prior", ["--seeds", "0"]),
     ("latent_prior", ["--seeds", "0", "1", "2"]),
     ("latent_walks", []),
-    ("long_sources", ["--seeds", "1"]),
+    ("long_sources", ["--seeds", "0", "1", "2"]),
     ("new_texts", ["--seeds", "0", "--only", "reconstruction", "samples"]),
     ("regularise_trained", []),
     ("regularise_whisper", []),
