@@ -257,7 +257,9 @@ class NvibLatentsMixin(LearnedPriorMixin):
         """The same latents in fewer vectors: what is close is replaced by its mean, with the mass of all.
 
         Dropping a vector loses its mass, merging it does not. Exact for equal vectors, else to first order of
-        attention; differentiable in the vectors. Works for posteriors and samples, of any model, without training.
+        attention; differentiable in the vectors. Works for posteriors and samples, of any model, without training. Of
+        samples, the draws themselves decide what is merged, and their noise hides what is close. In training, use
+        ``encode(..., merge_share=)``: there the posterior decides.
 
         Args:
             num_vectors: how many to leave in each row; more than there are leave all.
