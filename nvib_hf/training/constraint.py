@@ -45,6 +45,11 @@ SMALLER_IS_BETTER = {
 GAP = 0.5
 
 
+def evaluates_never(args) -> bool:
+    """Whether a Trainer with these arguments never evaluates by itself."""
+    return getattr(args, "eval_strategy", None) == IntervalStrategy.NO
+
+
 class ConstraintCallback(ThresholdCallback):
     r"""Compresses as long as the reconstruction is as good as you ask for, and no further.
 
@@ -271,7 +276,7 @@ class ConstraintCallback(ThresholdCallback):
             self.start_beta, self.integral, self.integral_vectors = beta, math.log(beta), math.log(beta_vectors)
         super().on_train_begin(args, state, control, model=model, **kwargs)
         self.has_held_out = self.has_held_out or self._held_out is not None
-        if self.metric is not None and getattr(args, "eval_strategy", None) == IntervalStrategy.NO:
+        if self.metric is not None and evaluates_never(args):
             self.warn("unevaluated", state, UNEVALUATED)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
@@ -301,7 +306,7 @@ class ConstraintCallback(ThresholdCallback):
         before = state.global_step - self.interval
         is_due = state.global_step // self.held_out_interval > before // self.held_out_interval
         is_due = is_due or self.held_out_cross_entropy is None  # measure held-out texts before compression starts
-        awaited = self.has_held_out and self._held_out is None
+        awaited = self.has_held_out and self._held_out is None and not evaluates_never(args)
         if is_due and self.metric is None and self.held_out_examples and not awaited:
             batches = (
                 [self._last] * (self._last is not None) if self._held_out is None else self._held_out.batches(args)
