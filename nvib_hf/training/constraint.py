@@ -25,7 +25,7 @@ FALL = 8.0
 MANY_EPOCHS = 20
 
 # Results of evaluations, by a part of their name, that get smaller as a model gets better.
-SMALLER_IS_BETTER = {*"loss error errors wer cer mer ter perplexity ppl mse rmse mae".split()}
+SMALLER_IS_BETTER = {"loss", "error", "errors", "wer", "cer", "ter", "perplexity", "ppl", "mse", "rmse", "mae"}
 
 # If held-out texts cost this many nats per token more than training texts, the latter are known by heart.
 GAP = 0.5
