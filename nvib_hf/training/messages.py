@@ -18,6 +18,14 @@ OTHERS = (
 )
 
 
+def another_message(name: str) -> str:
+    """For a share of dropping that something else has set."""
+    return (
+        f"{name} found a dropping_share in the model that it did not set. Use one of ThresholdCallback and "
+        "ConstraintCallback, once: each sets it, and the one that comes last has its way."
+    )
+
+
 UNEVALUATED = (
     "ConstraintCallback has a metric, but no evaluation has told it so far, so nothing is compressed. Give the "
     "Trainer an eval_dataset, and TrainingArguments an eval_strategy, such as eval_strategy='steps', eval_steps=100."

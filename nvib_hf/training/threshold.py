@@ -10,7 +10,7 @@ import torch
 from ..configuration_nvib import NvibConfig
 from ..layers.settings import check_number, check_whole
 from .control import running_mean
-from .messages import ConstraintWarning, unmet_message
+from .messages import ConstraintWarning, another_message, unmet_message
 from .recording import MeasuringCallback
 
 # A tolerance that is missed by less than this share counts as met.
@@ -55,6 +55,7 @@ class ThresholdCallback(MeasuringCallback):
         self.average_kept: float | None = None
         self.last_met = 0  # step at which the tolerance was met last
         self.warned: list[str] = []
+        self._written_share = 0.0
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         super().on_train_begin(args, state, control, model=model, **kwargs)
@@ -77,8 +78,9 @@ class ThresholdCallback(MeasuringCallback):
     @torch.no_grad()
     def apply(self) -> None:
         """Bring the model's buffers up to date."""
+        self._written_share = self.dropping_share if self.started else 0.0
         for layer in self._model.nvib_layers().values():
-            layer.dropping_share.fill_(self.dropping_share if self.started else 0.0)
+            layer.dropping_share.fill_(self._written_share)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if state.global_step % self.interval:
@@ -89,6 +91,8 @@ class ThresholdCallback(MeasuringCallback):
         self.average_cross_entropy = running_mean(self.average_cross_entropy, means["cross_entropy"])
         self.average_kept = running_mean(self.average_kept, means["prop_vectors"])
         self.measure(args, state, means)
+        if not math.isclose(self._model.nvib.dropping_share.item(), self._written_share, abs_tol=1e-6):
+            self.warn("another", state, another_message(type(self).__name__))
         if self.started:
             self.steer()
         else:

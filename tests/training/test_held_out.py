@@ -303,3 +303,13 @@ def test_a_metric_without_evaluations_is_said(tmp_path):
     with pytest.warns(ConstraintWarning, match="no evaluation has told it so far.*eval_strategy='steps'"):
         trainer_of(Trainer, tiny_model(), tmp_path, max_steps=2, callbacks=[callback]).train()
     assert not callback.started
+
+
+@pytest.mark.parametrize("second", [ThresholdCallback, ConstraintCallback])
+def test_two_that_set_the_share_of_dropping_are_told_of_each_other(second, tmp_path):
+    """The one that begins finds its share taken back by the other, which waits."""
+    model = tiny_model(alpha_threshold=0.1, lambda_vectors=1.0)
+    waiting = second(cross_entropy=1e-3, interval=2)
+    callbacks = [ConstraintCallback(cross_entropy=1e3, interval=2), waiting]
+    with pytest.warns(ConstraintWarning, match="found a dropping_share in the model that it did not set"):
+        trainer_of(Trainer, model, tmp_path, max_steps=8, callbacks=callbacks).train()
