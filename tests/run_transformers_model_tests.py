@@ -128,7 +128,8 @@ def fetch_source(folder: Path) -> Path:
         [*pip, "download", "--no-binary", "transformers", "--no-deps", "--dest", str(folder), requirement], check=True
     )
     with tarfile.open(next(folder.glob("transformers-*.tar.gz"))) as archive:
-        archive.extractall(folder, filter="data")
+        safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # not in the first releases of 3.11
+        archive.extractall(folder, **safely)
     return next(path for path in folder.glob("transformers-*") if path.is_dir())
 
 
