@@ -239,11 +239,11 @@ class NvibForConditionalGeneration(
         sample: bool | None = None,
         generator: torch.Generator | None = None,
         decode_only: bool = False,
-        limit_of_call: dict[str, float] | None = None,
+        asked: dict[str, float] | None = None,
     ) -> tuple[NvibLatents, BaseModelOutput]:
         """Latents, and the encoder's own output. ``decode_only`` keeps the fields and vectors that decoding reads."""
         source = read_source(self, inputs)
-        limit = merge_limit(self.config, self.training, source.vectors, generator, limit_of_call)
+        limit = merge_limit(self.config, self.training, source.vectors, generator, asked)
         mass = {} if source.log_mass is None else {"log_mass": source.log_mass}
         made = self.nvib(source.vectors, source.padding, sample, generator, decode_only, **mass)
         latents = NvibLatents.of(made, self.scale)

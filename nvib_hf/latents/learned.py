@@ -119,12 +119,11 @@ def fitted_prior(model: HasLatentPrior, purpose: str) -> LatentPrior:
     return prior
 
 
-def check_adapters(model: HasLatentPrior) -> None:
+def check_adapters(model: HasLatentPrior, prior: LatentPrior) -> None:
     """Warn that adapters of PEFT are saved without the learned prior; raise ValueError if one is in the prior."""
     if not hasattr(model, "peft_config"):
         return
-    parts = [model.latent_prior, *(() if model.latent_prior is None else model.latent_prior.modules())]
-    if any(type(part).__module__.startswith("peft.") for part in parts):
+    if any(type(part).__module__.startswith("peft.") for part in prior.modules()):
         raise ValueError(
             "An adapter of PEFT has put modules into the learned prior, which then cannot be trained and saved as "
             'one. Make it with exclude_modules=r"latent_prior\\..*", and without latent_prior in modules_to_save.'
@@ -298,7 +297,7 @@ class LearnedPriorMixin:
         prior = fitted_prior(self, "unfreeze_latent_prior")
         check_posteriors(self, "latents", latents)
         batch_size = check_count("batch_size", batch_size)
-        check_adapters(self)
+        check_adapters(self, prior)
         if self.config.kappa > 1:
             raise ValueError(f"A learned prior is of one draw for each vector, but kappa is {self.config.kappa}.")
         if self.config.lambda_gaussian == 0:

@@ -208,22 +208,23 @@ def merge_limit(
     training: bool,
     like: Tensor,
     generator: torch.Generator | None = None,
-    of_call: dict[str, float] | None = None,
+    asked: dict[str, float] | None = None,
 ) -> dict[str, float | Tensor]:
     """How far latents are merged now, an argument of :func:`merged`; empty if not at all.
 
-    The limit of a call comes first, then a share that training draws for each example, then the configuration's.
+    The limit that a call ``asked`` for comes first, then a share that training draws for each example, then the
+    configuration's.
     """
     if not torch.compiler.is_compiling():
         for name in ("merge_share", "merge_cost", "training_merge_share"):  # they may have been set since
             checked(name, getattr(config, name))
         check_one_limit(config.merge_share, config.merge_cost)
-    if of_call is None and training and config.training_merge_share < 1:
+    if asked is None and training and config.training_merge_share < 1:
         drawn = torch.rand(
             len(like), generator=generator, device=like.device if generator is None else generator.device
         )
         return {"share": (1 - (1 - config.training_merge_share) * drawn).to(like.device)}
-    limit = of_call or {"merge_share": config.merge_share, "merge_cost": config.merge_cost}
+    limit = asked or {"merge_share": config.merge_share, "merge_cost": config.merge_cost}
     if limit["merge_share"] < 1:
         return {"share": limit["merge_share"]}
     return {"cost": limit["merge_cost"]} if limit["merge_cost"] > 0 else {}

@@ -223,8 +223,6 @@ def hear(base: PreTrainedModel, inputs: dict, silence: Tensor, stacked: bool = F
     vectors = outputs.last_hidden_state
     left = left_by_layers(vectors) if stacked else None
     padding, log_mass = (padding, None) if left is None else (~left.keep, left.log_mass)
-    if left is None and (numbers == window).all():
-        padding = None
     return with_rest(outputs, numbers, padding, log_mass, silence, window)
 
 
@@ -267,13 +265,13 @@ def heard_before(base: PreTrainedModel, states: Tensor, attention_mask: Tensor |
         )
     padding = torch.arange(shape[1], device=states.device) >= numbers[:, None]
     of_encoder = BaseModelOutput(last_hidden_state=states)
-    return with_rest(of_encoder, numbers, padding if padding.any() else None, None, silence, window)
+    return with_rest(of_encoder, numbers, padding, None, silence, window)
 
 
 def with_rest(
     outputs: BaseModelOutput,
     numbers: Tensor,
-    padding: Tensor | None,
+    padding: Tensor,
     log_mass: Tensor | None,
     silence: Tensor,
     window: int,
@@ -285,9 +283,7 @@ def with_rest(
     """
     vectors = outputs.last_hidden_state
     if (numbers == window).all():
-        return Heard(outputs, vectors, padding, log_mass, None, window)
-    if padding is None:
-        padding = torch.zeros(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
+        return Heard(outputs, vectors, padding if padding.any() else None, log_mass, None, window)
     if log_mass is None:
         log_mass = vectors.new_zeros(vectors.shape[:2])
     stored = silence.shape[0]
