@@ -201,7 +201,10 @@ def run(recogniser: Recogniser, speech: dict, rows: dict[str, Reading], path: Pa
             read = Batch(recogniser, sounds)
             for row in rows:
                 done = results.setdefault(kind, {}).setdefault(row, {})
-                if str(batch[-1]) in done:
+                before = {i: done[str(i)]["said"] for i in batch if str(i) in done}
+                if any(said != utterances[i].text for i, said in before.items()):
+                    raise SystemExit(f"{path} is of other utterances: pass another --output, or --seed as it was.")
+                if len(before) == len(batch):
                     continue
                 model, latents = rows[row](read)
                 texts = recogniser.transcribe(model, latents, max(len(x.sound) for x in sounds) / RATE)

@@ -16,7 +16,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the examples
@@ -179,10 +179,10 @@ METHODS = {
 }
 
 
-def utterances_of(options: argparse.Namespace) -> list[Utterance]:
+def utterances_of(options: argparse.Namespace, spoken: Callable[[int, int], list[Utterance]]) -> list[Utterance]:
     if options.audio is not None:
         return recorded(options.audio)
-    made = METHODS[options.method][-1](options.utterances, options.seed)
+    made = spoken(options.utterances, options.seed)
     return made[::2] + with_noise(made[1::2], NOISE, options.seed)
 
 
@@ -197,9 +197,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=24)
     options = parser.parse_args(arguments)
     logging.set_verbosity_error()
-    settings, train, steps, _ = METHODS[options.method]
+    settings, train, steps, spoken = METHODS[options.method]
     base, processor = load(options.model)
-    data = Transcripts(Recogniser(base, processor), utterances_of(options))
+    data = Transcripts(Recogniser(base, processor), utterances_of(options, spoken))
     model = NvibForConditionalGeneration.from_base_pretrained(copy.deepcopy(base), **settings)
     start = time.perf_counter()
     model = train(model, data, options.steps or steps, options.seed)

@@ -76,6 +76,11 @@ def test_a_run_goes_on_where_it_was(tiny, tmp_path):
     path.write_text(json.dumps(results))
     again = whisper.run(tiny[1], speech, rows, path)
     assert again["tones"]["plain"]["0"]["written"] == "as it was"
+    longer = whisper.run(tiny[1], {"tones": [*speech["tones"], tones(1.1)]}, rows, path)  # between the two
+    assert all(sorted(longer["tones"][row]) == ["0", "1", "2"] for row in rows)
+    others = [Utterance(one.sound, "three four") for one in speech["tones"]]
+    with pytest.raises(SystemExit, match=r"results\.json is of other utterances: pass another --output"):
+        whisper.run(tiny[1], {"tones": others}, rows, path)
     table = whisper.table(again, "tones")
     assert "tones: 2 utterances" in table and "| all 1500 merged to 5 % | 75 |" in table
 
